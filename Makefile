@@ -1,0 +1,40 @@
+# make train: set everything up, then train the default model on the embedded corpus.
+# make test:  set everything up, then run the tests.
+PYTHON ?= python3
+VENV ?= .venv
+# Which jax to install: cuda13 beside an NVIDIA driver, tpu on a TPU VM, else the CPU build.
+ACCELERATOR ?= $(shell if command -v nvidia-smi >/dev/null 2>&1; then echo cuda13; \
+	elif [ -e /dev/accel0 ] || [ -e /dev/vfio/0 ]; then echo tpu; fi)
+CONFIG ?= configs/base.py
+ARGS ?=
+RUN := $(VENV)/bin/python
+INSTALLED := $(VENV)/.installed
+
+.PHONY: train test lint types format clean
+
+train: $(INSTALLED)
+	$(RUN) -m lrt_jax.main --config=$(CONFIG) $(ARGS)
+
+test: $(INSTALLED)
+	$(RUN) -m pytest -n 2 $(ARGS)
+
+lint: $(INSTALLED)
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+types: $(INSTALLED)
+	$(VENV)/bin/mypy lrt_jax configs
+
+format: $(INSTALLED)
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+clean:
+	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache
+
+$(INSTALLED): requirements.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "lrt_jax needs Python 3.11 or newer, found " + sys.version.split()[0] + "; choose one with: make PYTHON=python3.12")'
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --upgrade pip
+	$(RUN) -m pip install --quiet -e '.[dev]' $(if $(ACCELERATOR),'jax[$(ACCELERATOR)]')
+	touch $@

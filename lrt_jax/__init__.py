@@ -1,0 +1,1 @@
+"""Pretraining of the Latent Recurrent Transformer in JAX and Flax."""

@@ -1,0 +1,1 @@
+"""Decoding with the memory: one recurrent step, prefill, sampling."""

@@ -1,0 +1,1 @@
+"""The decoder with recurrent memory, and what it costs."""

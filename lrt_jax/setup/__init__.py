@@ -1,0 +1,1 @@
+"""Configuration, devices and shardings: what a run is, before it does anything."""

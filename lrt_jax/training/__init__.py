@@ -1,0 +1,1 @@
+"""Schedules, optimizer, step, checkpoints and the loop."""
