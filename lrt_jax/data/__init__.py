@@ -1,0 +1,1 @@
+"""Data: documents (corpus), tokens (tokenizer) and rows of tokens (pipeline)."""
