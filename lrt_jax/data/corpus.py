@@ -17,13 +17,14 @@ from typing import Any
 from etils import epath
 
 from lrt_jax.setup.config import ConfigError, DataConfig
+from lrt_jax.setup.errors import UserError
 
 # What is taken from a folder; Parquet compresses by itself.
 SUFFIXES = (".parquet", *(kind + by for kind in (".txt", ".md", ".py", ".jsonl") for by in ("", ".gz", ".zst")))
 NOT_STDLIB = ("site-packages", "dist-packages", "__pycache__", "lib-dynload")  # but in the same folder
 
 
-class DataError(ValueError):
+class DataError(UserError, ValueError):
     """The corpus holds something unusable, or too little; one sentence says what and where."""
 
 

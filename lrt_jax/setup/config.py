@@ -8,18 +8,19 @@ behind ``main.py`` sees the dataclasses only.
 import dataclasses
 import difflib
 import json
-import types
 import typing
 from collections.abc import Mapping
 from typing import Any, Literal
 
 from ml_collections import ConfigDict
 
+from lrt_jax.setup.errors import UserError
+
 Memory = Literal["shared", "layerwise", "none"]
 FINAL = "final"
 
 
-class ConfigError(ValueError):
+class ConfigError(UserError, ValueError):
     """A config field is unknown, has the wrong type, or contradicts another; one sentence says which."""
 
 
@@ -134,7 +135,8 @@ class OptimizerConfig:
     """Muon for matrices with AdamW for the rest, or AdamW for all; one learning-rate shape for both."""
 
     name: Literal["muon", "adamw"] = "muon"
-    matrix_lr: float = 0.02  # attention, MLP, memory projections and gates
+    muon_lr: float = 0.02  # attention, MLP, memory projections and gates, under Muon
+    matrix_lr: float = 0.002  # the same, under AdamW
     embedding_lr: float = 0.3  # token and value embeddings
     head_lr: float = 0.004
     alpha_lr: float = 0.005
@@ -142,6 +144,7 @@ class OptimizerConfig:
     weight_decay: float = 0.0  # of matrices; falls linearly to 0 over the run
     b1: float = 0.8  # AdamW
     b2: float = 0.95
+    beta_b1: float = 0.96  # AdamW's b1 for β
     eps: float = 1e-10
     momentum: float = 0.95  # Muon
     momentum_start: float = 0.85  # Muon's momentum rises from here …
@@ -220,6 +223,20 @@ def from_json(text: str) -> Config:
     return validate(_build(Config, fields, "config"))
 
 
+def default_config(**required: Any) -> ConfigDict:
+    """A ConfigDict with every field at its default, for config files to edit.
+
+    Args:
+      **required: the fields without a default, by dotted name with ``__`` for the dot: ``model__layers=4``.
+    """
+    groups: dict[str, dict[str, Any]] = {}
+    for dotted, value in required.items():
+        group, name = dotted.split("__")
+        groups.setdefault(group, {})[name] = value
+    config = _build(Config, groups, "config")
+    return ConfigDict(dataclasses.asdict(config))
+
+
 def from_config_dict(config: ConfigDict) -> Config:
     """The validated :class:`Config` of a ConfigDict.
 
@@ -237,7 +254,7 @@ def _build(kind: type, values: Any, path: str) -> Any:
     hints = typing.get_type_hints(kind)
     for name in values:
         if name not in fields:
-            raise ConfigError(unknown_field(path, name, list(fields)))
+            raise ConfigError(_unknown_field(path, name, list(fields)))
     built = {}
     for name, field in fields.items():
         where = f"{path}.{name}"
@@ -248,8 +265,26 @@ def _build(kind: type, values: Any, path: str) -> Any:
     return kind(**built)
 
 
-def unknown_field(path: str, name: str, allowed: list[str]) -> str:
+def field_type(path: str) -> Any:
+    """The type of a field, by its dotted path below the config: ``model.layers`` → ``int``.
+
+    Raises:
+      ConfigError: there is no such field.
+    """
+    kind: Any = Config
+    where = "config"
+    for name in path.split("."):
+        names = [field.name for field in dataclasses.fields(kind)] if dataclasses.is_dataclass(kind) else []
+        if name not in names:
+            raise ConfigError(_unknown_field(where, name, names))
+        kind, where = typing.get_type_hints(kind)[name], f"{where}.{name}"
+    return kind
+
+
+def _unknown_field(path: str, name: str, allowed: list[str]) -> str:
     """The sentence for a field that does not exist, with the nearest one that does."""
+    if not allowed:
+        return f"{path}.{name} is not a field; {path} is a single value"
     near = difflib.get_close_matches(name, allowed, n=1)
     hint = f"did you mean {near[0]}? " if near else ""
     return f"{path}.{name} is not a field; {hint}allowed are: {', '.join(allowed)}"
@@ -266,8 +301,6 @@ def _check_type(hint: Any, value: Any, where: str) -> Any:
         return value
     if origin is tuple and isinstance(value, (tuple, list)):
         return tuple(_check_type(arguments[0], item, f"{where}[{i}]") for i, item in enumerate(value))
-    if origin is types.UnionType and value is None:
-        return None
     wanted = hint if isinstance(hint, type) else None
     if wanted is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
@@ -311,6 +344,7 @@ def _validate_ranges(config: Config) -> None:
     }
     not_negative = {
         "optimizer": (
+            "muon_lr",
             "matrix_lr",
             "embedding_lr",
             "head_lr",
@@ -323,7 +357,7 @@ def _validate_ranges(config: Config) -> None:
         "train": ("steps", "tokens", "tokens_per_parameter", "eval_every", "save_every"),
         "eval": ("sample_tokens", "temperature"),
     }
-    shares = {"optimizer": ("b1", "b2", "momentum", "momentum_start", "warmup", "warmdown", "final_lr")}
+    shares = {"optimizer": ("b1", "b2", "beta_b1", "momentum", "momentum_start", "warmup", "warmdown", "final_lr")}
     for group, names in positive.items():
         for name in names:
             value = getattr(getattr(config, group), name)

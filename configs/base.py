@@ -1,0 +1,37 @@
+"""The default run: a small Latent Recurrent Transformer on the Python standard library's own source.
+
+    make train                                      # or: python -m lrt_jax.main --config=configs/base.py
+    python -m lrt_jax.main --config=configs/base.py:debug     # the same, shrunk: under a minute
+
+Runs anywhere; a GPU or a TPU is used where there is one. docs/LOG.md has what was measured.
+"""
+
+from ml_collections import ConfigDict
+
+from lrt_jax.setup.config import ConfigError, default_config
+
+
+def get_config(variant: str = "") -> ConfigDict:
+    """The config; ``debug`` shrinks data, model and evaluation together."""
+    if variant not in ("", "debug"):
+        raise ConfigError(f"configs/base.py has no variant {variant!r}; allowed are: debug, or none")
+    config = default_config(
+        model__layers=4,
+        model__width=128,
+        model__heads=2,
+        model__kv_heads=1,
+        model__sequence_length=256,
+        model__vocab_size=2048,
+        train__batch_size=16,
+    )
+    config.train.steps = 320
+    config.train.eval_every = 100
+    config.train.save_every = 100
+    config.optimizer.warmup = 0.02
+    config.optimizer.warmdown = 0.5
+    if variant == "debug":
+        config.model.update(layers=2, width=64, sequence_length=64, vocab_size=512)
+        config.data.tokenizer_bytes = 500_000
+        config.train.update(batch_size=8, steps=40, eval_every=20, save_every=20, log_every=5)
+        config.eval.update(batch_size=8, rows=8, final_rows=16, sample_tokens=32)
+    return config

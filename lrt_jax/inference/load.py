@@ -1,0 +1,60 @@
+"""A trained model, from its work dir."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+from flax import linen as nn
+from jax.sharding import Mesh
+
+from lrt_jax.data import tokenizer
+from lrt_jax.data.tokenizer import Tokenizer
+from lrt_jax.model.decoder import Decoder
+from lrt_jax.setup import mesh as meshes
+from lrt_jax.setup.config import Config, ConfigError
+from lrt_jax.training import checkpoint, state
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """A model, and what is needed to use it.
+
+    Attributes:
+      config: of the run that trained it.
+      decoder: the model.
+      params: its parameters.
+      tokenizer: text to tokens and back.
+      mesh: where the parameters are.
+      step: after how many steps.
+    """
+
+    config: Config
+    decoder: Decoder
+    params: dict[str, Any]
+    tokenizer: Tokenizer
+    mesh: Mesh
+    step: int
+
+
+def load(workdir: Path, step: int | None = None) -> Trained:
+    """The model of a work dir after ``step`` steps (None: the newest checkpoint).
+
+    Raises:
+      ConfigError: ``workdir`` is no run's work dir, or has no such checkpoint.
+    """
+    config = checkpoint.read_config(workdir)
+    checkpoints = checkpoint.Checkpoints(workdir, config.train.keep)
+    try:
+        found = ", ".join(map(str, checkpoints.steps)) or "none"
+        if step is None:
+            step = checkpoints.latest
+        if step is None or step not in checkpoints.steps:
+            wanted = "a checkpoint" if step is None else f"a checkpoint of step {step}"
+            raise ConfigError(f"--workdir is {str(workdir)!r}, which has not {wanted}; found: {found}")
+        mesh = meshes.make_mesh(config.mesh)
+        decoder = Decoder(config.model)
+        params = checkpoints.restore_params(state.abstract_params(decoder, mesh), step)
+    finally:
+        checkpoints.close()
+    return Trained(config, decoder, params, tokenizer.load(workdir, config), mesh, step)

@@ -1,0 +1,117 @@
+"""Train: ``python -m lrt_jax.main --config=configs/base.py [--workdir=DIR] [--config.key=value …]``."""
+
+import re
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import numpy as np
+from absl import flags
+from ml_collections import config_flags
+
+from lrt_jax.data import corpus, pipeline, tokenizer
+from lrt_jax.evaluation.bits_per_byte import Evaluator
+from lrt_jax.inference import sampling
+from lrt_jax.model import costs
+from lrt_jax.model.decoder import Decoder, compute_dtype
+from lrt_jax.model.parameters import table
+from lrt_jax.setup import config as configs
+from lrt_jax.setup import flags as command_line
+from lrt_jax.setup import hardware
+from lrt_jax.setup import mesh as meshes
+from lrt_jax.training import checkpoint, loop, metrics, optimizer, schedules, state, step
+
+CONFIG = config_flags.DEFINE_config_file("config", None, "The config file, with its argument after a colon.")
+WORKDIR = flags.DEFINE_string("workdir", None, "Where the run lives; default: runs/<config name>.")
+
+
+def main() -> int | None:
+    """Trains the config named by the flags, or goes on where a run in the same work dir stopped."""
+    if CONFIG.value is None:
+        raise configs.ConfigError("--config is not set; for the default run: --config=configs/base.py")
+    config = configs.from_config_dict(CONFIG.value)
+    name = config_flags.get_config_filename(flags.FLAGS["config"])
+    run(config, Path(WORKDIR.value or default_workdir(name)))
+    return None
+
+
+def default_workdir(config_file: str) -> Path:
+    """``configs/base.py:debug`` → ``runs/base_debug``."""
+    file, _, variant = config_file.partition(":")
+    return Path("runs") / "_".join(part for part in (Path(file).stem, re.sub(r"[^\w=,.-]", "-", variant)) if part)
+
+
+def run(config: configs.Config, workdir: Path) -> dict[str, float]:
+    """Trains to the end, or to an interruption; scores and samples the result.
+
+    Args:
+      config: the run.
+      workdir: where it lives; if it holds checkpoints, the run goes on from the newest.
+
+    Returns:
+      The closing metrics; empty if the run was interrupted.
+
+    Raises:
+      UserError: something that the user can mend.
+    """
+    began = time.perf_counter()
+    mesh = meshes.make_mesh(config.mesh)
+    meshes.check_divisibility(config, mesh)
+    changes = checkpoint.bind_config(config, workdir)
+    meshes.cache_compilations(workdir)
+
+    texts = corpus.open_corpus(config.data)
+    tokens = tokenizer.load_or_train(config, texts, workdir)
+    batches = pipeline.training_batches(config, texts, tokens)
+    held_out = pipeline.held_out_rows(config, texts, tokens, config.eval.final_rows)
+
+    decoder = Decoder(config.model)
+    counts = costs.count_parameters(config.model)
+    steps = configs.train_steps(config.train, config.model.sequence_length, counts.total)
+    transformation = optimizer.build(config.optimizer, table(config.model), steps)
+    schedule = schedules.build(config.schedule, config.model.sequence_length)
+    names = schedules.forward_names(config.schedule)
+    evaluator = Evaluator(decoder, schedule, mesh, held_out, tokens.token_bytes, config.eval.batch_size)
+
+    checkpoints = checkpoint.Checkpoints(workdir, config.train.keep)
+    start = checkpoints.latest
+    if start is None:
+        train_state = state.create(decoder, transformation, mesh, config.seed)
+    else:
+        abstract = state.abstract(decoder, transformation, mesh)
+        train_state = checkpoints.restore(abstract, batches, start)
+    writer = metrics.Writer(workdir, start or 0, steps)
+    for line in _opening(config, workdir, counts, steps, start, changes):
+        writer.line(line)
+
+    parts = loop.Parts(
+        step=step.build(decoder, schedule, transformation, names, config.train.accumulation),
+        batches=batches,
+        mesh=mesh,
+        checkpoints=checkpoints,
+        writer=writer,
+        evaluate=lambda params: evaluator(params, config.eval.rows),
+        steps=steps,
+        forwards_equivalent=config.schedule.forwards_equivalent,
+        flops_per_step=costs.train_flops(config.model, config.schedule) * config.train.batch_size,
+        peak_flops=sum(hardware.peak_flops(device) for device in mesh.devices.flat[:1]) * mesh.size,
+    )
+    try:
+        train_state, complete = loop.train(config, parts, train_state)
+        if not complete:
+            writer.line(f"stopped at step {int(train_state.step):,}; run the same command to go on from there")
+            return {}
+        scores = evaluator(train_state.params)
+        writer.write(steps, scores)
+    finally:
+        writer.close()
+        batches.close()
+        checkpoints.close()
+    for line in _closing(config, scores, evaluator, steps, time.perf_counter() - began):
+        print(line)
+    if config.eval.sample_tokens:
+        print("\nA sample, decoded with the memory:\n")
+        _print_sample(config, decoder, train_state.params, tokens)
+    return scores

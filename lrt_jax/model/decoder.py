@@ -1,0 +1,258 @@
+"""The decoder: one forward that serves initialization, subsets and decoding.
+
+It knows neither schedules nor losses. Everything it produces, it returns: hidden states, the source
+state that becomes recurrent memory, and the buffer of keys and values.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax import struct
+from jax import lax
+
+from lrt_jax.model import attention, layers, memory
+from lrt_jax.model.memory import KV
+from lrt_jax.model.parameters import table
+from lrt_jax.setup.config import ModelConfig
+
+# Slots are the third axis from the end in every leaf of a buffer's kv: [(L,) B, N, K, C].
+SLOTS = -3
+
+
+class Buffer(struct.PyTreeNode):
+    """Keys and values of every layer, after gates, RoPE and QK norm: the shared buffer, or a KV cache.
+
+    Attributes:
+      kv: a tuple of L :class:`KV` with leaves [B, N, K, C]; with ``scan_layers`` one KV with leaves
+        [L, B, N, K, C].
+      positions_BxN: int32, the position each slot holds, ``attention.EMPTY`` where none; the first axis
+        is 1 where all rows are alike.
+    """
+
+    kv: Any
+    positions_BxN: jax.Array
+
+
+class Forward(NamedTuple):
+    """What one forward returns, for its P positions.
+
+    Attributes:
+      hidden_BxPxD: ``h_final``, which :meth:`Decoder.logits` reads.
+      source_BxPxD: the source states m_t.
+      buffer: the buffer given with this forward's keys and values written in, or, where none was given,
+        just these.
+    """
+
+    hidden_BxPxD: jax.Array
+    source_BxPxD: jax.Array
+    buffer: Buffer
+
+
+def compute_dtype(config: ModelConfig) -> jnp.dtype:
+    """The dtype of activations and matrix products; parameters, norms, softmax and losses stay float32.
+
+    ``auto`` is bfloat16 on a TPU and on a GPU with bfloat16 tensor cores (compute capability 8.0 or more), else
+    float32.
+    """
+    if config.dtype != "auto":
+        return jnp.dtype(config.dtype)
+    device = jax.devices()[0]
+    fast = device.platform == "tpu" or float(getattr(device, "compute_capability", 0)) >= 8
+    return jnp.dtype("bfloat16" if fast else "float32")
+
+
+def empty_buffer(config: ModelConfig, rows: int, slots: int) -> Buffer:
+    """A buffer with nothing in it: N = ``slots`` for each of B = ``rows`` sequences."""
+    shape = (rows, slots, config.kv_heads, config.head_width)
+    positions_BxN = jnp.full((rows, slots), attention.EMPTY, jnp.int32)
+    if config.scan_layers:
+        zeros = jnp.zeros((config.layers, *shape), compute_dtype(config))
+        return Buffer(KV(zeros, zeros), positions_BxN)
+    zeros = jnp.zeros(shape, compute_dtype(config))
+    return Buffer((KV(zeros, zeros),) * config.layers, positions_BxN)
+
+
+class Decoder(nn.Module):
+    """The Latent Recurrent Transformer, and with its memory off the plain baseline (method.md, "Backbone")."""
+
+    config: ModelConfig
+
+    def setup(self) -> None:
+        """Declares every array of the parameter table, with its logical axes."""
+        dtype = jnp.promote_types(jnp.float32, compute_dtype(self.config))
+        self.parameters = {
+            name: self.param(name, nn.with_logical_partitioning(spec.init, spec.axes), spec.shape, dtype)
+            for name, spec in table(self.config).items()
+        }
+
+    def __call__(
+        self,
+        tokens_BxP: jax.Array,
+        positions_BxP: jax.Array,
+        memory_BxPxD: jax.Array | None = None,
+        buffer: Buffer | None = None,
+        slot: jax.Array | int = 0,
+    ) -> Forward:
+        """One forward over P positions.
+
+        Args:
+          tokens_BxP: int token ids.
+          positions_BxP: int32 position of each token; the first axis may be 1, for all rows alike.
+          memory_BxPxD: m_{t-1} for each position; None is zero memory.
+          buffer: keys and values of other positions. This forward's own are written into it, in every
+            layer, before its queries attend; None: the queries see just this forward's positions.
+          slot: where in the buffer, of N slots, the P positions are written: slots ``slot`` to ``slot + P``.
+
+        Returns:
+          The :class:`Forward`.
+
+        Raises:
+          ValueError: shapes do not fit together.
+        """
+        _check_shapes(tokens_BxP, positions_BxP, memory_BxPxD, buffer)
+        config, dtype = self.config, compute_dtype(self.config)
+        arrays = self.parameters
+
+        x0_BxPxD = layers.rms_norm(jnp.take(arrays["embedding"], tokens_BxP, axis=0).astype(dtype))
+        if memory_BxPxD is not None:
+            memory_BxPxD = memory_BxPxD.astype(dtype) if config.recurrent else None
+        positions_BxN = positions_BxP
+        if buffer is not None:
+            written_BxP = jnp.broadcast_to(positions_BxP, (buffer.positions_BxN.shape[0], positions_BxP.shape[1]))
+            positions_BxN = lax.dynamic_update_slice_in_dim(buffer.positions_BxN, written_BxP, slot, axis=1)
+        context = _Context(
+            config=config,
+            x0_BxPxD=x0_BxPxD,
+            memory_BxPxD=memory_BxPxD,
+            projected=_shared_projection(config, memory_BxPxD, arrays),
+            rope=layers.rope_tables(positions_BxP, config.head_width, config.rope_base, dtype),
+            queries_BxP=positions_BxP,
+            keys_BxN=positions_BxN,
+            slot=slot,
+        )
+        own = _per_layer(config, arrays, tokens_BxP, dtype)
+        kv = None if buffer is None else buffer.kv
+        x_BxPxD, source_BxPxD, kv = _run_layers(context, x0_BxPxD, own, kv)
+        hidden_BxPxD = layers.rms_norm(x_BxPxD)
+        return Forward(hidden_BxPxD, layers.rms_norm(source_BxPxD), Buffer(kv, positions_BxN))
+
+    def logits(self, hidden_BxPxD: jax.Array) -> jax.Array:
+        """15 tanh(Whead h_final / 15), in float32 or wider: [B, P, V]."""
+        raw_BxPxV = layers.linear(hidden_BxPxD, self.parameters["head"])
+        wide = jnp.promote_types(raw_BxPxV.dtype, jnp.float32)
+        return self.config.softcap * jnp.tanh(raw_BxPxV.astype(wide) / self.config.softcap)
+
+
+class _Context(NamedTuple):
+    """What every layer of one forward shares."""
+
+    config: ModelConfig
+    x0_BxPxD: jax.Array
+    memory_BxPxD: jax.Array | None
+    projected: KV | None
+    rope: tuple[jax.Array, jax.Array]
+    queries_BxP: jax.Array
+    keys_BxN: jax.Array
+    slot: jax.Array | int
+
+
+def _check_shapes(
+    tokens_BxP: jax.Array, positions_BxP: jax.Array, memory_BxPxD: jax.Array | None, buffer: Buffer | None
+) -> None:
+    rows, length = tokens_BxP.shape
+    if positions_BxP.shape not in ((rows, length), (1, length)):
+        raise ValueError(f"positions have shape {positions_BxP.shape}; allowed are {(rows, length)} and {(1, length)}")
+    if memory_BxPxD is not None and memory_BxPxD.shape[:2] != (rows, length):
+        raise ValueError(f"memory has shape {memory_BxPxD.shape}; it must begin with {(rows, length)}")
+    if buffer is not None:
+        found = buffer.positions_BxN.shape
+        if found[0] not in (1, rows) or found[1] < length or (found[0] == 1 and positions_BxP.shape[0] != 1):
+            raise ValueError(f"the buffer's positions have shape {found}; {(rows, length)} tokens do not fit")
+
+
+def _shared_projection(config: ModelConfig, memory_BxPxD: jax.Array | None, arrays: dict[str, jax.Array]) -> KV | None:
+    """Uk m and Uv m where all layers share the projections: computed once a forward."""
+    if config.memory != "shared" or memory_BxPxD is None:
+        return None
+    return memory.project(memory_BxPxD, arrays["memory_key"], arrays["memory_value"])
+
+
+def _per_layer(
+    config: ModelConfig, arrays: dict[str, jax.Array], tokens_BxP: jax.Array, dtype: jnp.dtype
+) -> dict[str, jax.Array]:
+    """What each layer has of its own, every array with a leading layer axis."""
+    own = {
+        name: arrays[name]
+        for name, spec in table(config).items()
+        if spec.axes[0] == "layers" and name not in ("value_embedding", "value_gate")
+    }
+    own["index"] = jnp.arange(config.layers)
+    own["window"] = jnp.asarray(config.windows, jnp.int32)
+    owners = config.value_embedding_layers
+    if owners:
+        embedded_ExBxPxKxC = jnp.take(arrays["value_embedding"], tokens_BxP, axis=1).astype(dtype)
+        for name, array in (("value_embedding", embedded_ExBxPxKxC), ("value_gate", arrays["value_gate"])):
+            # Layers without a table get zeros, which add exactly nothing, so that all layers are alike.
+            absent = jnp.zeros((config.layers, *array.shape[1:]), array.dtype)
+            own[name] = array if len(owners) == config.layers else absent.at[jnp.asarray(owners)].set(array)
+    return own
+
+
+def _layer(context: _Context, x_BxPxD: jax.Array, own: dict[str, jax.Array], kv: KV | None) -> tuple[jax.Array, KV]:
+    """One layer: its output, and the keys and values that it leaves in the buffer."""
+    config = context.config
+    x_BxPxD = memory.mix_residual(
+        x_BxPxD, context.x0_BxPxD, context.memory_BxPxD, own.get("alpha"), own.get("beta"), own.get("gamma")
+    )
+    h_BxPxD = layers.rms_norm(x_BxPxD)
+    q_BxPxHxC = layers.linear(h_BxPxD, own["query"])
+    fresh = KV(layers.linear(h_BxPxD, own["key"]), layers.linear(h_BxPxD, own["value"]))
+    projected = context.projected
+    if config.memory == "layerwise" and context.memory_BxPxD is not None:
+        projected = memory.project(context.memory_BxPxD, own["memory_key"], own["memory_value"])
+    fresh = memory.mix_keys_values(
+        fresh, h_BxPxD, own.get("memory_gate"), projected, own.get("value_gate"), own.get("value_embedding")
+    )
+    q_BxPxHxC = layers.rms_norm(layers.rope(q_BxPxHxC, *context.rope))
+    fresh = KV(layers.rms_norm(layers.rope(fresh.k, *context.rope)), fresh.v)
+    if kv is None:
+        kv = fresh
+    else:
+        kv = jax.tree.map(lambda old, new: lax.dynamic_update_slice_in_dim(old, new, context.slot, SLOTS), kv, fresh)
+    mixed_BxPxHxC = attention.attend(q_BxPxHxC, kv.k, kv.v, context.queries_BxP, context.keys_BxN, own["window"])
+    x_BxPxD = x_BxPxD + layers.linear(mixed_BxPxHxC, own["output"], inputs=2)
+    x_BxPxD = x_BxPxD + layers.mlp(layers.rms_norm(x_BxPxD), own["mlp_in"], own["mlp_out"])
+    return x_BxPxD, kv
+
+
+def _run_layers(
+    context: _Context, x_BxPxD: jax.Array, own: dict[str, jax.Array], kv: Any
+) -> tuple[jax.Array, jax.Array, Any]:
+    """All layers in turn, scanned or unrolled: the last output, the source layer's output, the buffer's kv."""
+    config = context.config
+
+    def body(carry: tuple[jax.Array, jax.Array], layer: tuple[dict[str, jax.Array], KV | None]) -> Any:
+        x_BxPxD, source_BxPxD = carry
+        x_BxPxD, kv = _layer(context, x_BxPxD, *layer)
+        source_BxPxD = jnp.where(layer[0]["index"] == config.source_index, x_BxPxD, source_BxPxD)
+        return (x_BxPxD, source_BxPxD), kv
+
+    step = jax.checkpoint(body) if config.remat else body
+    carry = (x_BxPxD, jnp.zeros_like(x_BxPxD))
+    if config.scan_layers:
+        carry, kv = lax.scan(step, carry, (own, kv))
+    else:
+        buffers = []
+        for index, layer_own in enumerate(_unstack(own, config.layers)):
+            carry, layer_kv = step(carry, (layer_own, None if kv is None else kv[index]))
+            buffers.append(layer_kv)
+        kv = tuple(buffers)
+    return *carry, kv
+
+
+def _unstack(stacked: dict[str, jax.Array], layers: int) -> list[dict[str, jax.Array]]:
+    """One tree per layer. ``lax.split``'s gradient is one concatenation; indexing's would be L padded sums."""
+    pieces = {name: lax.split(array, [1] * layers, axis=0) for name, array in stacked.items()}
+    return [{name: jnp.squeeze(parts[index], axis=0) for name, parts in pieces.items()} for index in range(layers)]

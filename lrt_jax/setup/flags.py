@@ -1,0 +1,64 @@
+"""How a command reads its flags and ends: one clear line for whatever the user can mend."""
+
+import sys
+import typing
+from collections.abc import Callable
+from pathlib import Path
+
+from absl import app, flags
+
+from lrt_jax.setup.config import ConfigError, field_type
+from lrt_jax.setup.errors import UserError
+
+PREFIX = "--config."
+
+
+def run(command: Callable[[], int | None]) -> None:
+    """Runs a command under absl with flags parsed; exits with its value, or with 1 and one line on stderr."""
+    try:
+        app.run(lambda _: command(), flags_parser=parse)
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("stopped before training began; nothing was changed")
+
+
+def parse(arguments: list[str]) -> list[str]:
+    """Parses flags; ``--config.a.b=value`` overrides a field of the config.
+
+    Raises:
+      ConfigError: a flag or field is unknown, or has a value of the wrong type.
+    """
+    overrides = dict(argument.removeprefix(PREFIX).partition("=")[::2] for argument in arguments if _overrides(argument))
+    types = {name: field_type(name) for name in overrides}
+    for argument in arguments:
+        if argument.startswith("--config="):
+            _check_file(argument.removeprefix("--config="))
+    try:
+        rest = flags.FLAGS(arguments)
+    except flags.IllegalFlagValueError as error:
+        for name, kind in types.items():
+            if f"{PREFIX}{name}=" in str(error):
+                raise ConfigError(f"config.{name} is {overrides[name]!r}; it must be {_named(kind)}") from None
+        raise ConfigError(str(error)) from None
+    except flags.Error as error:
+        raise ConfigError(str(error)) from None
+    if len(rest) > 1:
+        raise ConfigError(f"{rest[1]!r} is not a flag; flags are written --name=value")
+    return rest
+
+
+def _overrides(argument: str) -> bool:
+    return argument.startswith(PREFIX)
+
+
+def _check_file(value: str) -> None:
+    path = Path(value.partition(":")[0])
+    if not path.is_file():
+        raise ConfigError(f"--config is {value!r}, but there is no file {path}; shipped ones are in configs/")
+
+
+def _named(kind: object) -> str:
+    if typing.get_origin(kind) is typing.Literal:
+        return "one of: " + ", ".join(map(str, typing.get_args(kind)))
+    return getattr(kind, "__name__", str(kind))

@@ -1,0 +1,42 @@
+"""What the devices can do at best: the denominator of MFU."""
+
+import time
+
+import jax
+import jax.numpy as jnp
+
+# Dense bfloat16 FLOP/s of one JAX device (a v4 or v5p device is a chip), from the vendors' data sheets.
+PEAK_FLOPS = {
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5": 459e12,
+    "TPU v5p": 459e12,
+    "TPU v6 lite": 918e12,
+    "TPU v6e": 918e12,
+    "NVIDIA A100": 312e12,
+    "NVIDIA H100": 989e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA L4": 121e12,
+    "Tesla T4": 65e12,
+}
+PROBE_SIZE = 1024
+
+
+def peak_flops(device: jax.Device) -> float:
+    """Peak FLOP/s of one device: its data sheet's, or, for a device that has none here, what a probe reaches."""
+    known = [name for name in PEAK_FLOPS if device.device_kind.startswith(name)]
+    return PEAK_FLOPS[max(known, key=len)] if known else measured_flops(device)
+
+
+def measured_flops(device: jax.Device, repeats: int = 5) -> float:
+    """FLOP/s of a square float32 matrix product, the best of ``repeats``; takes some tens of milliseconds."""
+    square = jax.device_put(jnp.ones((PROBE_SIZE, PROBE_SIZE)), device)
+    product = jax.jit(jnp.matmul)
+    product(square, square).block_until_ready()
+    seconds = []
+    for _ in range(repeats):
+        begin = time.perf_counter()
+        product(square, square).block_until_ready()
+        seconds.append(time.perf_counter() - begin)
+    return 2 * PROBE_SIZE**3 / min(seconds)

@@ -1,0 +1,139 @@
+"""Checkpoints: the state, the data iterator's position and the config, by orbax; and what may be resumed.
+
+The only module that knows orbax, whose API still moves.
+"""
+
+import dataclasses
+import json
+from typing import Any
+
+import grain
+import jax
+import orbax.checkpoint as ocp
+from etils import epath
+from orbax.checkpoint.checkpoint_managers import preservation_policy
+
+from lrt_jax.setup.config import Config, ConfigError, from_json
+from lrt_jax.training.state import TrainState
+
+CONFIG_FILE = "config.json"
+FOLDER = "checkpoints"
+# What a work dir is bound to: the parameters' meaning, the tokens' meaning, and the stream of batches.
+FIXED = ("model", "data", "seed", "train.batch_size")
+# Fields within those that change speed only, never a number's meaning.
+FREE = ("model.dtype", "model.scan_layers", "model.remat", "data.prefetch")
+
+
+class Checkpoints:
+    """The checkpoints of one work dir. Saving is asynchronous; :meth:`close` waits for it."""
+
+    def __init__(self, workdir: epath.PathLike, keep: int = 2):
+        """Opens, or creates on the first save, ``workdir/checkpoints``, where the newest ``keep`` are kept."""
+        options = ocp.CheckpointManagerOptions(preservation_policy=preservation_policy.LatestN(keep))
+        self._manager = ocp.CheckpointManager(epath.Path(workdir).absolute() / FOLDER, options=options)
+
+    @property
+    def latest(self) -> int | None:
+        """The newest checkpoint's step, or None."""
+        return self._manager.latest_step()
+
+    @property
+    def steps(self) -> list[int]:
+        """The steps that have a checkpoint, ascending."""
+        return sorted(self._manager.all_steps())
+
+    def save(self, state: TrainState, iterator: grain.DatasetIterator, config: Config) -> None:
+        """Begins to save the state after ``state.step`` steps; a step that is saved already is left alone."""
+        step = int(state.step)
+        if step in self._manager.all_steps():
+            return
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                params=ocp.args.StandardSave(state.params),
+                optimizer=ocp.args.StandardSave({"step": state.step, "opt_state": state.opt_state}),
+                data=grain.checkpoint.CheckpointSave(iterator),
+                config=ocp.args.JsonSave(dataclasses.asdict(config)),
+            ),
+        )
+
+    def restore(self, abstract: TrainState, iterator: grain.DatasetIterator, step: int) -> TrainState:
+        """The state of a step, in the shardings of ``abstract``; moves ``iterator`` to where it was."""
+        restored = self._manager.restore(
+            step,
+            args=ocp.args.Composite(
+                params=ocp.args.StandardRestore(abstract.params),
+                optimizer=ocp.args.StandardRestore({"step": abstract.step, "opt_state": abstract.opt_state}),
+                data=grain.checkpoint.CheckpointRestore(iterator),
+            ),
+        )
+        return TrainState(restored.optimizer["step"], restored.params, restored.optimizer["opt_state"])
+
+    def restore_params(self, abstract: dict[str, Any], step: int) -> dict[str, jax.Array]:
+        """The parameters of a step, in the shardings of ``abstract``."""
+        args = ocp.args.Composite(params=ocp.args.StandardRestore(abstract))
+        return self._manager.restore(step, args=args).params
+
+    def wait(self) -> None:
+        """Waits until what was begun is saved."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Waits, and lets go of the folder."""
+        self._manager.close()
+
+
+def bind_config(config: Config, workdir: epath.PathLike) -> list[str]:
+    """Writes the config into the work dir; on a work dir that has one, checks that the run may go on.
+
+    Returns:
+      A line for each field that has changed, where it may.
+
+    Raises:
+      ConfigError: a field that the saved state depends on has changed.
+    """
+    path = epath.Path(workdir) / CONFIG_FILE
+    changes = []
+    if path.exists():
+        before, now = (_flat(dataclasses.asdict(c)) for c in (read_config(workdir), config))
+        for name in sorted(before.keys() | now.keys()):
+            if before.get(name) == now.get(name):
+                continue
+            if _is_fixed(name):
+                raise ConfigError(
+                    f"config.{name} is {now.get(name)!r}, but {workdir} was begun with {before.get(name)!r}; "
+                    "use that, or another --workdir"
+                )
+            changes.append(f"config.{name}: {before.get(name)!r} → {now.get(name)!r}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(path.name + ".tmp")
+    unfinished.write_text(config.to_json())
+    unfinished.replace(path)
+    return changes
+
+
+def read_config(workdir: epath.PathLike) -> Config:
+    """The config that a work dir was begun or last resumed with.
+
+    Raises:
+      ConfigError: there is none, or it cannot be read.
+    """
+    path = epath.Path(workdir) / CONFIG_FILE
+    if not path.exists():
+        raise ConfigError(f"--workdir is {str(workdir)!r}, which has no {CONFIG_FILE}; it must be a run's work dir")
+    return from_json(path.read_text())
+
+
+def _is_fixed(name: str) -> bool:
+    within = any(name == fixed or name.startswith(fixed + ".") for fixed in FIXED)
+    return within and name not in FREE
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = json.loads(json.dumps(value))
+    return flat

@@ -1,0 +1,98 @@
+"""The optimizer: an optax chain, partitioned by the groups of the parameter table."""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import optax
+
+from lrt_jax.model.parameters import Parameter
+from lrt_jax.setup.config import OptimizerConfig
+
+Rate = Callable[[jax.Array], jax.Array]
+
+
+def rate_shape(config: OptimizerConfig, steps: int) -> Rate:
+    """The learning rate over the run as a share of its highest: warm-up, constant, linear warm-down."""
+    warmup, warmdown = round(config.warmup * steps), round(config.warmdown * steps)
+    phases = [
+        # Step 0 already learns: the rise ends at 1 on the first step after the warm-up.
+        optax.schedules.linear_schedule(1 / (warmup + 1), 1.0, warmup),
+        optax.schedules.constant_schedule(1.0),
+        optax.schedules.linear_schedule(1.0, config.final_lr, max(warmdown, 1)),
+    ]
+    return optax.schedules.join_schedules(phases, [warmup, max(steps - warmdown, warmup)])
+
+
+def build(config: OptimizerConfig, table: Mapping[str, Parameter], steps: int) -> optax.GradientTransformation:
+    """Clipping, then Muon for matrices (or AdamW), AdamW for every other group.
+
+    Args:
+      config: rates and constants.
+      table: the parameter table, whose groups decide who gets what.
+      steps: length of the run, which the rate's shape and the decay of weights follow.
+
+    Returns:
+      A transformation of gradients in a flat dict with the table's names.
+    """
+    shape = rate_shape(config, steps)
+    decay = optax.schedules.linear_schedule(config.weight_decay, 0.0, steps)
+
+    def rate(highest: float) -> optax.GradientTransformation:
+        return optax.scale_by_learning_rate(lambda step: highest * shape(step))
+
+    def adamw(highest: float, b1: float = config.b1, weight_decay: Any = 0.0) -> optax.GradientTransformation:
+        adam = optax.scale_by_adam(b1=b1, b2=config.b2, eps=config.eps)
+        return optax.chain(adam, optax.add_decayed_weights(weight_decay), rate(highest))
+
+    matrix = adamw(config.matrix_lr, weight_decay=decay)
+    if config.name == "muon":
+        matrix = optax.chain(_muon(config, table), optax.add_decayed_weights(decay), rate(config.muon_lr))
+    groups = {
+        "matrix": matrix,
+        "embedding": adamw(config.embedding_lr),
+        "head": adamw(config.head_lr),
+        "alpha": adamw(config.alpha_lr),
+        "beta": adamw(config.scalar_lr, config.beta_b1),
+        "gamma": adamw(config.scalar_lr),
+    }
+    by_group = optax.partition(groups, {name: parameter.group for name, parameter in table.items()})
+    clip = optax.clip_by_global_norm(config.clip) if config.clip else optax.identity()
+    return optax.chain(clip, by_group)
+
+
+def _muon(config: OptimizerConfig, table: Mapping[str, Parameter]) -> optax.GradientTransformation:
+    """Orthogonalized momentum, times √max(1, outputs / inputs): every axis but inputs and outputs is batch."""
+
+    def dimensions(parameter: Parameter) -> optax.contrib.MuonDimensionNumbers:
+        stacked = parameter.axes[0] == "layers"
+        outputs = [axis for axis in range(int(stacked), len(parameter.shape)) if axis not in parameter.inputs]
+        return optax.contrib.MuonDimensionNumbers(reduction_axis=parameter.inputs, output_axis=tuple(outputs))
+
+    def dimension_numbers(updates: Mapping[str, Any]) -> dict[str, Any]:
+        # optax.partition hands over the whole tree, with the other groups' leaves masked out.
+        return {
+            name: leaf if isinstance(leaf, optax.MaskedNode) else dimensions(table[name])
+            for name, leaf in updates.items()
+        }
+
+    def scale(updates: Mapping[str, Any], params: Any) -> dict[str, Any]:
+        del params
+        scaled = dict(updates)
+        for name, leaf in updates.items():
+            if not isinstance(leaf, optax.MaskedNode):
+                numbers = dimensions(table[name])
+                inputs, outputs = (
+                    math.prod(leaf.shape[axis] for axis in axes)
+                    for axes in (numbers.reduction_axis, numbers.output_axis)
+                )
+                scaled[name] = leaf * math.sqrt(max(1.0, outputs / inputs))
+        return scaled
+
+    static = ("ns_coeffs", "ns_steps", "eps", "mu_dtype", "nesterov", "adaptive", "preconditioning")
+    momentum = optax.schedules.linear_schedule(config.momentum_start, config.momentum, max(config.momentum_warmup, 1))
+    orthogonalize = optax.inject_hyperparams(
+        optax.contrib.scale_by_muon, static_args=(*static, "weight_dimension_numbers")
+    )(beta=momentum, weight_dimension_numbers=dimension_numbers)
+    return optax.chain(orthogonalize, optax.stateless(scale))
