@@ -1,19 +1,17 @@
 """Train: ``python -m lrt_jax.main --config=configs/base.py [--workdir=DIR] [--config.key=value …]``."""
 
 import re
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import jax
-import numpy as np
 from absl import flags
 from ml_collections import config_flags
 
 from lrt_jax.data import corpus, pipeline, tokenizer
 from lrt_jax.evaluation.bits_per_byte import Evaluator
-from lrt_jax.inference import sampling
+from lrt_jax.inference import load, sampling
 from lrt_jax.model import costs
 from lrt_jax.model.decoder import Decoder, compute_dtype
 from lrt_jax.model.parameters import table
@@ -112,6 +110,55 @@ def run(config: configs.Config, workdir: Path) -> dict[str, float]:
     for line in _closing(config, scores, evaluator, steps, time.perf_counter() - began):
         print(line)
     if config.eval.sample_tokens:
-        print("\nA sample, decoded with the memory:\n")
-        _print_sample(config, decoder, train_state.params, tokens)
+        print(f"\nA sample, decoded with the memory, after {config.eval.prompt!r}:\n")
+        trained = load.Trained(config, decoder, train_state.params, tokens, mesh, steps)
+        text = sampling.stream(
+            trained, config.eval.prompt, tokens=config.eval.sample_tokens, temperature=config.eval.temperature
+        )
+        for piece in text:
+            print(piece, end="", flush=True)
+        print(flush=True)
     return scores
+
+
+def _opening(
+    config: configs.Config,
+    workdir: Path,
+    counts: costs.ParameterCounts,
+    steps: int,
+    start: int | None,
+    changes: list[str],
+) -> Iterator[str]:
+    """What is about to happen, in a few lines."""
+    model, train = config.model, config.train
+    kind = "plain Transformer" if not model.recurrent else f"Latent Recurrent Transformer, {model.memory} memory"
+    yield f"{kind}: {model.layers} layers, width {model.width}, {model.heads} heads, context {model.sequence_length}"
+    yield f"parameters\n{counts}"
+    device = jax.devices()[0]
+    yield f"{jax.device_count()} × {device.device_kind} ({device.platform}), {compute_dtype(model)} compute"
+    tokens = steps * train.batch_size * model.sequence_length
+    yield f"{config.schedule.name}, {config.optimizer.name}, {steps:,} steps, {tokens:,} tokens"
+    yield from changes
+    yield f"{workdir}: " + (f"going on from step {start:,}" if start is not None else "beginning at step 0")
+
+
+def _closing(
+    config: configs.Config, scores: dict[str, float], evaluator: Evaluator, steps: int, seconds: float
+) -> Iterator[str]:
+    """The closing table."""
+    tokens = steps * config.train.batch_size * config.model.sequence_length
+    rows = {
+        "initialization forward  val/bpb_init": scores["val/bpb_init"],
+        "merged                  val/bpb": scores["val/bpb"],
+        "sequential              val/bpb_sequential": scores["val/bpb_sequential"],
+        "gzip -9, the same bytes": evaluator.gzip_bits_per_byte(),
+    }
+    yield f"\n{steps:,} steps, {tokens:,} tokens, {tokens * config.schedule.forwards_equivalent:,.0f} effective"
+    yield f"{seconds / 60:.1f} minutes in this session, setup and evaluation included"
+    yield f"\nbits per byte of {len(evaluator.held_out.text):,} held-out bytes"
+    for name, value in rows.items():
+        yield f"  {name:<46}{value:8.4f}"
+
+
+if __name__ == "__main__":
+    command_line.run(main)

@@ -143,6 +143,18 @@ def load_or_train(config: Config, corpus: Corpus, workdir: epath.PathLike) -> To
     return tokenizer
 
 
+def load(workdir: epath.PathLike, config: Config) -> Tokenizer:
+    """The tokenizer that a work dir keeps.
+
+    Raises:
+      ConfigError: there is none, or it does not fit the config.
+    """
+    kept = epath.Path(workdir) / FILE
+    if not kept.exists():
+        raise ConfigError(f"--workdir is {str(workdir)!r}, which has no {FILE}; it must be a run's work dir")
+    return _load(kept.read_bytes(), str(kept), config)
+
+
 def _load(model: bytes, path: str, config: Config) -> Tokenizer:
     """The tokenizer of a model file, once it is known to fit the config and to be lossless."""
     try:

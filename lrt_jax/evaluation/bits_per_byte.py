@@ -46,7 +46,7 @@ class Evaluator:
           token_bytes: int [V], UTF-8 bytes of each token, 0 for special tokens.
           batch_size: rows scored together.
         """
-        self._mesh, self._held_out, self._batch_size = mesh, held_out, batch_size
+        self._mesh, self.held_out, self._batch_size = mesh, held_out, batch_size
         self._token_bytes = token_bytes
         self.rows = len(held_out.tokens_NxT)
 
@@ -76,7 +76,7 @@ class Evaluator:
             for part in (self._parallel(params, *batch), self._sequential(params, *batch)):
                 for name, nats_T in part.items():
                     nats[name] = nats.get(name, 0.0) + np.asarray(nats_T, np.float64)
-        bytes_T = self._token_bytes[self._held_out.targets_NxT[:rows]].sum(axis=0)
+        bytes_T = self._token_bytes[self.held_out.targets_NxT[:rows]].sum(axis=0)
         names = {"merged": "val/bpb", "init": "val/bpb_init", "sequential": "val/bpb_sequential"}
         metrics = {names[name]: _bits_per_byte(nats_T.sum(), bytes_T.sum()) for name, nats_T in nats.items()}
         edges = [edge for edge in BUCKETS if edge < len(bytes_T)] + [len(bytes_T)]
@@ -87,14 +87,14 @@ class Evaluator:
 
     def gzip_bits_per_byte(self) -> float:
         """What ``gzip -9`` needs for the UTF-8 bytes of all rows' targets: a yardstick anyone can check."""
-        text = self._held_out.text
+        text = self.held_out.text
         return 8 * len(gzip.compress(text, compresslevel=9, mtime=0)) / len(text)
 
     def _batches(self, rows: int) -> Iterator[tuple[jax.Array, jax.Array, jax.Array]]:
         """Tokens, targets and which targets count; the last batch is filled up with rows that do not."""
         for begin in range(0, rows, self._batch_size):
             chosen = slice(begin, min(begin + self._batch_size, rows))
-            tokens_BxT, targets_BxT = self._held_out.tokens_NxT[chosen], self._held_out.targets_NxT[chosen]
+            tokens_BxT, targets_BxT = self.held_out.tokens_NxT[chosen], self.held_out.targets_NxT[chosen]
             counted_BxT = self._token_bytes[targets_BxT] > 0
             missing = ((0, self._batch_size - len(tokens_BxT)), (0, 0))
             local = tuple(np.pad(array, missing) for array in (tokens_BxT, targets_BxT, counted_BxT))

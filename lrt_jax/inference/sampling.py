@@ -1,5 +1,6 @@
 """From logits to tokens, and the loop that generates text."""
 
+import codecs
 import functools
 from collections.abc import Iterator
 from typing import Any
@@ -10,7 +11,9 @@ import numpy as np
 
 from lrt_jax.inference import decode, prefill
 from lrt_jax.inference.decode import DecodeState
+from lrt_jax.inference.load import Trained
 from lrt_jax.model.decoder import Decoder
+from lrt_jax.setup.errors import UserError
 
 
 def sample(logits_BxV: jax.Array, key: jax.Array, temperature: float, top_k: int, top_p: float) -> jax.Array:
@@ -91,6 +94,39 @@ def generate(
         state, tokens_B = following
     if tokens:
         yield np.asarray(tokens_B)
+
+
+def stream(
+    trained: Trained,
+    prompt: str,
+    *,
+    tokens: int,
+    temperature: float = 0.8,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int = 0,
+) -> Iterator[str]:
+    """Text that continues a prompt, in pieces that are whole characters; ends where the model begins a document.
+
+    The prompt follows BOS. The arguments are those of :func:`generate`.
+
+    Raises:
+      UserError: the prompt with the new tokens is longer than the context.
+    """
+    tokenizer, context = trained.tokenizer, trained.config.model.sequence_length
+    ids = np.concatenate([np.array([tokenizer.bos_id], np.int32), tokenizer.encode(prompt)])
+    if len(ids) + tokens > context:
+        raise UserError(
+            f"the prompt has {len(ids)} tokens, which with {tokens} new ones exceed the context of {context}; "
+            f"ask for at most {max(context - len(ids), 0)} new tokens, or shorten the prompt"
+        )
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    chosen: dict[str, Any] = {"tokens": tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
+    for tokens_B in generate(trained.decoder, trained.params, [ids], **chosen):
+        if tokens_B[0] == tokenizer.bos_id:
+            break
+        yield decoder.decode(tokenizer.decode_bytes(tokens_B))
+    yield decoder.decode(b"", final=True)
 
 
 @functools.lru_cache(maxsize=8)

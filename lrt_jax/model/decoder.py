@@ -67,11 +67,12 @@ def empty_buffer(config: ModelConfig, rows: int, slots: int) -> Buffer:
     """A buffer with nothing in it: N = ``slots`` for each of B = ``rows`` sequences."""
     shape = (rows, slots, config.kv_heads, config.head_width)
     positions_BxN = jnp.full((rows, slots), attention.EMPTY, jnp.int32)
-    if config.scan_layers:
-        zeros = jnp.zeros((config.layers, *shape), compute_dtype(config))
-        return Buffer(KV(zeros, zeros), positions_BxN)
-    zeros = jnp.zeros(shape, compute_dtype(config))
-    return Buffer((KV(zeros, zeros),) * config.layers, positions_BxN)
+
+    def zeros(*layers: int) -> KV:  # two arrays, not one twice: a buffer can be donated
+        return KV(*(jnp.zeros((*layers, *shape), compute_dtype(config)) for _ in range(2)))
+
+    kv = zeros(config.layers) if config.scan_layers else tuple(zeros() for _ in range(config.layers))
+    return Buffer(kv, positions_BxN)
 
 
 class Decoder(nn.Module):

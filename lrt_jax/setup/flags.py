@@ -5,7 +5,7 @@ import typing
 from collections.abc import Callable
 from pathlib import Path
 
-from absl import app, flags
+from absl import app, flags, logging
 
 from lrt_jax.setup.config import ConfigError, field_type
 from lrt_jax.setup.errors import UserError
@@ -15,6 +15,7 @@ PREFIX = "--config."
 
 def run(command: Callable[[], int | None]) -> None:
     """Runs a command under absl with flags parsed; exits with its value, or with 1 and one line on stderr."""
+    logging.set_verbosity(logging.WARNING)  # orbax tells every step of a save
     try:
         app.run(lambda _: command(), flags_parser=parse)
     except UserError as error:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -86,3 +87,9 @@ def global_batch(mesh: Mesh, local: Any) -> Any:
 def shard_rows(mesh: Mesh, whole: Any) -> Any:
     """A tree of rows that every process holds whole, as global arrays sharded by row."""
     return jax.device_put(whole, batch_sharding(mesh))
+
+
+def cache_compilations(workdir: Path) -> None:
+    """Keeps compiled programs in the work dir, so that a resumed run starts fast."""
+    jax.config.update("jax_compilation_cache_dir", str(workdir.absolute() / "compilation_cache"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)

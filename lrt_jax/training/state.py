@@ -35,7 +35,15 @@ def init_params(decoder: Decoder, key: jax.Array) -> dict[str, Any]:
 
 def abstract(decoder: Decoder, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
     """The state as shapes, dtypes and shardings, nothing allocated."""
-    boxed = jax.eval_shape(lambda key: _create(decoder, optimizer, key), jax.random.key(0))
+    return _sharded(jax.eval_shape(lambda key: _create(decoder, optimizer, key), jax.random.key(0)), mesh)
+
+
+def abstract_params(decoder: Decoder, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+    """The parameters alone as shapes, dtypes and shardings."""
+    return _sharded(jax.eval_shape(lambda key: init_params(decoder, key), jax.random.key(0)), mesh)
+
+
+def _sharded(boxed: Any, mesh: Mesh) -> Any:
     shardings = meshes.shardings_of(boxed, mesh)
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),

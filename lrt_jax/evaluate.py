@@ -1,0 +1,52 @@
+"""Score a checkpoint: ``python -m lrt_jax.evaluate --workdir=DIR [--step=N] [--rows=N]``."""
+
+import json
+from pathlib import Path
+
+from absl import flags
+
+from lrt_jax.data import corpus, pipeline
+from lrt_jax.evaluation.bits_per_byte import Evaluator
+from lrt_jax.inference import load
+from lrt_jax.setup import flags as command_line
+from lrt_jax.setup import mesh as meshes
+from lrt_jax.setup.config import ConfigError
+from lrt_jax.training import schedules
+
+WORKDIR = flags.DEFINE_string("workdir", None, "The run to score.")
+STEP = flags.DEFINE_integer("step", None, "The checkpoint's step; default: the newest.", lower_bound=0)
+ROWS = flags.DEFINE_integer("rows", None, "Held-out rows; default: config.eval.final_rows.", lower_bound=1)
+
+
+def main() -> None:
+    """Prints the metrics of the checkpoint that the flags name, as one JSON object."""
+    if WORKDIR.value is None:
+        raise ConfigError("--workdir is not set; it must be a run's work dir")
+    print(json.dumps(evaluate(Path(WORKDIR.value), STEP.value, ROWS.value), indent=2))
+
+
+def evaluate(workdir: Path, step: int | None = None, rows: int | None = None) -> dict[str, float]:
+    """The checkpoint's ``val/…`` metrics, ``step``, and ``gzip`` on the same bytes.
+
+    Args:
+      workdir: the run's.
+      step: of the checkpoint; None: the newest.
+      rows: held-out rows to score; None: ``config.eval.final_rows``.
+
+    Raises:
+      UserError: there is no such checkpoint, or the corpus cannot be read.
+    """
+    trained = load.load(workdir, step)
+    meshes.cache_compilations(workdir)
+    config = trained.config
+    texts = corpus.open_corpus(config.data)
+    held_out = pipeline.held_out_rows(config, texts, trained.tokenizer, rows or config.eval.final_rows)
+    schedule = schedules.build(config.schedule, config.model.sequence_length)
+    token_bytes = trained.tokenizer.token_bytes
+    evaluator = Evaluator(trained.decoder, schedule, trained.mesh, held_out, token_bytes, config.eval.batch_size)
+    scores = evaluator(trained.params)
+    return {"step": trained.step, **scores, "gzip": evaluator.gzip_bits_per_byte()}
+
+
+if __name__ == "__main__":
+    command_line.run(main)

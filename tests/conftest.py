@@ -1,0 +1,65 @@
+"""Settings of JAX for every test, and tiny models with no parameter left at a neutral value."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+import numpy as np
+import pytest
+
+from lrt_jax.model.parameters import table
+from lrt_jax.setup.config import ModelConfig
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parents[1] / ".jax_cache"))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+@pytest.fixture(scope="session")
+def tiny() -> Callable[..., ModelConfig]:
+    """Makes the config of a tiny model: L 3, D 16, H 4, K 2, T 8, V 40."""
+
+    def make(**changes: Any) -> ModelConfig:
+        fields = {
+            "layers": 3,
+            "width": 16,
+            "heads": 4,
+            "kv_heads": 2,
+            "sequence_length": 8,
+            "vocab_size": 40,
+            "dtype": "float32",
+        }
+        return ModelConfig(**(fields | changes))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def random_params() -> Callable[..., dict[str, np.ndarray]]:
+    """Draws every parameter at random, those that start at zero too: else output, mlp_out and gates would hide bugs."""
+
+    def draw(config: ModelConfig, seed: int = 0) -> dict[str, np.ndarray]:
+        params = {}
+        for index, (name, spec) in enumerate(sorted(table(config).items())):
+            values = 0.3 * np.random.default_rng([seed, index]).normal(size=spec.shape)
+            values += float(name == "alpha")
+            params[name] = values.astype("float64" if config.dtype == "float64" else "float32")
+        return params
+
+    return draw
+
+
+@pytest.fixture(scope="session")
+def random_batch() -> Callable[..., tuple[np.ndarray, np.ndarray]]:
+    """Draws inputs and targets, [rows, T] each."""
+
+    def draw(config: ModelConfig, rows: int = 2, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+        shape = (rows, config.sequence_length + 1)
+        tokens = np.random.default_rng(seed).integers(0, config.vocab_size, shape, dtype=np.int32)
+        return tokens[:, :-1], tokens[:, 1:]
+
+    return draw
