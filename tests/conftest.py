@@ -21,11 +21,11 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 @pytest.fixture(scope="session")
 def tiny() -> Callable[..., ModelConfig]:
-    """Makes the config of a tiny model: L 3, D 16, H 4, K 2, T 8, V 40."""
+    """Makes the config of a tiny model: L 2, D 16, H 4, K 2, T 8, V 40."""
 
     def make(**changes: Any) -> ModelConfig:
         fields = {
-            "layers": 3,
+            "layers": 2,
             "width": 16,
             "heads": 4,
             "kv_heads": 2,

@@ -35,7 +35,7 @@ def test_partition(make, length, subsets):
 
 @pytest.mark.parametrize("make", [strided, scattered])
 @pytest.mark.parametrize(("length", "subsets"), SHAPES)
-@pytest.mark.parametrize("axis", [0, 1, 2, -1, -3])
+@pytest.mark.parametrize("axis", [0, 1, -1])
 def test_split_and_merge(make, length, subsets, axis):
     partition = make(length, subsets)
     shape = [2, 3, 5]
@@ -45,7 +45,9 @@ def test_split_and_merge(make, length, subsets, axis):
     axis %= 3
     assert split.shape == (*shape[:axis], subsets, length // subsets, *shape[axis + 1 :])
     for index, positions in enumerate(partition.positions_SxP):
-        np.testing.assert_array_equal(np.take(split, index, axis=axis), np.take(array, positions, axis=axis))
+        np.testing.assert_array_equal(
+            np.take(np.asarray(split), index, axis=axis), np.take(array, positions, axis=axis)
+        )
     np.testing.assert_array_equal(partition.merge(split, axis), array)
 
 

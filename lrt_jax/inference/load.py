@@ -4,8 +4,6 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-import jax
-from flax import linen as nn
 from jax.sharding import Mesh
 
 from lrt_jax.data import tokenizer

@@ -17,7 +17,9 @@ def rms_norm(x: jax.Array) -> jax.Array:
     return (wide * scale).astype(x.dtype)
 
 
-def rope_tables(positions_BxP: jax.Array, head_width: int, base: float, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
+def rope_tables(
+    positions_BxP: jax.Array, head_width: int, base: float, dtype: jnp.dtype
+) -> tuple[jax.Array, jax.Array]:
     """Cosine and sine of the rotary angles: two arrays [B, P, 1, C/2], in float32 or wider."""
     wide = jnp.promote_types(dtype, jnp.float32)
     exponents = jnp.arange(0, head_width, 2, dtype=wide) / head_width

@@ -92,9 +92,7 @@ def _memory_table(config: ModelConfig, fan_in: Initializer) -> dict[str, Paramet
     L, D, K, C = config.layers, config.width, config.kv_heads, config.head_width
     parameters = {}
     if config.residual_injection:
-        parameters["gamma"] = Parameter(
-            (L,), ("layers",), jax.nn.initializers.constant(0.1), "gamma", memory=True
-        )
+        parameters["gamma"] = Parameter((L,), ("layers",), jax.nn.initializers.constant(0.1), "gamma", memory=True)
     if config.projects_memory:
         stack, stack_axes = ((L,), ("layers",)) if config.memory == "layerwise" else ((), ())
         for name in ("memory_key", "memory_value"):

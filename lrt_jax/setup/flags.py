@@ -30,7 +30,9 @@ def parse(arguments: list[str]) -> list[str]:
     Raises:
       ConfigError: a flag or field is unknown, or has a value of the wrong type.
     """
-    overrides = dict(argument.removeprefix(PREFIX).partition("=")[::2] for argument in arguments if _overrides(argument))
+    overrides = dict(
+        argument.removeprefix(PREFIX).partition("=")[::2] for argument in arguments if _overrides(argument)
+    )
     types = {name: field_type(name) for name in overrides}
     for argument in arguments:
         if argument.startswith("--config="):

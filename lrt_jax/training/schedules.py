@@ -13,8 +13,8 @@ import jax.numpy as jnp
 from flax import struct
 from jax import lax
 
-from lrt_jax.model.head import cross_entropy
 from lrt_jax.model.decoder import SLOTS, Buffer, Decoder, Forward
+from lrt_jax.model.head import cross_entropy
 from lrt_jax.setup.config import ScheduleConfig
 from lrt_jax.training import partitions
 

@@ -1,0 +1,160 @@
+"""The commands as a user runs them, each in a process of its own, on the debug config."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lrt_jax.data import tokenizer
+from lrt_jax.inference import load, sampling
+
+ROOT = Path(__file__).parents[1]
+STEPS = 24
+TRAIN = [
+    "lrt_jax.main",
+    "--config=configs/base.py:debug",
+    f"--config.train.steps={STEPS}",
+    "--config.train.save_every=8",
+    "--config.train.log_every=1",
+    "--config.train.eval_every=12",
+    "--config.train.accumulation=2",
+    "--config.model.vocab_size=400",
+    "--config.data.tokenizer_bytes=100000",
+    "--config.eval.final_rows=4",
+    "--config.eval.rows=4",
+    "--config.eval.sample_tokens=8",
+]
+
+
+def command(arguments, **kwargs):
+    return subprocess.Popen(
+        [sys.executable, "-m", *arguments],
+        cwd=ROOT,
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **kwargs,
+    )
+
+
+def finish(process):
+    out, err = process.communicate(timeout=300)
+    return process.returncode, out, err
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    """A little text of its own, so that the tests do not depend on this machine's standard library."""
+    folder = tmp_path_factory.mktemp("corpus")
+    words = np.random.default_rng(0).choice([f"word{i}" for i in range(200)], size=(60, 400))
+    for index, row in enumerate(words):
+        (folder / f"{index:03}.txt").write_text("\n".join(" ".join(line) for line in row.reshape(-1, 10)) + "\n")
+    return [f"--config.data.corpus={folder}", "--config.data.held_out=0.2"]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory, corpus):
+    workdir = tmp_path_factory.mktemp("undisturbed")
+    code, out, err = finish(command([*TRAIN, *corpus, f"--workdir={workdir}"]))
+    assert code == 0, err
+    return workdir, out
+
+
+def test_train_ends_with_scores_and_a_sample(undisturbed):
+    workdir, out = undisturbed
+    assert "val/bpb_sequential" in out and "gzip -9" in out and "A sample" in out
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    names = set().union(*rows)
+    assert {"train/loss", "train/loss_init", "train/loss_subset_0", "train/loss_subset_1"} <= names
+    assert {"val/bpb", "val/bpb_init", "val/bpb_sequential", "perf/tokens_per_second", "perf/mfu"} <= names
+    assert "compute/effective" in names
+    losses = {row["step"]: row["train/loss"] for row in rows if "train/loss" in row}
+    assert sorted(losses) == list(range(1, STEPS + 1))
+    assert losses[STEPS] < losses[1]
+    assert list(workdir.glob("events.out.tfevents.*"))
+
+
+def test_stopped_by_ctrl_c_and_resumed_ends_bitwise_equal(undisturbed, corpus, tmp_path):
+    arguments = [*TRAIN, *corpus, f"--workdir={tmp_path}"]
+    process = command(arguments)
+    metrics = tmp_path / "metrics.jsonl"
+    while process.poll() is None and not (metrics.exists() and '"step": 5' in metrics.read_text()):
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    code, out, err = finish(process)
+    assert code == 0, err
+    assert "run the same command" in out and "A sample" not in out
+    code, out, err = finish(command(arguments))
+    assert code == 0, err
+    assert "going on from step" in out and "beginning at step 0" not in out
+    whole, resumed = (load.load(workdir, STEPS).params for workdir in (undisturbed[0], tmp_path))
+    assert whole.keys() == resumed.keys()
+    for name in whole:
+        np.testing.assert_array_equal(np.asarray(whole[name]), np.asarray(resumed[name]), err_msg=name)
+
+
+def test_evaluate_repeats_the_closing_scores(undisturbed):
+    workdir, _ = undisturbed
+    code, out, err = finish(command(["lrt_jax.evaluate", f"--workdir={workdir}"]))
+    assert code == 0, err
+    scores = json.loads(out)
+    last = json.loads((workdir / "metrics.jsonl").read_text().splitlines()[-1])
+    for name in ("val/bpb", "val/bpb_init", "val/bpb_sequential"):
+        assert scores[name] == pytest.approx(last[name], rel=1e-6)
+
+
+def test_generate_continues_the_prompt(undisturbed):
+    workdir, _ = undisturbed
+    code, out, err = finish(command(["lrt_jax.generate", f"--workdir={workdir}", "--prompt=word1", "--tokens=8"]))
+    assert code == 0, err
+    assert out.startswith("word1") and len(out) > len("word1\n")
+
+
+def test_generation_compiles_once_and_repeats(undisturbed):
+    trained = load.load(undisturbed[0])
+    first = list(sampling.stream(trained, "word1 ", tokens=10, temperature=0.0))
+    _, advance = sampling._compiled(trained.decoder, 0.0, 0, 1.0, True)
+    assert advance._cache_size() == 1
+    assert list(sampling.stream(trained, "word1 ", tokens=10, temperature=0.0)) == first
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["lrt_jax.main"], "--config is not set"),
+        (["lrt_jax.main", "--config=configs/nope.py"], "there is no file configs/nope.py"),
+        (["lrt_jax.main", "--config=configs/base.py:big"], "no variant 'big'"),
+        ([*TRAIN, "--config.model.layer=3"], "config.model.layer is not a field; did you mean layers?"),
+        ([*TRAIN, "--config.model.layers=three"], "config.model.layers is 'three'; it must be int"),
+        ([*TRAIN, "--config.model.heads=3"], "config.model.heads is 3, which does not divide model.width"),
+        ([*TRAIN, "--config.data.corpus=/nowhere"], "config.data.corpus is '/nowhere'"),
+        (["lrt_jax.generate", "--workdir=/nowhere"], "has no config.json"),
+    ],
+)
+def test_wrong_input_ends_in_one_line(arguments, message, tmp_path):
+    if arguments[0] == "lrt_jax.main":
+        arguments = [*arguments, f"--workdir={tmp_path / 'run'}"]
+    code, _, err = finish(command(arguments))
+    assert code == 1
+    assert message in err and "Traceback" not in err
+    assert len([line for line in err.splitlines() if line.startswith("error: ")]) == 1
+
+
+def test_changed_model_on_an_existing_work_dir_is_refused(undisturbed, corpus):
+    workdir, _ = undisturbed
+    before = (workdir / "config.json").read_text()
+    code, _, err = finish(command([*TRAIN, *corpus, f"--workdir={workdir}", "--config.model.layers=3"]))
+    assert code == 1
+    assert f"config.model.layers is 3, but {workdir} was begun with 2" in err
+    assert (workdir / "config.json").read_text() == before
+
+
+def test_work_dir_keeps_its_tokenizer(undisturbed):
+    assert (undisturbed[0] / tokenizer.FILE).exists()
