@@ -102,7 +102,7 @@ def test_unknown_field_names_the_nearest():
     )
     with config.unlocked():
         config.model.layer = 2
-    with pytest.raises(ConfigError, match="config.model.layer is not a field; did you mean layers?"):
+    with pytest.raises(ConfigError, match=r"config.model.layer is not a field; did you mean layers\?"):
         from_config_dict(config)
 
 

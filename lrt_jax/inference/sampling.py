@@ -121,14 +121,17 @@ def stream(
             f"ask for at most {max(context - len(ids), 0)} new tokens, or shorten the prompt"
         )
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-    chosen: dict[str, Any] = {
-        "tokens": tokens,
-        "temperature": temperature,
-        "top_k": top_k,
-        "top_p": top_p,
-        "seed": seed,
-    }
-    for tokens_B in generate(trained.decoder, trained.params, [ids], **chosen):
+    generated = generate(
+        trained.decoder,
+        trained.params,
+        [ids],
+        tokens=tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+    )
+    for tokens_B in generated:
         if tokens_B[0] == tokenizer.bos_id:
             break
         yield decoder.decode(tokenizer.decode_bytes(tokens_B))

@@ -86,7 +86,7 @@ def mix_keys_values(
         k, v = local * k, local * v
         if projected is not None:
             k, v = k + recurrent * projected.k, v + recurrent * projected.v
-    if value_gate_cxK is not None:
+    if value_gate_cxK is not None and value_embedding_BxPxKxC is not None:
         (embedded,) = gates(h_BxPxD, value_gate_cxK[:, None])
         v = v + embedded * value_embedding_BxPxKxC
     return KV(k, v)

@@ -101,7 +101,7 @@ def _report(config: Config, parts: Parts, clock: "_Clock", step: int, metrics: d
     if not math.isfinite(values["train/loss"]):
         raise TrainingError(
             f"the loss is {values['train/loss']} at step {step}; nothing of it was saved: lower the learning rates "
-            "(config.optimizer) or set config.optimizer.clip, and run the same command to go on from the last checkpoint"
+            "(config.optimizer) or set config.optimizer.clip; the same command goes on from the last checkpoint"
         )
     if not (_due(config.train.log_every, step) or step == parts.steps):
         return
@@ -146,7 +146,7 @@ class _Clock:
 def _stop_requested() -> Iterator[Callable[[], bool]]:
     """Within, the first SIGINT or SIGTERM asks to stop after the running step; a second one acts at once."""
     requested = False
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before: dict[int, Any] = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def ask(number: int, frame: Any) -> None:
         del frame
