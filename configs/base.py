@@ -22,11 +22,12 @@ def get_config(variant: str = "") -> ConfigDict:
         model__kv_heads=1,
         model__sequence_length=256,
         model__vocab_size=2048,
-        train__batch_size=16,
+        train__batch_size=4,
     )
-    config.train.steps = 320
-    config.train.eval_every = 100
-    config.train.save_every = 100
+    config.train.steps = 1300
+    config.train.eval_every = 400
+    config.train.save_every = 400
+    config.eval.rows = 32
     config.optimizer.warmup = 0.02
     config.optimizer.warmdown = 0.5
     if variant == "debug":

@@ -15,6 +15,8 @@ from lrt_jax.model.parameters import table
 from lrt_jax.setup.config import ModelConfig
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# Compiling takes nearly all the time here, and the programs are tiny.
+jax.config.update("jax_disable_most_optimizations", True)
 jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parents[1] / ".jax_cache"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 

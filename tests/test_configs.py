@@ -71,7 +71,7 @@ def test_json_round_trip():
         ({"model.source_layer": "5"}, "config.model.source_layer is '5'; it must be 'final' or a layer"),
         ({"model.window_pattern": "SX"}, "config.model.window_pattern is 'SX'"),
         ({"train.tokens": 5}, "config.train sets steps and tokens; set exactly one of"),
-        ({"train.accumulation": 3}, "config.train.accumulation is 3, which does not divide train.batch_size = 16"),
+        ({"train.accumulation": 3}, "config.train.accumulation is 3, which does not divide train.batch_size = 4"),
         ({"model.memory": "none", "model.residual_injection": False}, "trains with: plain"),
         ({"schedule.loss_weights": (1.0,)}, "config.schedule.loss_weights is \\(1.0,\\)"),
         ({"mesh.fsdp": -1}, "only one axis may be -1"),

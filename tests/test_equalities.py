@@ -13,7 +13,7 @@ from lrt_jax.model.decoder import Decoder
 from lrt_jax.model.parameters import table
 from lrt_jax.setup.config import MeshConfig, OptimizerConfig, ScheduleConfig
 from lrt_jax.setup.mesh import make_mesh
-from lrt_jax.training import optimizer, partitions, schedules, state, step
+from lrt_jax.training import optimizer, schedules, state, step
 
 EXACT = {"rtol": 1e-12, "atol": 1e-12}  # float64: everything but the order of sums
 PLAIN = {"memory": "none", "residual_injection": False}
@@ -212,19 +212,6 @@ def test_loss_weights_choose_between_forwards(tiny, random_params, random_batch)
         losses, [computed[0].mean(), computed[1][:, ::2].mean(), computed[2][:, 1::2].mean()], rtol=1e-6
     )
     np.testing.assert_array_equal(outcome.merged_losses_BxT, computed[1] + computed[2])
-
-
-def test_any_partition_gives_the_strided_numbers_when_it_is_the_strided_one(tiny, random_params, random_batch):
-    config = tiny(scan_layers=True)
-    params, batch = random_params(config), random_batch(config)
-    strided = partitions.strided(8, 2)
-    found = [
-        jax.jit(
-            lambda params, *batch, p=partition: schedules.interleaved(Decoder(config), params, *batch, partition=p)
-        )(params, *batch)
-        for partition in (strided, partitions.Partition(strided.positions_SxP))
-    ]
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), *found)
 
 
 def test_training_lowers_the_loss(tiny, random_batch):

@@ -43,7 +43,9 @@ def parse(arguments: list[str]) -> list[str]:
         for name, kind in types.items():
             if f"{PREFIX}{name}=" in str(error):
                 raise ConfigError(f"config.{name} is {overrides[name]!r}; it must be {_named(kind)}") from None
-        raise ConfigError(str(error)) from None
+        # An exception within the config file arrives as the text of its traceback; its last line says what it was.
+        last = str(error).strip().splitlines()[-1]
+        raise ConfigError(last.partition("ConfigError: ")[2] or last) from None
     except flags.Error as error:
         raise ConfigError(str(error)) from None
     if len(rest) > 1:
