@@ -16,7 +16,7 @@ train: $(INSTALLED)
 	$(RUN) -m lrt_jax.main --config=$(CONFIG) $(ARGS)
 
 test: $(INSTALLED)
-	$(RUN) -m pytest -n 2 $(ARGS)
+	$(RUN) -m pytest -n 2 --dist loadfile $(ARGS)
 
 lint: $(INSTALLED)
 	$(VENV)/bin/ruff check .

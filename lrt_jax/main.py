@@ -57,13 +57,16 @@ def run(config: configs.Config, workdir: Path) -> dict[str, float]:
     began = time.perf_counter()
     mesh = meshes.make_mesh(config.mesh)
     meshes.check_divisibility(config, mesh)
-    changes = checkpoint.bind_config(config, workdir)
+    changes = checkpoint.check_config(config, workdir)
     meshes.cache_compilations(workdir)
 
     texts = corpus.open_corpus(config.data)
     tokens = tokenizer.load_or_train(config, texts, workdir)
     batches = pipeline.training_batches(config, texts, tokens)
     held_out = pipeline.held_out_rows(config, texts, tokens, config.eval.final_rows)
+
+    # Only now, so that a mistake in the config's data fields leaves nothing behind that binds the work dir to it.
+    checkpoint.write_config(config, workdir)
 
     decoder = Decoder(config.model)
     counts = costs.count_parameters(config.model)

@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -117,11 +118,14 @@ def test_generate_continues_the_prompt(undisturbed):
     assert out.startswith("word1") and len(out) > len("word1\n")
 
 
-def test_generation_compiles_once_and_repeats(undisturbed):
+def test_generation_compiles_one_step_and_repeats(undisturbed, caplog):
     trained = load.load(undisturbed[0])
-    first = list(sampling.stream(trained, "word1 ", tokens=10, temperature=0.0))
-    _, advance = sampling._compiled(trained.decoder, 0.0, 0, 1.0, True)
-    assert advance._cache_size() == 1
+    with jax.log_compiles(), caplog.at_level("WARNING"):
+        first = list(sampling.stream(trained, "word1 ", tokens=10, temperature=0.0))
+        again = list(sampling.stream(trained, "word2 ", tokens=20, temperature=0.0))
+    compiled = [record.getMessage() for record in caplog.records if "Compiling jit(advance)" in record.getMessage()]
+    assert len(first) > 1 and len(again) > 1
+    assert len(compiled) == 2  # one per size of the cache, none per token
     assert list(sampling.stream(trained, "word1 ", tokens=10, temperature=0.0)) == first
 
 

@@ -83,8 +83,8 @@ class Checkpoints:
         self._manager.close()
 
 
-def bind_config(config: Config, workdir: epath.PathLike) -> list[str]:
-    """Writes the config into the work dir; on a work dir that has one, checks that the run may go on.
+def check_config(config: Config, workdir: epath.PathLike) -> list[str]:
+    """Checks that a run may go on in a work dir that was begun before; a fresh one allows everything.
 
     Returns:
       A line for each field that has changed, where it may.
@@ -105,11 +105,16 @@ def bind_config(config: Config, workdir: epath.PathLike) -> list[str]:
                     "use that, or another --workdir"
                 )
             changes.append(f"config.{name}: {before.get(name)!r} → {now.get(name)!r}")
+    return changes
+
+
+def write_config(config: Config, workdir: epath.PathLike) -> None:
+    """Writes the config into the work dir, which binds the dir to it."""
+    path = epath.Path(workdir) / CONFIG_FILE
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(path.name + ".tmp")
     unfinished.write_text(config.to_json())
     unfinished.replace(path)
-    return changes
 
 
 def read_config(workdir: epath.PathLike) -> Config:
