@@ -27,7 +27,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.train.steps = 1300
     config.train.eval_every = 400
     config.train.save_every = 400
-    config.eval.rows = 32
+    config.eval.update(batch_size=64, rows=64, final_rows=1000)  # all that is held out of the standard library
     config.optimizer.warmup = 0.02
     config.optimizer.warmdown = 0.5
     if variant == "debug":
