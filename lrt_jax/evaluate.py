@@ -11,7 +11,6 @@ from lrt_jax.inference import load
 from lrt_jax.setup import flags as command_line
 from lrt_jax.setup import mesh as meshes
 from lrt_jax.setup.config import ConfigError
-from lrt_jax.training import schedules
 
 WORKDIR = flags.DEFINE_string("workdir", None, "The run to score.")
 STEP = flags.DEFINE_integer("step", None, "The checkpoint's step; default: the newest.", lower_bound=0)
@@ -41,9 +40,8 @@ def evaluate(workdir: Path, step: int | None = None, rows: int | None = None) ->
     config = trained.config
     texts = corpus.open_corpus(config.data)
     held_out = pipeline.held_out_rows(config, texts, trained.tokenizer, rows or config.eval.final_rows)
-    schedule = schedules.build(config.schedule, config.model.sequence_length)
     token_bytes = trained.tokenizer.token_bytes
-    evaluator = Evaluator(trained.decoder, schedule, trained.mesh, held_out, token_bytes, config.eval.batch_size)
+    evaluator = Evaluator(trained.decoder, config.schedule, trained.mesh, held_out, token_bytes, config.eval.batch_size)
     scores = evaluator(trained.params)
     return {"step": trained.step, **scores, "gzip": evaluator.gzip_bits_per_byte()}
 

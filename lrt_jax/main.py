@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import jax
+import optax
 from absl import flags
 from ml_collections import config_flags
 
@@ -65,38 +66,36 @@ def run(config: configs.Config, workdir: Path) -> dict[str, float]:
     batches = pipeline.training_batches(config, texts, tokens)
     held_out = pipeline.held_out_rows(config, texts, tokens, config.eval.final_rows)
 
-    # Only now, so that a mistake in the config's data fields leaves nothing behind that binds the work dir to it.
+    # Only now, so that a mistake in the config leaves nothing behind that binds the work dir to it.
+    tokenizer.keep(tokens, workdir)
     checkpoint.write_config(config, workdir)
 
     decoder = Decoder(config.model)
     counts = costs.count_parameters(config.model)
     steps = configs.train_steps(config.train, config.model.sequence_length, counts.total)
     transformation = optimizer.build(config.optimizer, table(config.model), steps)
-    schedule = schedules.build(config.schedule, config.model.sequence_length)
-    names = schedules.forward_names(config.schedule)
-    evaluator = Evaluator(decoder, schedule, mesh, held_out, tokens.token_bytes, config.eval.batch_size)
+    evaluator = Evaluator(decoder, config.schedule, mesh, held_out, tokens.token_bytes, config.eval.batch_size)
 
     checkpoints = checkpoint.Checkpoints(workdir, config.train.keep)
     start = checkpoints.latest
-    if start is None:
-        train_state = state.create(decoder, transformation, mesh, config.seed)
+    if start is not None and checkpoints.has_training_state(start):
+        train_state = checkpoints.restore(state.abstract(decoder, transformation, mesh), batches, start)
     else:
-        abstract = state.abstract(decoder, transformation, mesh)
-        train_state = checkpoints.restore(abstract, batches, start)
+        train_state = state.create(decoder, transformation, mesh, config.seed)
+        if start is not None:
+            params = checkpoints.restore_params(state.abstract_params(decoder, mesh), start)
+            train_state = train_state.replace(params=params)
     writer = metrics.Writer(workdir, start or 0, steps)
     for line in _opening(config, workdir, counts, steps, start, changes):
         writer.line(line)
 
     parts = loop.Parts(
-        step=step.build(decoder, schedule, transformation, names, config.train.accumulation),
+        stages=tuple(_stages(config, decoder, transformation, steps)),
         batches=batches,
         mesh=mesh,
         checkpoints=checkpoints,
         writer=writer,
         evaluate=lambda params: evaluator(params, config.eval.rows),
-        steps=steps,
-        forwards_equivalent=config.schedule.forwards_equivalent,
-        flops_per_step=costs.train_flops(config.model, config.schedule) * config.train.batch_size,
         peak_flops=sum(hardware.peak_flops(device) for device in mesh.devices.flat[:1]) * mesh.size,
     )
     try:
@@ -110,7 +109,7 @@ def run(config: configs.Config, workdir: Path) -> dict[str, float]:
         writer.close()
         batches.close()
         checkpoints.close()
-    for line in _closing(config, scores, evaluator, steps, time.perf_counter() - began):
+    for line in _closing(config, scores, evaluator, parts, time.perf_counter() - began):
         print(line)
     if config.eval.sample_tokens:
         print(f"\nA sample, decoded with the memory, after {config.eval.prompt!r}:\n")
@@ -122,6 +121,27 @@ def run(config: configs.Config, workdir: Path) -> dict[str, float]:
             print(piece, end="", flush=True)
         print(flush=True)
     return scores
+
+
+def _stages(
+    config: configs.Config, decoder: Decoder, transformation: optax.GradientTransformation, steps: int
+) -> Iterator[loop.Stage]:
+    """The run's stages, each with a training step of its own and all with one optimizer."""
+    share = 0.0
+    for stage in config.schedule.in_stages:
+        share += stage.share
+        yield loop.Stage(
+            end=round(share * steps),
+            step=step.build(
+                decoder,
+                schedules.build(stage.schedule, config.model.sequence_length),
+                transformation,
+                schedules.forward_names(stage.schedule),
+                config.train.accumulation,
+            ),
+            forwards_equivalent=stage.schedule.forwards_equivalent,
+            flops_per_step=costs.train_flops(config.model, stage.schedule) * config.train.batch_size,
+        )
 
 
 def _opening(
@@ -140,23 +160,25 @@ def _opening(
     device = jax.devices()[0]
     yield f"{jax.device_count()} × {device.device_kind} ({device.platform}), {compute_dtype(model)} compute"
     tokens = steps * train.batch_size * model.sequence_length
-    yield f"{config.schedule.name}, {config.optimizer.name}, {steps:,} steps, {tokens:,} tokens"
+    schedule = config.schedule.stages or config.schedule.name
+    yield f"{schedule}, {config.optimizer.name}, {steps:,} steps, {tokens:,} tokens"
     yield from changes
     yield f"{workdir}: " + (f"going on from step {start:,}" if start is not None else "beginning at step 0")
 
 
 def _closing(
-    config: configs.Config, scores: dict[str, float], evaluator: Evaluator, steps: int, seconds: float
+    config: configs.Config, scores: dict[str, float], evaluator: Evaluator, parts: loop.Parts, seconds: float
 ) -> Iterator[str]:
     """The closing table."""
-    tokens = steps * config.train.batch_size * config.model.sequence_length
+    per_step = config.train.batch_size * config.model.sequence_length
+    tokens, effective = parts.steps * per_step, parts.forwards_until(parts.steps) * per_step
     rows = {
         "initialization forward  val/bpb_init": scores["val/bpb_init"],
         "merged                  val/bpb": scores["val/bpb"],
         "sequential              val/bpb_sequential": scores["val/bpb_sequential"],
         "gzip -9, the same bytes": evaluator.gzip_bits_per_byte(),
     }
-    yield f"\n{steps:,} steps, {tokens:,} tokens, {tokens * config.schedule.forwards_equivalent:,.0f} effective"
+    yield f"\n{parts.steps:,} steps, {tokens:,} tokens, {effective:,.0f} effective"
     yield f"{seconds / 60:.1f} minutes in this session, setup and evaluation included"
     yield f"\nbits per byte of {len(evaluator.held_out.text):,} held-out bytes"
     for name, value in rows.items():

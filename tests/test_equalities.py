@@ -3,6 +3,8 @@
 Parameters are random throughout (conftest), so that no term is hidden by a neutral initial value.
 """
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,27 +13,36 @@ import pytest
 from lrt_jax.inference import decode
 from lrt_jax.model.decoder import Decoder
 from lrt_jax.model.parameters import table
-from lrt_jax.setup.config import MeshConfig, OptimizerConfig, ScheduleConfig
-from lrt_jax.setup.mesh import make_mesh
-from lrt_jax.training import optimizer, schedules, state, step
+from lrt_jax.setup.config import ScheduleConfig
+from lrt_jax.training import schedules
 
 EXACT = {"rtol": 1e-12, "atol": 1e-12}  # float64: everything but the order of sums
 PLAIN = {"memory": "none", "residual_injection": False}
 
-VARIANTS = {
-    "shared": {},
-    "layerwise, source 1, alternate": {"memory": "layerwise", "source_layer": "1", "value_embeddings": "alternate"},
-    "residual only, full windows": {"memory": "none", "window_pattern": "L"},
-    "shared without residual, one kv head": {"residual_injection": False, "kv_heads": 1, "value_embeddings": "none"},
-    "layerwise, all heads, gate of 4, scanned": {
-        "memory": "layerwise",
-        "kv_heads": 4,
-        "gate_width": 4,
-        "alpha": False,
-        "beta": False,
-        "scan_layers": True,
-    },
+MEMORIES = {
+    "shared": {"memory": "shared"},
+    "layerwise": {"memory": "layerwise"},
+    "residual only": {"memory": "none"},
 }
+WINDOWS = ("SL", "L")
+KV_HEADS = (1, 4)  # of 4 query heads
+SOURCES = ("1", "final")
+# Switches that have nothing to do with memory take turns.
+SWITCHES = (
+    {"scan_layers": True},
+    {"scan_layers": True, "value_embeddings": "alternate", "beta": False},
+    {"scan_layers": True, "alpha": False, "gate_width": 4},
+    {"scan_layers": False, "value_embeddings": "none"},
+)
+COMBINATIONS = {
+    f"{memory}, {windows}, {kv_heads} kv, source {source}": {
+        **MEMORIES[memory],
+        **{"window_pattern": windows, "kv_heads": kv_heads, "source_layer": source},
+        **SWITCHES[index % len(SWITCHES)],
+    }
+    for index, (memory, windows, kv_heads, source) in enumerate(itertools.product(MEMORIES, WINDOWS, KV_HEADS, SOURCES))
+}
+COMBINATIONS["shared, no residual"] = {"residual_injection": False, "kv_heads": 2, "scan_layers": True}
 
 
 @pytest.fixture
@@ -86,15 +97,63 @@ def test_1_plain_model_has_no_memory_parameters(tiny):
     assert set(table(tiny())) - set(plain) == {"gamma", "memory_key", "memory_value", "memory_gate"}
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_2_as_many_subsets_as_positions_is_sequential_decoding(x64, tiny, random_params, random_batch, variant):
-    config = tiny(dtype="float64", **VARIANTS[variant])
-    params, batch = random_params(config), random_batch(config)
-    outcome = run(config, params, batch, subsets=config.sequence_length, unroll=False)
-    expected = sequential(config, params, batch)
-    np.testing.assert_allclose(outcome.merged_losses_BxT, expected, **EXACT)
+@pytest.fixture(scope="module", params=COMBINATIONS, ids=str)
+def computed(request, tiny, random_params, random_batch):
+    """Every way to compute the same losses [B, T], of one combination, in one program."""
+    config = tiny(dtype="float64", **COMBINATIONS[request.param])
+    length = config.sequence_length
+    schedule = {
+        "interleaved": ScheduleConfig(subsets=length, unroll=False),
+        "interleaved, random": ScheduleConfig(subsets=2, partition="random", unroll=False),
+        "refined": ScheduleConfig(name="multi_refinement", refinements=length - 1, unroll=False),
+        "chunked": ScheduleConfig(name="chunked", chunks=length, unroll=False),
+        "one chunk": ScheduleConfig(name="chunked", chunks=1, unroll=False),
+        "sequential": ScheduleConfig(name="sequential"),
+        "plain": ScheduleConfig(name="plain"),
+    }
+
+    def everything(params, *batch):
+        decoder = Decoder(config)
+        built = {name: schedules.build(one, length)(decoder, params, *batch) for name, one in schedule.items()}
+        merged = {name: outcome.merged_losses_BxT for name, outcome in built.items()}
+        decoded = {flag: decode.score(decoder, params, *batch, use_memory=flag) for flag in (True, False)}
+        return built, merged, decoded
+
+    with jax.enable_x64(True):
+        return jax.device_get(jax.jit(everything)(random_params(config), *random_batch(config)))
+
+
+def test_2_as_many_subsets_as_positions_is_sequential_decoding(computed):
+    outcomes, merged, decoded = computed
+    np.testing.assert_allclose(merged["interleaved"], decoded[True], **EXACT)
     # Every position but the first differs from the initialization forward: memory matters.
-    assert np.all(np.abs(expected - outcome.token_losses_FxBxT[0])[:, 1:] > 1e-6)
+    assert np.all(np.abs(decoded[True] - outcomes["interleaved"].token_losses_FxBxT[0])[:, 1:] > 1e-6)
+    # With fewer subsets some past is not fresh, and the numbers differ.
+    assert not np.allclose(merged["interleaved, random"], decoded[True], atol=1e-9)
+
+
+def test_3_and_4_each_refinement_makes_one_more_position_exact(computed):
+    outcomes, _, decoded = computed
+    losses_FxBxT = outcomes["refined"].token_losses_FxBxT
+    length = decoded[True].shape[1]
+    np.testing.assert_allclose(losses_FxBxT[-1], decoded[True], **EXACT)
+    for k in range(length):
+        np.testing.assert_allclose(losses_FxBxT[k][:, : k + 1], decoded[True][:, : k + 1], **EXACT)
+        assert np.all(np.abs(losses_FxBxT[k] - decoded[True])[:, k + 1 : k + 2] > 1e-15), k
+    np.testing.assert_allclose(outcomes["refined"].sources_BxTxD, outcomes["interleaved"].sources_BxTxD, **EXACT)
+
+
+def test_the_sequential_schedule_and_single_chunks_are_sequential_decoding(computed):
+    outcomes, merged, decoded = computed
+    for name in ("sequential", "chunked"):
+        np.testing.assert_allclose(merged[name], decoded[True], **EXACT)
+        np.testing.assert_allclose(outcomes[name].sources_BxTxD, outcomes["interleaved"].sources_BxTxD, **EXACT)
+
+
+def test_5_decoding_without_memory_is_the_initialization_forward(computed):
+    outcomes, _, decoded = computed
+    for name in ("plain", "one chunk", "interleaved", "refined"):
+        np.testing.assert_allclose(outcomes[name].token_losses_FxBxT[0], decoded[False], **EXACT)
 
 
 def test_2_fewer_subsets_are_exact_only_where_all_the_past_is_fresh(x64, tiny, random_params, random_batch):
@@ -106,13 +165,17 @@ def test_2_fewer_subsets_are_exact_only_where_all_the_past_is_fresh(x64, tiny, r
     assert np.all(np.abs(merged - expected)[:, 2:] > 1e-9)
 
 
-@pytest.mark.parametrize("variant", ["shared", "layerwise, source 1, alternate"])
-def test_5_decoding_without_memory_is_the_initialization_forward(x64, tiny, random_params, random_batch, variant):
-    config = tiny(dtype="float64", **VARIANTS[variant])
-    params, batch = random_params(config), random_batch(config)
-    without = sequential(config, params, batch, use_memory=False)
-    np.testing.assert_allclose(without, run(config, params, batch, name="plain").token_losses_FxBxT[0], **EXACT)
-    assert np.all(np.abs(without - sequential(config, params, batch))[:, 1:] > 1e-6)
+SCHEDULES = (
+    ScheduleConfig(name="plain"),
+    ScheduleConfig(subsets=2),
+    ScheduleConfig(subsets=4, unroll=False, kv_refresh=True),
+    ScheduleConfig(subsets=2, partition="contiguous", unroll=False),
+    ScheduleConfig(subsets=4, partition="random", unroll=False),
+    ScheduleConfig(name="multi_refinement", refinements=2, unroll=False),
+    ScheduleConfig(name="multi_refinement", refinements=2, unroll=False, detach=True),
+    ScheduleConfig(name="chunked", chunks=2, unroll=False),
+    ScheduleConfig(name="sequential"),
+)
 
 
 def test_6_no_forward_sees_a_later_position(tiny, random_params):
@@ -124,7 +187,7 @@ def test_6_no_forward_sees_a_later_position(tiny, random_params):
     targets = np.zeros_like(tokens)
     names = ("embedding", "value_embedding")
 
-    for schedule in (ScheduleConfig(subsets=2), ScheduleConfig(name="plain")):
+    for schedule in SCHEDULES:
         built = schedules.build(schedule, length)
 
         def losses(embeddings, built=built):
@@ -138,95 +201,5 @@ def test_6_no_forward_sees_a_later_position(tiny, random_params):
             reach_FxTxT = np.abs(by_token).reshape(*by_token.shape[:3], -1).max(axis=-1)
             computed_FxTx1 = np.asarray(masks_FxT)[:, :, None]
             later_TxT = np.triu(np.ones((length, length), bool), 1)
-            assert not reach_FxTxT[:, later_TxT].any(), (schedule.name, name)
-            assert np.all((reach_FxTxT > 0) == (computed_FxTx1 & ~later_TxT[None])), (schedule.name, name)
-
-
-@pytest.fixture(scope="module")
-def reference(tiny, random_params, random_batch):
-    """Loss and gradients of the unrolled program that test 7 compares others with."""
-    with jax.enable_x64(True):
-        config = tiny(dtype="float64", memory="layerwise", value_embeddings="alternate")
-        params, batch = random_params(config), random_batch(config, rows=4)
-        return config, params, batch, loss_and_gradients(config, params, batch, unroll=True)
-
-
-def loss_and_gradients(config, params, batch, **schedule):
-    built = schedules.build(ScheduleConfig(subsets=2, **schedule), config.sequence_length)
-    objective = jax.value_and_grad(lambda params, *batch: built(Decoder(config), params, *batch).loss)
-    return jax.jit(objective)(params, *batch)
-
-
-@pytest.mark.parametrize(
-    ("model", "unroll"),
-    [
-        ({}, False),
-        ({"scan_layers": True}, False),
-        ({"remat": True}, True),
-        ({"scan_layers": True, "remat": True}, True),
-    ],
-    ids=["scan subsets", "scan layers", "scan subsets, remat", "scan both, remat"],
-)
-def test_7_scanned_and_rematerialized_programs_compute_the_same(x64, tiny, reference, model, unroll):
-    _, params, batch, expected = reference
-    assert np.isfinite(expected[0]) and all(np.abs(grad).max() > 1e-6 for grad in expected[1].values())
-    changed = tiny(dtype="float64", memory="layerwise", value_embeddings="alternate", **model)
-    found = loss_and_gradients(changed, params, batch, unroll=unroll)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-12), found, expected)
-
-
-@pytest.mark.parametrize("accumulation", [4])
-def test_7_accumulated_gradients_are_those_of_the_whole_batch(x64, reference, accumulation):
-    config, params, batch, (loss, grads) = reference
-    # ε of 1 keeps Adam's first update from hiding the gradient's scale.
-    adamw = optimizer.build(OptimizerConfig(name="adamw", eps=1.0), table(config), steps=10)
-    schedule = ScheduleConfig(subsets=2, unroll=False)
-    train = step.build(
-        Decoder(config),
-        schedules.build(schedule, config.sequence_length),
-        adamw,
-        schedules.forward_names(schedule),
-        accumulation,
-    )
-    arrays = jax.tree.map(jnp.array, params)
-    updates, _ = adamw.update(grads, adamw.init(arrays), arrays)
-    expected = {name: params[name] + np.asarray(update) for name, update in updates.items()}
-    after, metrics = train(state.TrainState(jnp.zeros((), jnp.int32), arrays, adamw.init(arrays)), *batch)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **EXACT), after.params, expected)
-    np.testing.assert_allclose(metrics["train/loss"], loss, **EXACT)
-    norm = np.sqrt(sum(np.sum(np.square(grad)) for grad in grads.values()))
-    np.testing.assert_allclose(metrics["train/grad_norm"], norm, **EXACT)
-    parts = [metrics[f"train/loss_{name}"] for name in schedules.forward_names(schedule)]
-    np.testing.assert_allclose(np.mean(parts), loss, **EXACT)
-    assert after.step == 1
-
-
-def test_loss_weights_choose_between_forwards(tiny, random_params, random_batch):
-    config = tiny()
-    params, batch = random_params(config), random_batch(config)
-    outcome = run(config, params, batch, subsets=2, loss_weights=(0.0, 1.0, 3.0))
-    losses = np.asarray(outcome.forward_losses_F)
-    np.testing.assert_allclose(outcome.loss, (losses[1] + 3 * losses[2]) / 4, rtol=1e-6)
-    computed = np.asarray(outcome.token_losses_FxBxT)
-    np.testing.assert_allclose(
-        losses, [computed[0].mean(), computed[1][:, ::2].mean(), computed[2][:, 1::2].mean()], rtol=1e-6
-    )
-    np.testing.assert_array_equal(outcome.merged_losses_BxT, computed[1] + computed[2])
-
-
-def test_training_lowers_the_loss(tiny, random_batch):
-    config = tiny(sequence_length=16, scan_layers=True)
-    schedule = ScheduleConfig(subsets=2, unroll=False)
-    muon = optimizer.build(OptimizerConfig(), table(config), steps=30)
-    decoder = Decoder(config)
-    train = step.build(decoder, schedules.build(schedule, 16), muon, schedules.forward_names(schedule))
-    current = state.create(decoder, muon, make_mesh(MeshConfig()), seed=0)
-    batch = random_batch(config, rows=4)
-    losses = []
-    for _ in range(30):
-        current, metrics = train(current, *batch)
-        losses.append({name: float(value) for name, value in metrics.items()})
-    np.testing.assert_allclose(losses[0]["train/loss"], np.log(config.vocab_size), rtol=0.01)
-    for name in ("train/loss", "train/loss_init", "train/loss_subset_0", "train/loss_subset_1"):
-        assert losses[-1][name] < 0.7 * losses[0][name], name
-    assert current.step == 30
+            assert not reach_FxTxT[:, later_TxT].any(), (schedule, name)
+            assert np.all((reach_FxTxT > 0) == (computed_FxTx1 & ~later_TxT[None])), (schedule, name)

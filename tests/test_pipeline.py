@@ -36,7 +36,7 @@ def folder(tmp_path) -> Path:
 
 def config_of(folder: Path, seed=0, batch_size=4, **data) -> Config:
     model = ModelConfig(layers=1, width=8, heads=1, kv_heads=1, sequence_length=T, vocab_size=320)
-    data = {"corpus": str(folder), "held_out": SHARE, "shuffle_window": 16, "prefetch": 2} | data
+    data = {"corpus": str(folder), "held_out": SHARE, "shuffle_window": 16, "shuffle_rows": 0, "prefetch": 2} | data
     return Config(model, TrainConfig(batch_size=batch_size, steps=1), DataConfig(**data), seed=seed)
 
 
@@ -108,9 +108,22 @@ def test_epochs_and_seeds_differ_and_repeat(folder, window):
     assert first != TRAINING
 
 
-@pytest.mark.parametrize("window", [1, 16, 1000])
-def test_state_restores_exactly_anywhere(folder, window):
-    config = config_of(folder, batch_size=2, shuffle_window=window)
+def test_rows_are_shuffled_within_their_window(folder):
+    def rows(shuffle_rows):
+        iterator = batches_of(config_of(folder, shuffle_rows=shuffle_rows))
+        found = [row.tobytes() for batch in take(iterator, 20) for row in batch.tokens_BxT]
+        iterator.close()
+        return found
+
+    ordered, shuffled = rows(0), rows(16)
+    assert shuffled != ordered
+    for begin in range(0, 80, 16):
+        assert Counter(shuffled[begin : begin + 16]) == Counter(ordered[begin : begin + 16])
+
+
+@pytest.mark.parametrize(("window", "rows"), [(1, 0), (16, 0), (16, 7), (1000, 0), (1000, 64)])
+def test_state_restores_exactly_anywhere(folder, window, rows):
+    config = config_of(folder, batch_size=2, shuffle_window=window, shuffle_rows=rows)
     iterator = batches_of(config)
     states, batches = [json.dumps(iterator.get_state())], []
     for _ in range(70):  # over two epochs and many windows

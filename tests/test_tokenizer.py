@@ -9,7 +9,7 @@ import sentencepiece
 
 from lrt_jax.data import tokenizer as tokenizers
 from lrt_jax.data.corpus import DataError, is_held_out, open_corpus
-from lrt_jax.data.tokenizer import PROBE, Tokenizer, load_or_train, train
+from lrt_jax.data.tokenizer import PROBE, Tokenizer, keep, load_or_train, train
 from lrt_jax.setup.config import Config, ConfigError, DataConfig, ModelConfig, TrainConfig
 
 SOURCES = [path.read_bytes().decode() for path in sorted(Path(sysconfig.get_path("stdlib")).glob("[a-d]*.py"))]
@@ -116,13 +116,15 @@ def test_load_or_train_keeps_what_it_trained(tmp_path, monkeypatch):
     config = config_of(write_corpus(tmp_path / "data"))
     corpus = open_corpus(config.data)
     first = load_or_train(config, corpus, tmp_path / "run")
+    assert not (tmp_path / "run").exists()  # a run that fails to start leaves nothing behind
+    keep(first, tmp_path / "run")
     assert [path.name for path in (tmp_path / "run").iterdir()] == [tokenizers.FILE]
     monkeypatch.setattr(tokenizers, "train", None)  # from here on nothing may be trained
     again = load_or_train(config, corpus, tmp_path / "run")
     assert again.encode(SOURCES[20]).tolist() == first.encode(SOURCES[20]).tolist()
 
     given = config_of(tmp_path / "data", tokenizer=str(tmp_path / "run" / tokenizers.FILE))
-    load_or_train(given, corpus, tmp_path / "second")
+    keep(load_or_train(given, corpus, tmp_path / "second"), tmp_path / "second")
     assert (tmp_path / "second" / tokenizers.FILE).read_bytes() == (tmp_path / "run" / tokenizers.FILE).read_bytes()
     wrong = config_of(tmp_path / "data", vocab_size=512)
     with pytest.raises(ConfigError, match=r"vocab_size is 512, .* has 400 tokens; allowed is 400"):

@@ -76,7 +76,8 @@ def training_batches(
     """This process's batches, without end: every epoch has the same documents in another order.
 
     Documents, each with BOS in front, are concatenated and cut into rows of T + 1 tokens: nothing is lost
-    and nothing padded. The iterator's state is a few numbers and restores exactly, on the same corpus.
+    and nothing padded. The rows are then shuffled too, so that a small batch is not all of one document. The
+    iterator's state is a few numbers and restores exactly, on the same corpus.
 
     Args:
       config: the run.
@@ -112,7 +113,10 @@ def training_batches(
     rows = grain.experimental.ConcatThenSplitIterDataset(
         rows, length_struct={"tokens": config.model.sequence_length + 1}
     )
-    batches = _Tokens(rows).batch(rows_here).map(_split)
+    rows = _Tokens(rows)
+    if config.data.shuffle_rows > 1:
+        rows = grain.experimental.WindowShuffleIterDataset(rows, window_size=config.data.shuffle_rows, seed=seed)
+    batches = rows.batch(rows_here).map(_split)
     return iter(grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=config.data.prefetch))
 
 

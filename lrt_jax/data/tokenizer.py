@@ -24,6 +24,7 @@ class Tokenizer:
     """Text to token ids and back, without loss for any valid Unicode.
 
     Attributes:
+      model: the serialized SentencePiece model.
       vocab_size: V, the number of tokens.
       bos_id: the id of the token that begins a document.
       token_bytes: int32 [V], how many UTF-8 bytes each token stands for; 0 for special tokens.
@@ -41,6 +42,7 @@ class Tokenizer:
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
         except RuntimeError:
             raise ValueError("is not a SentencePiece model") from None
+        self.model = model
         self.vocab_size: int = self._processor.vocab_size()
         self.bos_id: int = self._processor.bos_id()
         self._pieces = [self._piece_bytes(i) for i in range(self.vocab_size)]
@@ -109,7 +111,7 @@ def train(documents: Iterable[str], vocab_size: int) -> bytes:
 
 
 def load_or_train(config: Config, corpus: Corpus, workdir: epath.PathLike) -> Tokenizer:
-    """The work dir's tokenizer; where there is none yet, ``config.data.tokenizer`` or a new one is put there.
+    """The work dir's tokenizer; where there is none yet, ``config.data.tokenizer`` or a new one, for :func:`keep`.
 
     A new one is trained on about ``config.data.tokenizer_bytes`` of documents that are not held out, from
     shards in an order shuffled by ``config.seed``.
@@ -122,25 +124,37 @@ def load_or_train(config: Config, corpus: Corpus, workdir: epath.PathLike) -> To
     if kept.exists():
         return _load(kept.read_bytes(), str(kept), config)
     if config.data.tokenizer:
-        given = epath.Path(config.data.tokenizer).expanduser()
-        if not given.is_file():
-            raise ConfigError(
-                f"config.data.tokenizer is {config.data.tokenizer!r}, where there is no file; it must be a "
-                "SentencePiece model, or '' to train one"
-            )
-        model = given.read_bytes()
-        tokenizer = _load(model, str(given), config)
-    else:
-        shards = list(corpus.shards)
-        random.Random(config.seed).shuffle(shards)
-        documents = _first_bytes(training_documents(shards, config.data), config.data.tokenizer_bytes)
-        model = train(documents, config.model.vocab_size)
-        tokenizer = Tokenizer(model)
+        return given(config)
+    shards = list(corpus.shards)
+    random.Random(config.seed).shuffle(shards)
+    documents = _first_bytes(training_documents(shards, config.data), config.data.tokenizer_bytes)
+    return Tokenizer(train(documents, config.model.vocab_size))
+
+
+def given(config: Config) -> Tokenizer:
+    """The tokenizer that ``config.data.tokenizer`` names.
+
+    Raises:
+      ConfigError: there is none, or it does not fit the config.
+    """
+    path = epath.Path(config.data.tokenizer).expanduser()
+    if not path.is_file():
+        raise ConfigError(
+            f"config.data.tokenizer is {config.data.tokenizer!r}, where there is no file; it must be a "
+            "SentencePiece model, or '' to train one"
+        )
+    return _load(path.read_bytes(), str(path), config)
+
+
+def keep(tokenizer: Tokenizer, workdir: epath.PathLike) -> None:
+    """Puts a tokenizer into a work dir, unless it has one already."""
+    kept = epath.Path(workdir) / FILE
+    if kept.exists():
+        return
     kept.parent.mkdir(parents=True, exist_ok=True)
     unfinished = kept.with_name(FILE + ".tmp")
-    unfinished.write_bytes(model)
+    unfinished.write_bytes(tokenizer.model)
     unfinished.replace(kept)
-    return tokenizer
 
 
 def load(workdir: epath.PathLike, config: Config) -> Tokenizer:

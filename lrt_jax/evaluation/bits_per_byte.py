@@ -18,7 +18,8 @@ from lrt_jax.data.pipeline import HeldOut
 from lrt_jax.inference import decode
 from lrt_jax.model.decoder import Decoder
 from lrt_jax.setup import mesh as meshes
-from lrt_jax.training.schedules import Schedule
+from lrt_jax.setup.config import ScheduleConfig
+from lrt_jax.training import schedules
 
 # Where the position buckets of sequential BPB begin; the last one ends at T.
 BUCKETS = (0, 16, 64, 256, 1024, 4096)
@@ -30,7 +31,7 @@ class Evaluator:
     def __init__(
         self,
         decoder: Decoder,
-        schedule: Schedule,
+        schedule: ScheduleConfig,
         mesh: Mesh,
         held_out: HeldOut,
         token_bytes: np.ndarray,
@@ -40,7 +41,7 @@ class Evaluator:
 
         Args:
           decoder: the model.
-          schedule: whose forwards are scored in parallel; the first must be the initialization forward.
+          schedule: whose forwards are scored in parallel; of a staged one, the last stage.
           mesh: where to compute.
           held_out: rows of tokens and targets.
           token_bytes: int [V], UTF-8 bytes of each token, 0 for special tokens.
@@ -50,9 +51,14 @@ class Evaluator:
         self._token_bytes = token_bytes
         self.rows = len(held_out.tokens_NxT)
 
+        last = schedule.in_stages[-1].schedule
+        forwards = schedules.build(last, decoder.config.sequence_length)
+        begins_with_init = schedules.forward_names(last)[0] == "init"
+
         def parallel(params: Any, tokens_BxT: jax.Array, targets_BxT: jax.Array, counted_BxT: jax.Array) -> Any:
-            outcome = schedule(decoder, params, tokens_BxT, targets_BxT)
-            losses = {"init": outcome.token_losses_FxBxT[0], "merged": outcome.merged_losses_BxT}
+            outcome = forwards(decoder, params, tokens_BxT, targets_BxT)
+            first = outcome if begins_with_init else schedules.plain(decoder, params, tokens_BxT, targets_BxT)
+            losses = {"init": first.token_losses_FxBxT[0], "merged": outcome.merged_losses_BxT}
             return {name: jnp.sum(losses_BxT * counted_BxT, axis=0) for name, losses_BxT in losses.items()}
 
         def sequential(params: Any, tokens_BxT: jax.Array, targets_BxT: jax.Array, counted_BxT: jax.Array) -> Any:

@@ -39,6 +39,17 @@ def load(workdir: Path, step: int | None = None) -> Trained:
     """The model of a work dir after ``step`` steps (None: the newest checkpoint).
 
     Raises:
+      ConfigError: ``workdir`` is no run's work dir, has no such checkpoint, or no tokenizer.
+    """
+    config, params, step = load_params(workdir, step)
+    mesh = meshes.make_mesh(config.mesh)
+    return Trained(config, Decoder(config.model), params, tokenizer.load(workdir, config), mesh, step)
+
+
+def load_params(workdir: Path, step: int | None = None) -> tuple[Config, dict[str, Any], int]:
+    """The config, the parameters and the step of a checkpoint (None: the newest).
+
+    Raises:
       ConfigError: ``workdir`` is no run's work dir, or has no such checkpoint.
     """
     config = checkpoint.read_config(workdir)
@@ -50,9 +61,7 @@ def load(workdir: Path, step: int | None = None) -> Trained:
         if step is None or step not in checkpoints.steps:
             wanted = "a checkpoint" if step is None else f"a checkpoint of step {step}"
             raise ConfigError(f"--workdir is {str(workdir)!r}, which has not {wanted}; found: {found}")
-        mesh = meshes.make_mesh(config.mesh)
-        decoder = Decoder(config.model)
-        params = checkpoints.restore_params(state.abstract_params(decoder, mesh), step)
+        abstract = state.abstract_params(Decoder(config.model), meshes.make_mesh(config.mesh))
+        return config, checkpoints.restore_params(abstract, step), step
     finally:
         checkpoints.close()
-    return Trained(config, decoder, params, tokenizer.load(workdir, config), mesh, step)

@@ -78,8 +78,28 @@ def forward_flops(config: ModelConfig, *, memory: bool) -> int:
 
 
 def train_flops(config: ModelConfig, schedule: ScheduleConfig) -> int:
-    """FLOPs of one training step per row of T tokens: every forward, and the backward pass through it."""
-    total = forward_flops(config, memory=False)
+    """FLOPs of one training step per row of T tokens: every forward, and the backward pass through it.
+
+    Raises:
+      ValueError: the schedule is staged; ask for each stage.
+    """
+    first = forward_flops(config, memory=False)
+    refined = forward_flops(config, memory=config.recurrent)
+    # Uk m and Uv m at all T positions.
+    projections = (
+        2
+        * config.sequence_length
+        * sum(parameter.size for name, parameter in table(config).items() if name in ("memory_key", "memory_value"))
+    )
+    if schedule.name == "plain":
+        return (1 + BACKWARD) * first
     if schedule.name == "interleaved":
-        total += forward_flops(config, memory=config.recurrent)
-    return (1 + BACKWARD) * total
+        refreshes = schedule.subsets * projections if schedule.kv_refresh else 0
+        return (1 + BACKWARD) * (first + refined + refreshes)
+    if schedule.name == "multi_refinement":
+        # Detached, the projections' backward pass has no product with the weights.
+        saved = schedule.refinements * projections if schedule.detach else 0
+        return (1 + BACKWARD) * (first + schedule.refinements * refined) - saved
+    if schedule.name in ("chunked", "sequential"):
+        return (1 + BACKWARD) * refined
+    raise ValueError(f"{schedule.name!r} is no single schedule")

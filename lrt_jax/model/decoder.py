@@ -4,6 +4,7 @@ It knows neither schedules nor losses. Everything it produces, it returns: hidde
 state that becomes recurrent memory, and the buffer of keys and values.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -13,7 +14,7 @@ from flax import struct
 from jax import lax
 
 from lrt_jax.model import attention, layers, memory
-from lrt_jax.model.memory import KV
+from lrt_jax.model.memory import KV, Refreshable
 from lrt_jax.model.parameters import table
 from lrt_jax.setup.config import ModelConfig
 
@@ -43,11 +44,14 @@ class Forward(NamedTuple):
       source_BxPxD: the source states m_t.
       buffer: the buffer given with this forward's keys and values written in, or, where none was given,
         just these.
+      refreshable: where asked for, what :meth:`Decoder.refresh` starts from: a tuple of L
+        :class:`Refreshable`, or one stacked as the buffer's kv.
     """
 
     hidden_BxPxD: jax.Array
     source_BxPxD: jax.Array
     buffer: Buffer
+    refreshable: Any = None
 
 
 def compute_dtype(config: ModelConfig) -> jnp.dtype:
@@ -95,6 +99,8 @@ class Decoder(nn.Module):
         memory_BxPxD: jax.Array | None = None,
         buffer: Buffer | None = None,
         slot: jax.Array | int = 0,
+        *,
+        keep_refreshable: bool = False,
     ) -> Forward:
         """One forward over P positions.
 
@@ -105,6 +111,7 @@ class Decoder(nn.Module):
           buffer: keys and values of other positions. This forward's own are written into it, in every
             layer, before its queries attend; None: the queries see just this forward's positions.
           slot: where in the buffer, of N slots, the P positions are written: slots ``slot`` to ``slot + P``.
+          keep_refreshable: also return what :meth:`refresh` needs; for a forward with zero memory.
 
         Returns:
           The :class:`Forward`.
@@ -132,12 +139,44 @@ class Decoder(nn.Module):
             queries_BxP=positions_BxP,
             keys_BxN=positions_BxN,
             slot=slot,
+            keep_refreshable=keep_refreshable,
         )
         own = _per_layer(config, arrays, tokens_BxP, dtype)
         kv = None if buffer is None else buffer.kv
-        x_BxPxD, source_BxPxD, kv = _run_layers(context, x0_BxPxD, own, kv)
+        x_BxPxD, source_BxPxD, kv, refreshable = _run_layers(context, x0_BxPxD, own, kv)
         hidden_BxPxD = layers.rms_norm(x_BxPxD)
-        return Forward(hidden_BxPxD, layers.rms_norm(source_BxPxD), Buffer(kv, positions_BxN))
+        return Forward(hidden_BxPxD, layers.rms_norm(source_BxPxD), Buffer(kv, positions_BxN), refreshable)
+
+    def refresh(self, refreshable: Any, memory_BxPxD: jax.Array, positions_BxP: jax.Array) -> Any:
+        """Keys and values of every layer under the latest memory (method.md, "KV refresh").
+
+        Args:
+          refreshable: from a forward with zero memory.
+          memory_BxPxD: m_{t-1} for each of its positions.
+          positions_BxP: int32; the first axis may be 1.
+
+        Returns:
+          A buffer's ``kv``.
+        """
+        config, arrays = self.config, self.parameters
+        dtype = compute_dtype(config)
+        memory_BxPxD = memory_BxPxD.astype(dtype)
+        rope = layers.rope_tables(positions_BxP, config.head_width, config.rope_base, dtype)
+        if config.memory == "shared":
+            projected = memory.project(memory_BxPxD, arrays["memory_key"], arrays["memory_value"])
+            refreshed = functools.partial(memory.refresh, projected=projected, rope_tables=rope)
+            return jax.vmap(refreshed)(refreshable) if config.scan_layers else tuple(map(refreshed, refreshable))
+
+        def one(stale: Refreshable, key_DxKxC: jax.Array, value_DxKxC: jax.Array) -> KV:
+            return memory.refresh(stale, memory.project(memory_BxPxD, key_DxKxC, value_DxKxC), rope)
+
+        if config.scan_layers:
+            return jax.vmap(one)(refreshable, arrays["memory_key"], arrays["memory_value"])
+        own = _unstack({name: arrays[name] for name in ("memory_key", "memory_value")}, config.layers)
+        return tuple(
+            one(stale, layer["memory_key"], layer["memory_value"])
+            for stale, layer in zip(refreshable, own, strict=True)
+        )
 
     def logits(self, hidden_BxPxD: jax.Array) -> jax.Array:
         """15 tanh(Whead h_final / 15), in float32 or wider: [B, P, V]."""
@@ -157,6 +196,7 @@ class _Context(NamedTuple):
     queries_BxP: jax.Array
     keys_BxN: jax.Array
     slot: jax.Array | int
+    keep_refreshable: bool
 
 
 def _check_shapes(
@@ -201,8 +241,10 @@ def _per_layer(
     return own
 
 
-def _layer(context: _Context, x_BxPxD: jax.Array, own: dict[str, jax.Array], kv: KV | None) -> tuple[jax.Array, KV]:
-    """One layer: its output, and the keys and values that it leaves in the buffer."""
+def _layer(
+    context: _Context, x_BxPxD: jax.Array, own: dict[str, jax.Array], kv: KV | None
+) -> tuple[jax.Array, KV, Refreshable | None]:
+    """One layer: its output, the keys and values that it leaves in the buffer, and, if asked for, its refreshable."""
     config = context.config
     x_BxPxD = memory.mix_residual(
         x_BxPxD, context.x0_BxPxD, context.memory_BxPxD, own.get("alpha"), own.get("beta"), own.get("gamma")
@@ -213,9 +255,12 @@ def _layer(context: _Context, x_BxPxD: jax.Array, own: dict[str, jax.Array], kv:
     projected = context.projected
     if config.memory == "layerwise" and context.memory_BxPxD is not None:
         projected = memory.project(context.memory_BxPxD, own["memory_key"], own["memory_value"])
-    fresh = memory.mix_keys_values(
+    fresh, memory_gate = memory.mix_keys_values(
         fresh, h_BxPxD, own.get("memory_gate"), projected, own.get("value_gate"), own.get("value_embedding")
     )
+    refreshable = None
+    if context.keep_refreshable and memory_gate is not None:
+        refreshable = Refreshable(fresh.k, fresh.v, memory_gate)
     q_BxPxHxC = layers.rms_norm(layers.rope(q_BxPxHxC, *context.rope))
     fresh = KV(layers.rms_norm(layers.rope(fresh.k, *context.rope)), fresh.v)
     if kv is None:
@@ -225,32 +270,32 @@ def _layer(context: _Context, x_BxPxD: jax.Array, own: dict[str, jax.Array], kv:
     mixed_BxPxHxC = attention.attend(q_BxPxHxC, kv.k, kv.v, context.queries_BxP, context.keys_BxN, own["window"])
     x_BxPxD = x_BxPxD + layers.linear(mixed_BxPxHxC, own["output"], inputs=2)
     x_BxPxD = x_BxPxD + layers.mlp(layers.rms_norm(x_BxPxD), own["mlp_in"], own["mlp_out"])
-    return x_BxPxD, kv
+    return x_BxPxD, kv, refreshable
 
 
 def _run_layers(
     context: _Context, x_BxPxD: jax.Array, own: dict[str, jax.Array], kv: Any
-) -> tuple[jax.Array, jax.Array, Any]:
-    """All layers in turn, scanned or unrolled: the last output, the source layer's output, the buffer's kv."""
+) -> tuple[jax.Array, jax.Array, Any, Any]:
+    """All layers in turn, scanned or unrolled: last output, source layer's output, the buffer's kv, refreshable."""
     config = context.config
 
     def body(carry: tuple[jax.Array, jax.Array], layer: tuple[dict[str, jax.Array], KV | None]) -> Any:
         x_BxPxD, source_BxPxD = carry
-        x_BxPxD, kv = _layer(context, x_BxPxD, *layer)
+        x_BxPxD, kv, refreshable = _layer(context, x_BxPxD, *layer)
         source_BxPxD = jnp.where(layer[0]["index"] == config.source_index, x_BxPxD, source_BxPxD)
-        return (x_BxPxD, source_BxPxD), kv
+        return (x_BxPxD, source_BxPxD), (kv, refreshable)
 
     step = jax.checkpoint(body) if config.remat else body
     carry = (x_BxPxD, jnp.zeros_like(x_BxPxD))
     if config.scan_layers:
-        carry, kv = lax.scan(step, carry, (own, kv))
+        carry, (kv, refreshable) = lax.scan(step, carry, (own, kv))
     else:
-        buffers = []
+        produced = []
         for index, layer_own in enumerate(_unstack(own, config.layers)):
-            carry, layer_kv = step(carry, (layer_own, None if kv is None else kv[index]))
-            buffers.append(layer_kv)
-        kv = tuple(buffers)
-    return *carry, kv
+            carry, layer_produced = step(carry, (layer_own, None if kv is None else kv[index]))
+            produced.append(layer_produced)
+        kv, refreshable = zip(*produced, strict=True)
+    return *carry, kv, refreshable
 
 
 def _unstack(stacked: dict[str, jax.Array], layers: int) -> list[dict[str, jax.Array]]:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lrt_jax.model.layers import linear
+from lrt_jax.model.layers import linear, rms_norm, rope
 
 
 class KV(NamedTuple):
@@ -17,6 +17,20 @@ class KV(NamedTuple):
 
     k: jax.Array
     v: jax.Array
+
+
+class Refreshable(NamedTuple):
+    """What KV refresh starts from: keys and values of one layer (or of all, stacked) under zero memory.
+
+    Attributes:
+      k: gated, before RoPE and QK norm: [..., B, P, K, C].
+      v: gated, value embeddings included.
+      gate: g_mem, [..., B, P, K, 1].
+    """
+
+    k: jax.Array
+    v: jax.Array
+    gate: jax.Array
 
 
 def shift_right(states_BxTxD: jax.Array) -> jax.Array:
@@ -67,7 +81,7 @@ def mix_keys_values(
     projected: KV | None,
     value_gate_cxK: jax.Array | None,
     value_embedding_BxPxKxC: jax.Array | None,
-) -> KV:
+) -> tuple[KV, jax.Array | None]:
     """KV projection, before RoPE and QK norm (method.md, "Recurrent memory", 2).
 
     k ← g_loc ⊙ k + g_mem ⊙ Uk m_{t-1};  v ← g_loc ⊙ v + g_mem ⊙ Uv m_{t-1} + g_ve ⊙ VE[token].
@@ -79,8 +93,12 @@ def mix_keys_values(
       projected: Uk m_{t-1} and Uv m_{t-1}; None for zero memory.
       value_gate_cxK: weights of g_ve; None, with the next, in a layer without value embeddings.
       value_embedding_BxPxKxC: VE[token].
+
+    Returns:
+      The mixed k and v, and g_mem as [B, P, K, 1], None in a model without memory projections.
     """
     k, v = kv
+    recurrent = None
     if memory_gate_cx2xK is not None:
         local, recurrent = gates(h_BxPxD, memory_gate_cx2xK)
         k, v = local * k, local * v
@@ -89,4 +107,14 @@ def mix_keys_values(
     if value_gate_cxK is not None and value_embedding_BxPxKxC is not None:
         (embedded,) = gates(h_BxPxD, value_gate_cxK[:, None])
         v = v + embedded * value_embedding_BxPxKxC
-    return KV(k, v)
+    return KV(k, v), recurrent
+
+
+def refresh(stale: Refreshable, projected: KV, rope_tables: tuple[jax.Array, jax.Array]) -> KV:
+    """KV refresh (method.md): keys and values under the latest memory, the layer not recomputed.
+
+    Both are linear in the memory, so g_mem ⊙ U m is added to what they were under zero memory; k then passes
+    RoPE and QK norm again.
+    """
+    k = rms_norm(rope(stale.k + stale.gate * projected.k, *rope_tables))
+    return KV(k, stale.v + stale.gate * projected.v)

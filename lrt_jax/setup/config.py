@@ -6,22 +6,22 @@ behind ``main.py`` sees the dataclasses only.
 """
 
 import dataclasses
-import difflib
+import functools
 import json
+import math
+import re
 import typing
-from collections.abc import Mapping
 from typing import Any, Literal
 
 from ml_collections import ConfigDict
 
-from lrt_jax.setup.errors import UserError
+from lrt_jax.setup import schema
+from lrt_jax.setup.schema import ConfigError
+from lrt_jax.setup.validation import FINAL, validate
 
 Memory = Literal["shared", "layerwise", "none"]
-FINAL = "final"
-
-
-class ConfigError(UserError, ValueError):
-    """A config field is unknown, has the wrong type, or contradicts another; one sentence says which."""
+ValueEmbeddings = Literal["all", "alternate", "none"]
+Dtype = Literal["auto", "float32", "bfloat16", "float64"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,12 +39,12 @@ class ModelConfig:
     rope_base: float = 10000.0
     alpha: bool = True  # α: learned scale of the residual stream, per layer
     beta: bool = True  # β: learned share of x⁰, per layer
-    value_embeddings: Literal["all", "alternate", "none"] = "all"
+    value_embeddings: ValueEmbeddings = "all"
     gate_width: int = 0  # c: channels of h that the gates read; 0 = all D
     memory: Memory = "shared"  # who owns the memory projections Uk, Uv
     residual_injection: bool = True  # the γ m_{t-1} term
     source_layer: str = FINAL  # "final", or the number 1..L of the layer whose output is the source state
-    dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"  # auto: bfloat16 on TPU and GPU
+    dtype: Dtype = "auto"  # auto: bfloat16 on TPU and GPU
     scan_layers: bool = False  # lax.scan over layers (fast compilation) or unrolled (fast steps)
     remat: bool = False  # recompute each layer in the backward pass
 
@@ -107,6 +107,7 @@ class DataConfig:
     tokenizer: str = ""  # a SentencePiece model to use; "" trains one and keeps it in the work dir
     tokenizer_bytes: int = 8_000_000  # how much text the tokenizer is trained on
     shuffle_window: int = 2048  # documents shuffled together, after the files have been shuffled
+    shuffle_rows: int = 256  # packed rows shuffled together, so that a batch mixes documents; 0 = as they come
     prefetch: int = 16  # batches made ahead
 
 
@@ -114,20 +115,84 @@ class DataConfig:
 class ScheduleConfig:
     """The training schedule (method.md, "Training schedules")."""
 
-    name: Literal["plain", "interleaved"] = "interleaved"
+    name: Literal["plain", "interleaved", "multi_refinement", "chunked", "sequential", "staged"] = "interleaved"
     subsets: int = 2  # S, of interleaved; divides the sequence length
-    unroll: bool = True  # unroll the scan over subsets: faster steps, slower compilation
+    partition: Literal["strided", "contiguous", "random"] = "strided"  # which positions a subset holds
+    kv_refresh: bool = False  # interleaved: bring unvisited keys and values up to date between the forwards
+    refinements: int = 2  # K, of multi_refinement
+    detach: bool = False  # multi_refinement: no gradient from one forward to the one before
+    chunks: int = 2  # N, of chunked; divides the sequence length
+    stages: str = ""  # of staged: schedules with their shares of the steps, "plain:0.8, interleaved(2):0.2"
     loss_weights: tuple[float, ...] = ()  # one per forward; () = equal
+    unroll: bool = True  # unroll the scan over forwards: faster steps, slower compilation
 
     @property
     def forwards(self) -> int:
-        """Number of forwards whose losses are averaged."""
-        return 1 + self.subsets if self.name == "interleaved" else 1
+        """Number of forwards whose losses are averaged; of the last stage, if staged."""
+        last = self.in_stages[-1].schedule
+        return {
+            "plain": 1,
+            "interleaved": 1 + last.subsets,
+            "multi_refinement": 1 + last.refinements,
+            "chunked": last.chunks,
+            "sequential": 1,
+        }[last.name]
 
     @property
     def forwards_equivalent(self) -> float:
-        """Full-length forwards that a step costs: the factor of effective compute."""
-        return 2.0 if self.name == "interleaved" else 1.0
+        """Full-length forwards that a step costs: the factor of effective compute. If staged, the mean over the run."""
+        if self.name == "staged":
+            return sum(stage.share * stage.schedule.forwards_equivalent for stage in self.in_stages)
+        return {"interleaved": 2.0, "multi_refinement": 1.0 + self.refinements}.get(self.name, 1.0)
+
+    @functools.cached_property
+    def in_stages(self) -> tuple["Stage", ...]:
+        """The stages of a staged run; one stage, this schedule itself, of any other.
+
+        Raises:
+          ConfigError: ``stages`` cannot be read.
+        """
+        return parse_stages(self) if self.name == "staged" else (Stage(self, 1.0),)
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """One schedule for a share of the run's steps."""
+
+    schedule: ScheduleConfig
+    share: float
+
+
+# The field that a stage's number sets: interleaved(4) has subsets = 4.
+STAGE_NUMBER = {"interleaved": "subsets", "multi_refinement": "refinements", "chunked": "chunks"}
+
+
+def parse_stages(schedule: ScheduleConfig) -> tuple[Stage, ...]:
+    """The stages that ``schedule.stages`` lists; what a stage does not say is taken from ``schedule``.
+
+    Raises:
+      ConfigError: the list cannot be read, or its shares do not add up to 1.
+    """
+    names = [name for name in typing.get_args(typing.get_type_hints(ScheduleConfig)["name"]) if name != "staged"]
+    stages = []
+    for text in schedule.stages.split(","):
+        match = re.fullmatch(r"\s*(\w+)\s*(?:\(\s*(\d+)\s*\))?\s*:\s*(\d*\.?\d+)\s*", text)
+        name = match[1] if match else ""
+        if match is None or name not in names or (match[2] and name not in STAGE_NUMBER):
+            raise ConfigError(
+                f"config.schedule.stages is {schedule.stages!r}, in which {text.strip()!r} is no stage; write "
+                f"name:share or name(number):share, separated by commas, with the names: {', '.join(names)}"
+            )
+        changes: dict[str, Any] = {"name": name, "stages": ""}
+        if match[2]:
+            changes[STAGE_NUMBER[name]] = int(match[2])
+        stages.append(Stage(dataclasses.replace(schedule, **changes), float(match[3])))
+    if not math.isclose(sum(stage.share for stage in stages), 1.0, abs_tol=1e-6) or min(s.share for s in stages) <= 0:
+        raise ConfigError(
+            f"config.schedule.stages is {schedule.stages!r}, whose shares add up to "
+            f"{sum(stage.share for stage in stages):g}; they must be above 0 and add up to 1"
+        )
+    return tuple(stages)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -220,7 +285,7 @@ def from_json(text: str) -> Config:
         fields = json.loads(text)
     except json.JSONDecodeError as error:
         raise ConfigError(f"the config is not valid JSON ({error})") from None
-    return validate(_build(Config, fields, "config"))
+    return validate(schema.build(Config, fields, "config"))
 
 
 def default_config(**required: Any) -> ConfigDict:
@@ -233,7 +298,7 @@ def default_config(**required: Any) -> ConfigDict:
     for dotted, value in required.items():
         group, name = dotted.split("__")
         groups.setdefault(group, {})[name] = value
-    config = _build(Config, groups, "config")
+    config = schema.build(Config, groups, "config")
     return ConfigDict(dataclasses.asdict(config))
 
 
@@ -243,206 +308,16 @@ def from_config_dict(config: ConfigDict) -> Config:
     Raises:
       ConfigError: a field is unknown, misses, has the wrong type, or contradicts another.
     """
-    return validate(_build(Config, config.to_dict(), "config"))
-
-
-def _build(kind: type, values: Any, path: str) -> Any:
-    """A dataclass from nested mappings, with every field's name and type checked."""
-    if not isinstance(values, Mapping):
-        raise ConfigError(f"{path} is {values!r}; it must be a group of fields")
-    fields = {field.name: field for field in dataclasses.fields(kind)}
-    hints = typing.get_type_hints(kind)
-    for name in values:
-        if name not in fields:
-            raise ConfigError(_unknown_field(path, name, list(fields)))
-    built = {}
-    for name, field in fields.items():
-        where = f"{path}.{name}"
-        if name in values:
-            built[name] = _check_type(hints[name], values[name], where)
-        elif field.default is dataclasses.MISSING:
-            raise ConfigError(f"{where} is not set; it has no default")
-    return kind(**built)
+    return validate(schema.build(Config, config.to_dict(), "config"))
 
 
 def field_type(path: str) -> Any:
-    """The type of a field, by its dotted path below the config: ``model.layers`` → ``int``.
+    """The type of a config field, by its dotted path below the config: ``model.layers`` → ``int``.
 
     Raises:
       ConfigError: there is no such field.
     """
-    kind: Any = Config
-    where = "config"
-    for name in path.split("."):
-        names = [field.name for field in dataclasses.fields(kind)] if dataclasses.is_dataclass(kind) else []
-        if name not in names:
-            raise ConfigError(_unknown_field(where, name, names))
-        kind, where = typing.get_type_hints(kind)[name], f"{where}.{name}"
-    return kind
-
-
-def _unknown_field(path: str, name: str, allowed: list[str]) -> str:
-    """The sentence for a field that does not exist, with the nearest one that does."""
-    if not allowed:
-        return f"{path}.{name} is not a field; {path} is a single value"
-    near = difflib.get_close_matches(name, allowed, n=1)
-    hint = f"did you mean {near[0]}? " if near else ""
-    return f"{path}.{name} is not a field; {hint}allowed are: {', '.join(allowed)}"
-
-
-def _check_type(hint: Any, value: Any, where: str) -> Any:
-    """``value`` as the type ``hint``, or a ConfigError; the only conversions are int → float, list → tuple."""
-    if dataclasses.is_dataclass(hint):
-        return _build(typing.cast(type, hint), value, where)
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin is Literal:
-        if value not in arguments or isinstance(value, bool):
-            raise ConfigError(f"{where} is {value!r}; allowed are: {', '.join(map(str, arguments))}")
-        return value
-    if origin is tuple and isinstance(value, (tuple, list)):
-        return tuple(_check_type(arguments[0], item, f"{where}[{i}]") for i, item in enumerate(value))
-    wanted = hint if isinstance(hint, type) else None
-    if wanted is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if wanted is None or not isinstance(value, wanted) or (isinstance(value, bool) and wanted is not bool):
-        raise ConfigError(f"{where} is {value!r}; it must be {getattr(wanted, '__name__', hint)}")
-    return value
-
-
-def _require(condition: bool, field: str, found: Any, allowed: str) -> None:
-    if not condition:
-        raise ConfigError(f"config.{field} is {found!r}; {allowed}")
-
-
-def _divides(part: int, whole: int, field: str, name: str) -> None:
-    if whole % part:
-        allowed = ", ".join(str(n) for n in range(1, whole + 1) if whole % n == 0)
-        raise ConfigError(f"config.{field} is {part}, which does not divide {name} = {whole}; allowed are: {allowed}")
-
-
-def validate(config: Config) -> Config:
-    """Checks every value and combination; returns ``config`` unchanged.
-
-    Raises:
-      ConfigError: naming the field, what was found and what is allowed.
-    """
-    _validate_ranges(config)
-    _validate_model(config.model)
-    _validate_schedule(config)
-    _validate_durations(config)
-    return config
-
-
-def _validate_ranges(config: Config) -> None:
-    positive = {
-        "model": ("layers", "width", "heads", "kv_heads", "sequence_length", "vocab_size", "softcap", "rope_base"),
-        "data": ("document_bytes", "tokenizer_bytes", "shuffle_window", "prefetch"),
-        "schedule": ("subsets",),
-        "optimizer": ("eps",),
-        "train": ("batch_size", "accumulation", "log_every", "keep"),
-        "eval": ("batch_size", "rows", "final_rows"),
-    }
-    not_negative = {
-        "optimizer": (
-            "muon_lr",
-            "matrix_lr",
-            "embedding_lr",
-            "head_lr",
-            "alpha_lr",
-            "scalar_lr",
-            "weight_decay",
-            "clip",
-            "momentum_warmup",
-        ),
-        "train": ("steps", "tokens", "tokens_per_parameter", "eval_every", "save_every"),
-        "eval": ("sample_tokens", "temperature"),
-    }
-    shares = {"optimizer": ("b1", "b2", "beta_b1", "momentum", "momentum_start", "warmup", "warmdown", "final_lr")}
-    for group, names in positive.items():
-        for name in names:
-            value = getattr(getattr(config, group), name)
-            _require(value > 0, f"{group}.{name}", value, "it must be above 0")
-    for group, names in not_negative.items():
-        for name in names:
-            value = getattr(getattr(config, group), name)
-            _require(value >= 0, f"{group}.{name}", value, "it must be 0 or more")
-    for group, names in shares.items():
-        for name in names:
-            value = getattr(getattr(config, group), name)
-            _require(0 <= value <= 1, f"{group}.{name}", value, "it must lie between 0 and 1")
-    _require(0 < config.data.held_out < 1, "data.held_out", config.data.held_out, "it must lie between 0 and 1")
-    sizes = dataclasses.asdict(config.mesh)
-    for axis, size in sizes.items():
-        _require(size > 0 or size == -1, f"mesh.{axis}", size, 'it must be above 0, or -1 for "the rest"')
-    rest = [axis for axis, size in sizes.items() if size == -1]
-    _require(len(rest) <= 1, "mesh", sizes, f'only one axis may be -1 ("the rest"), not {" and ".join(rest)}')
-
-
-def _validate_model(model: ModelConfig) -> None:
-    _divides(model.heads, model.width, "model.heads", "model.width")
-    _divides(model.kv_heads, model.heads, "model.kv_heads", "model.heads")
-    _require(
-        model.head_width % 2 == 0,
-        "model.heads",
-        model.heads,
-        f"the head width {model.width} / {model.heads} = {model.head_width} must be even, since RoPE pairs channels",
-    )
-    pattern = model.window_pattern
-    _require(
-        bool(pattern) and set(pattern) <= set("SL"),
-        "model.window_pattern",
-        pattern,
-        "it must be a string of S (half context) and L (full context)",
-    )
-    _require(
-        0 <= model.gate_width <= model.width,
-        "model.gate_width",
-        model.gate_width,
-        f"it must lie between 0 (all channels) and model.width = {model.width}",
-    )
-    source = model.source_layer
-    _require(
-        source == FINAL or (source.isdecimal() and 1 <= int(source) <= model.layers),
-        "model.source_layer",
-        source,
-        f"it must be '{FINAL}' or a layer from '1' to '{model.layers}'",
-    )
-
-
-def _validate_schedule(config: Config) -> None:
-    schedule, length = config.schedule, config.model.sequence_length
-    if schedule.name == "interleaved":
-        _divides(schedule.subsets, length, "schedule.subsets", "model.sequence_length")
-        _require(
-            config.model.recurrent,
-            "schedule.name",
-            schedule.name,
-            "a model without memory (model.memory = none, model.residual_injection = False) trains with: plain",
-        )
-    weights = schedule.loss_weights
-    _require(
-        not weights or (len(weights) == schedule.forwards and min(weights) >= 0 and sum(weights) > 0),
-        "schedule.loss_weights",
-        weights,
-        f"it must be empty (equal weights) or hold {schedule.forwards} numbers, none negative and not all 0",
-    )
-
-
-def _validate_durations(config: Config) -> None:
-    train = config.train
-    _divides(train.accumulation, train.batch_size, "train.accumulation", "train.batch_size")
-    units = {name: getattr(train, name) for name in ("steps", "tokens", "tokens_per_parameter")}
-    chosen = [name for name, value in units.items() if value]
-    if len(chosen) != 1:
-        found = " and ".join(chosen) or "none of them"
-        raise ConfigError(f"config.train sets {found}; set exactly one of: {', '.join(units)} (the others 0)")
-    optimizer = config.optimizer
-    _require(
-        optimizer.warmup + optimizer.warmdown <= 1,
-        "optimizer.warmup",
-        optimizer.warmup,
-        f"together with optimizer.warmdown = {optimizer.warmdown} it must not exceed 1",
-    )
+    return schema.field_type(Config, path)
 
 
 def train_steps(train: TrainConfig, sequence_length: int, parameters: int) -> int:

@@ -13,11 +13,23 @@ from lrt_jax.setup.errors import UserError
 PREFIX = "--config."
 
 
-def run(command: Callable[[], int | None]) -> None:
-    """Runs a command under absl with flags parsed; exits with its value, or with 1 and one line on stderr."""
+def run(command: Callable[..., int | None], *, takes_arguments: bool = False) -> None:
+    """Runs a command under absl with flags parsed; exits with its value, or with 1 and one line on stderr.
+
+    Args:
+      command: the command.
+      takes_arguments: call it with the arguments that are no flags; else such arguments are refused.
+    """
     logging.set_verbosity(logging.WARNING)  # orbax tells every step of a save
+
+    def read(arguments: list[str]) -> list[str]:
+        rest = parse(arguments)
+        if len(rest) > 1 and not takes_arguments:
+            raise ConfigError(f"{rest[1]!r} is not a flag; flags are written --name=value")
+        return rest
+
     try:
-        app.run(lambda _: command(), flags_parser=parse)
+        app.run(lambda rest: command(*rest[1:] if takes_arguments else ()), flags_parser=read)
     except UserError as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
@@ -25,7 +37,7 @@ def run(command: Callable[[], int | None]) -> None:
 
 
 def parse(arguments: list[str]) -> list[str]:
-    """Parses flags; ``--config.a.b=value`` overrides a field of the config.
+    """Parses flags; ``--config.a.b=value`` overrides a field of the config. Returns what is no flag.
 
     Raises:
       ConfigError: a flag or field is unknown, or has a value of the wrong type.
@@ -48,8 +60,6 @@ def parse(arguments: list[str]) -> list[str]:
         raise ConfigError(last.partition("ConfigError: ")[2] or last) from None
     except flags.Error as error:
         raise ConfigError(str(error)) from None
-    if len(rest) > 1:
-        raise ConfigError(f"{rest[1]!r} is not a flag; flags are written --name=value")
     return rest
 
 

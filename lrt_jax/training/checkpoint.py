@@ -22,6 +22,8 @@ FOLDER = "checkpoints"
 FIXED = ("model", "data", "seed", "train.batch_size")
 # Fields within those that change speed only, never a number's meaning.
 FREE = ("model.dtype", "model.scan_layers", "model.remat", "data.prefetch")
+# The same for a work dir that holds imported parameters only: no stream of batches has begun.
+FIXED_BY_PARAMETERS = ("model",)
 
 
 class Checkpoints:
@@ -57,6 +59,15 @@ class Checkpoints:
             ),
         )
 
+    def save_params(self, params: dict[str, jax.Array], config: Config) -> None:
+        """Saves parameters alone as step 0: a run that begins here has a fresh optimizer and the first batch."""
+        items = {"params": ocp.args.StandardSave(params), "config": ocp.args.JsonSave(dataclasses.asdict(config))}
+        self._manager.save(0, args=ocp.args.Composite(**items))
+
+    def has_training_state(self, step: int) -> bool:
+        """Whether a step holds the optimizer's state and the data's position beside the parameters."""
+        return (self._manager.directory / str(step) / "optimizer").exists()
+
     def restore(self, abstract: TrainState, iterator: grain.DatasetIterator, step: int) -> TrainState:
         """The state of a step, in the shardings of ``abstract``; moves ``iterator`` to where it was."""
         restored = self._manager.restore(
@@ -86,6 +97,8 @@ class Checkpoints:
 def check_config(config: Config, workdir: epath.PathLike) -> list[str]:
     """Checks that a run may go on in a work dir that was begun before; a fresh one allows everything.
 
+    A work dir of imported parameters is bound to the model only.
+
     Returns:
       A line for each field that has changed, where it may.
 
@@ -94,12 +107,14 @@ def check_config(config: Config, workdir: epath.PathLike) -> list[str]:
     """
     path = epath.Path(workdir) / CONFIG_FILE
     changes = []
+    steps = list((epath.Path(workdir) / FOLDER).glob("*/optimizer"))
+    fixed = FIXED if steps or not (epath.Path(workdir) / FOLDER).exists() else FIXED_BY_PARAMETERS
     if path.exists():
         before, now = (_flat(dataclasses.asdict(c)) for c in (read_config(workdir), config))
         for name in sorted(before.keys() | now.keys()):
             if before.get(name) == now.get(name):
                 continue
-            if _is_fixed(name):
+            if _is_within(name, fixed) and name not in FREE:
                 raise ConfigError(
                     f"config.{name} is {now.get(name)!r}, but {workdir} was begun with {before.get(name)!r}; "
                     "use that, or another --workdir"
@@ -129,9 +144,8 @@ def read_config(workdir: epath.PathLike) -> Config:
     return from_json(path.read_text())
 
 
-def _is_fixed(name: str) -> bool:
-    within = any(name == fixed or name.startswith(fixed + ".") for fixed in FIXED)
-    return within and name not in FREE
+def _is_within(name: str, groups: tuple[str, ...]) -> bool:
+    return any(name == group or name.startswith(group + ".") for group in groups)
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -28,32 +28,60 @@ class TrainingError(UserError):
 
 
 @dataclasses.dataclass(frozen=True)
+class Stage:
+    """A part of the run with one schedule.
+
+    Attributes:
+      end: the step after which the next stage takes over.
+      step: the jitted training step.
+      forwards_equivalent: the schedule's factor of effective compute.
+      flops_per_step: of the whole batch, for MFU.
+    """
+
+    end: int
+    step: Step
+    forwards_equivalent: float
+    flops_per_step: float
+
+
+@dataclasses.dataclass(frozen=True)
 class Parts:
     """What the loop drives.
 
     Attributes:
-      step: the jitted training step.
+      stages: the run's stages, in order; the last one's end is the run's length.
       batches: this process's rows, without end.
       mesh: where a batch goes.
       checkpoints: where the state is kept.
       writer: where metrics go.
       evaluate: scores parameters at intervals; the loop's caller scores the end.
-      steps: the run's length.
-      forwards_equivalent: the schedule's factor of effective compute.
-      flops_per_step: of the whole batch, for MFU.
       peak_flops: of all devices together, per second.
     """
 
-    step: Step
+    stages: tuple[Stage, ...]
     batches: grain.DatasetIterator
     mesh: Mesh
     checkpoints: Checkpoints
     writer: Writer
     evaluate: Evaluate
-    steps: int
-    forwards_equivalent: float
-    flops_per_step: float
     peak_flops: float
+
+    @property
+    def steps(self) -> int:
+        """The run's length."""
+        return self.stages[-1].end
+
+    def stage_of(self, step: int) -> Stage:
+        """The stage that computes step ``step``, counted from 1."""
+        return next(stage for stage in self.stages if step <= stage.end)
+
+    def forwards_until(self, step: int) -> float:
+        """Full-length forwards-equivalent per row, of all steps up to ``step``."""
+        total, begin = 0.0, 0
+        for stage in self.stages:
+            total += (min(step, stage.end) - min(step, begin)) * stage.forwards_equivalent
+            begin = stage.end
+        return total
 
 
 def train(config: Config, parts: Parts, state: TrainState) -> tuple[TrainState, bool]:
@@ -71,7 +99,7 @@ def train(config: Config, parts: Parts, state: TrainState) -> tuple[TrainState, 
     with _stop_requested() as stopped:
         while step < parts.steps and not stopped():
             batch = meshes.global_batch(parts.mesh, next(parts.batches))
-            state, metrics = parts.step(state, *batch)
+            state, metrics = parts.stage_of(step + 1).step(state, *batch)
             step += 1
             # The step is dispatched; only now is the one before it fetched, so the device never waits for the host.
             if previous is not None:
@@ -106,13 +134,13 @@ def _report(config: Config, parts: Parts, clock: "_Clock", step: int, metrics: d
     if not (_due(config.train.log_every, step) or step == parts.steps):
         return
     tokens_per_second, seconds_left = clock.rates(step)
-    tokens = step * config.train.batch_size * config.model.sequence_length
-    flops_per_token = parts.flops_per_step / (config.train.batch_size * config.model.sequence_length)
+    tokens_per_step = config.train.batch_size * config.model.sequence_length
+    flops_per_token = parts.stage_of(step).flops_per_step / tokens_per_step
     values |= {
         "perf/tokens_per_second": tokens_per_second,
         "perf/mfu": tokens_per_second * flops_per_token / parts.peak_flops,
-        "compute/tokens": tokens,
-        "compute/effective": tokens * parts.forwards_equivalent,
+        "compute/tokens": step * tokens_per_step,
+        "compute/effective": parts.forwards_until(step) * tokens_per_step,
     }
     parts.writer.write(step, values)
     parts.writer.progress(step, values["train/loss"], tokens_per_second, seconds_left)

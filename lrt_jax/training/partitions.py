@@ -78,8 +78,29 @@ def strided(length: int, subsets: int) -> Strided:
     """The default partition of method.md: subset i of S holds the positions t ≡ i (mod S).
 
     Raises:
-      ValueError: ``subsets`` does not divide ``length``.
+      ValueError: ``subsets`` does not divide ``length``; as for the other partitions.
     """
+    _check(length, subsets)
+    return Strided(np.arange(length, dtype=np.int32).reshape(-1, subsets).T)
+
+
+def contiguous(length: int, subsets: int) -> Partition:
+    """Subset i holds the i-th stretch of P positions."""
+    _check(length, subsets)
+    return Partition(np.arange(length, dtype=np.int32).reshape(subsets, -1))
+
+
+def random(length: int, subsets: int) -> Partition:
+    """Positions are dealt to the subsets at random: the same for every step and run."""
+    _check(length, subsets)
+    order = np.random.default_rng(0).permutation(length).astype(np.int32)
+    return Partition(np.sort(order.reshape(subsets, -1), axis=1))
+
+
+# By the names that the config uses.
+PARTITIONS = {"strided": strided, "contiguous": contiguous, "random": random}
+
+
+def _check(length: int, subsets: int) -> None:
     if length % subsets:
         raise ValueError(f"{subsets} subsets do not divide {length} positions")
-    return Strided(np.arange(length, dtype=np.int32).reshape(-1, subsets).T)

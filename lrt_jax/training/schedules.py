@@ -13,10 +13,10 @@ import jax.numpy as jnp
 from flax import struct
 from jax import lax
 
-from lrt_jax.model.decoder import SLOTS, Buffer, Decoder, Forward
-from lrt_jax.model.head import cross_entropy
+from lrt_jax.model.decoder import SLOTS, Buffer, Decoder
+from lrt_jax.model.memory import shift_right
 from lrt_jax.setup.config import ScheduleConfig
-from lrt_jax.training import partitions
+from lrt_jax.training import forwards, partitions
 
 
 class Outcome(struct.PyTreeNode):
@@ -49,17 +49,38 @@ Schedule = Callable[[Decoder, Any, jax.Array, jax.Array], Outcome]
 
 
 def forward_names(config: ScheduleConfig) -> list[str]:
-    """The name of each forward, as metrics use it: ``init``, then ``subset_0`` …"""
-    subsets = config.subsets if config.name == "interleaved" else 0
-    return ["init", *(f"subset_{i}" for i in range(subsets))]
+    """The name of each forward whose loss counts, as metrics use it: ``init``, then ``subset_0`` …"""
+    return {
+        "plain": ["init"],
+        "interleaved": ["init", *(f"subset_{i}" for i in range(config.subsets))],
+        "multi_refinement": ["init", *(f"refinement_{i}" for i in range(1, config.refinements + 1))],
+        "chunked": [f"chunk_{i}" for i in range(config.chunks)],
+        "sequential": ["sequential"],
+    }[config.name]
 
 
 def build(config: ScheduleConfig, sequence_length: int) -> Schedule:
-    """The schedule that ``config`` names, as a function of (decoder, params, tokens_BxT, targets_BxT)."""
+    """The schedule that ``config`` names, as a function of (decoder, params, tokens_BxT, targets_BxT).
+
+    A staged schedule is several, one after the other: build each of ``config.in_stages``.
+    """
+    weights, unroll = config.loss_weights, config.unroll
     if config.name == "plain":
-        return functools.partial(plain, weights=config.loss_weights)
-    partition = partitions.strided(sequence_length, config.subsets)
-    return functools.partial(interleaved, partition=partition, unroll=config.unroll, weights=config.loss_weights)
+        return functools.partial(plain, weights=weights)
+    if config.name == "interleaved":
+        partition = partitions.PARTITIONS[config.partition](sequence_length, config.subsets)
+        return functools.partial(
+            interleaved, partition=partition, kv_refresh=config.kv_refresh, unroll=unroll, weights=weights
+        )
+    if config.name == "multi_refinement":
+        return functools.partial(
+            multi_refinement, refinements=config.refinements, detach=config.detach, unroll=unroll, weights=weights
+        )
+    if config.name == "chunked":
+        return functools.partial(chunked, chunks=config.chunks, unroll=unroll, weights=weights)
+    if config.name == "sequential":
+        return sequential
+    raise ValueError(f"{config.name!r} is no single schedule")
 
 
 def plain(
@@ -70,9 +91,9 @@ def plain(
     *,
     weights: tuple[float, ...] = (),
 ) -> Outcome:
-    """One forward with zero memory: the baseline, and the initialization forward of every other schedule."""
-    forward = _initialization(decoder, params, tokens_BxT)
-    losses_BxT = token_losses(decoder, params, forward.hidden_BxPxD, targets_BxT)
+    """One forward with zero memory: the baseline, and the initialization forward of other schedules."""
+    forward = forwards.initialization(decoder, params, tokens_BxT)
+    losses_BxT = forwards.token_losses(decoder, params, forward.hidden_BxPxD, targets_BxT)
     return _outcome(losses_BxT[None], jnp.ones((1, tokens_BxT.shape[1]), bool), forward.source_BxPxD, weights)
 
 
@@ -83,6 +104,7 @@ def interleaved(
     targets_BxT: jax.Array,
     *,
     partition: partitions.Partition,
+    kv_refresh: bool = False,
     unroll: bool = True,
     weights: tuple[float, ...] = (),
 ) -> Outcome:
@@ -98,67 +120,120 @@ def interleaved(
       tokens_BxT: int inputs.
       targets_BxT: int targets.
       partition: the disjoint subsets.
+      kv_refresh: before each subset forward, bring keys and values at positions that no subset has
+        visited up to date with the latest memory.
       unroll: unroll the scan over subsets; the same numbers, compiled longer and run faster.
       weights: of the 1 + S forwards' losses; empty for equal.
     """
-    first = _initialization(decoder, params, tokens_BxT)
-    init_losses_BxT = token_losses(decoder, params, first.hidden_BxPxD, targets_BxT)
-    subset_length = partition.positions_SxP.shape[1]
+    first = forwards.initialization(decoder, params, tokens_BxT, keep_refreshable=kv_refresh)
+    init_losses_BxT = forwards.token_losses(decoder, params, first.hidden_BxPxD, targets_BxT)
 
     def slot_order(array: jax.Array, axis: int) -> jax.Array:
         return partition.split(array, axis).reshape(array.shape)
 
-    def subset_forward(carry: tuple[Buffer, jax.Array], xs: dict[str, jax.Array]) -> Any:
-        buffer, sources_BxTxD = carry
-        memory_BxPxD = jnp.where(
-            xs["positions_P"][None, :, None] == 0, 0, jnp.take(sources_BxTxD, xs["previous_slots_P"], axis=1)
-        )
-        out = _forward(decoder, params, xs["tokens_BxP"], xs["positions_P"], memory_BxPxD, buffer, xs["slot"])
-        sources_BxTxD = lax.dynamic_update_slice_in_dim(sources_BxTxD, out.source_BxPxD, xs["slot"], axis=1)
-        losses_BxP = token_losses(decoder, params, out.hidden_BxPxD, xs["targets_BxP"])
-        return (out.buffer, sources_BxTxD), losses_BxP
-
     positions_1xT = jnp.asarray(partition.positions_SxP.reshape(1, -1))
     shared = Buffer(jax.tree.map(lambda x: slot_order(x, SLOTS), first.buffer.kv), positions_1xT)
-    xs = {
-        "tokens_BxP": jnp.moveaxis(partition.split(tokens_BxT, 1), 1, 0),
-        "targets_BxP": jnp.moveaxis(partition.split(targets_BxT, 1), 1, 0),
-        "positions_P": jnp.asarray(partition.positions_SxP),
-        "previous_slots_P": jnp.asarray(partition.previous_slots_SxP),
-        "slot": jnp.arange(partition.subsets) * subset_length,
-    }
-    carry = (shared, slot_order(first.source_BxPxD, 1))
-    (_, sources_BxTxD), losses_SxBxP = lax.scan(subset_forward, carry, xs, unroll=unroll)
-
-    refined_BxT = partition.merge(jnp.moveaxis(losses_SxBxP, 0, 1), 1)
+    refreshable = jax.tree.map(lambda x: slot_order(x, SLOTS), first.refreshable)
+    losses_BxT, sources_BxTxD = forwards.subset_forwards(
+        decoder,
+        params,
+        tokens_BxT,
+        targets_BxT,
+        partition,
+        shared,
+        slot_order(first.source_BxPxD, 1),
+        refreshable=refreshable if kv_refresh else None,
+        unroll=unroll,
+    )
     masks_SxT = jnp.asarray(partition.masks_SxT)
-    losses_FxBxT = jnp.concatenate([init_losses_BxT[None], jnp.where(masks_SxT[:, None], refined_BxT[None], 0.0)])
+    losses_FxBxT = jnp.concatenate([init_losses_BxT[None], jnp.where(masks_SxT[:, None], losses_BxT[None], 0.0)])
     masks_FxT = jnp.concatenate([jnp.ones_like(masks_SxT[:1]), masks_SxT])
-    split_sources = sources_BxTxD.reshape(sources_BxTxD.shape[0], partition.subsets, subset_length, -1)
-    return _outcome(losses_FxBxT, masks_FxT, partition.merge(split_sources, 1), weights)
+    return _outcome(losses_FxBxT, masks_FxT, sources_BxTxD, weights)
 
 
-def token_losses(decoder: Decoder, params: Any, hidden_BxPxD: jax.Array, targets_BxP: jax.Array) -> jax.Array:
-    """Cross entropy of each target, in nats: [B, P], float32 or wider."""
-    logits_BxPxV = decoder.apply({"params": params}, hidden_BxPxD, method=Decoder.logits)
-    return cross_entropy(logits_BxPxV, targets_BxP)
-
-
-def _forward(
+def multi_refinement(
     decoder: Decoder,
     params: Any,
-    tokens_BxP: jax.Array,
-    positions_P: jax.Array,
-    memory_BxPxD: jax.Array | None,
-    buffer: Buffer | None,
-    slot: jax.Array | int,
-) -> Forward:
-    return decoder.apply({"params": params}, tokens_BxP, positions_P[None], memory_BxPxD, buffer, slot)
+    tokens_BxT: jax.Array,
+    targets_BxT: jax.Array,
+    *,
+    refinements: int,
+    detach: bool = False,
+    unroll: bool = True,
+    weights: tuple[float, ...] = (),
+) -> Outcome:
+    """Multi-refinement training: an initialization forward, then K more full forwards.
+
+    Forward k reads the source states of forward k - 1, shifted right by one position.
+
+    Args:
+      decoder: the model.
+      params: its parameters.
+      tokens_BxT: int inputs.
+      targets_BxT: int targets.
+      refinements: K.
+      detach: no gradient flows from a forward into the source states it reads.
+      unroll: unroll the scan over forwards.
+      weights: of the K + 1 forwards' losses; empty for equal.
+    """
+    positions_T = jnp.arange(tokens_BxT.shape[1])
+    first = forwards.initialization(decoder, params, tokens_BxT)
+    init_losses_BxT = forwards.token_losses(decoder, params, first.hidden_BxPxD, targets_BxT)
+
+    def refine(sources_BxTxD: jax.Array, _: None) -> tuple[jax.Array, jax.Array]:
+        memory_BxTxD = shift_right(lax.stop_gradient(sources_BxTxD) if detach else sources_BxTxD)
+        out = forwards.forward(decoder, params, tokens_BxT, positions_T, memory_BxTxD, None, 0)
+        return out.source_BxPxD, forwards.token_losses(decoder, params, out.hidden_BxPxD, targets_BxT)
+
+    sources_BxTxD, losses_KxBxT = lax.scan(refine, first.source_BxPxD, length=refinements, unroll=unroll)
+    losses_FxBxT = jnp.concatenate([init_losses_BxT[None], losses_KxBxT])
+    masks_FxT = jnp.ones((refinements + 1, len(positions_T)), bool)
+    return _outcome(losses_FxBxT, masks_FxT, sources_BxTxD, weights)
 
 
-def _initialization(decoder: Decoder, params: Any, tokens_BxT: jax.Array) -> Forward:
-    """The full forward with zero memory."""
-    return _forward(decoder, params, tokens_BxT, jnp.arange(tokens_BxT.shape[1]), None, None, 0)
+def chunked(
+    decoder: Decoder,
+    params: Any,
+    tokens_BxT: jax.Array,
+    targets_BxT: jax.Array,
+    *,
+    chunks: int,
+    unroll: bool = True,
+    weights: tuple[float, ...] = (),
+) -> Outcome:
+    """N contiguous chunks in turn, the paper's weaker baseline: memory passes only across chunk borders.
+
+    A chunk's first position reads the source state before it, which is known by then; its other
+    positions, computed together with the ones before them, read zero memory.
+
+    Args:
+      decoder: the model.
+      params: its parameters.
+      tokens_BxT: int inputs.
+      targets_BxT: int targets.
+      chunks: N.
+      unroll: unroll the scan over chunks.
+      weights: of the N forwards' losses; empty for equal.
+    """
+    partition = partitions.contiguous(tokens_BxT.shape[1], chunks)
+    losses_BxT, sources_BxTxD = forwards.subset_forwards_alone(
+        decoder, params, tokens_BxT, targets_BxT, partition, unroll=unroll
+    )
+    masks_NxT = jnp.asarray(partition.masks_SxT)
+    return _outcome(jnp.where(masks_NxT[:, None], losses_BxT[None], 0.0), masks_NxT, sources_BxTxD, weights)
+
+
+def sequential(decoder: Decoder, params: Any, tokens_BxT: jax.Array, targets_BxT: jax.Array) -> Outcome:
+    """True recurrence, token by token, with exact backpropagation through time: one forward in T steps.
+
+    The oracle of tests, and a way to train at small T: memory for the gradient grows with T².
+    """
+    length = tokens_BxT.shape[1]
+    one_by_one = partitions.contiguous(length, length)
+    losses_BxT, sources_BxTxD = forwards.subset_forwards_alone(
+        decoder, params, tokens_BxT, targets_BxT, one_by_one, unroll=False
+    )
+    return _outcome(losses_BxT[None], jnp.ones((1, length), bool), sources_BxTxD, ())
 
 
 def _outcome(

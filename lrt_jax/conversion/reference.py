@@ -1,0 +1,268 @@
+"""The authors' parameter names, layout and config fields, and ours.
+
+Theirs is a PyTorch state dict: a linear weight is [outputs, inputs], each layer has arrays of its own, and the
+three gates of a recurrent layer are one array. Both directions move numbers and compute none, so a round trip
+is exact to the bit.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from lrt_jax.model.parameters import Parameter, table
+from lrt_jax.setup.config import ConfigError, Dtype, ModelConfig, ScheduleConfig, ValueEmbeddings
+from lrt_jax.setup.errors import UserError
+from lrt_jax.setup.validation import validate_model
+
+# Their vocabulary is padded to a multiple of this; the rows beyond V are never read.
+VOCAB_MULTIPLE = 64
+
+# Ours → theirs. "{}" is the layer; a name without it holds all layers, or belongs to none.
+NAMES = {
+    "embedding": "transformer.wte.weight",
+    "head": "lm_head.weight",
+    "query": "transformer.h.{}.attn.c_q.weight",
+    "key": "transformer.h.{}.attn.c_k.weight",
+    "value": "transformer.h.{}.attn.c_v.weight",
+    "output": "transformer.h.{}.attn.c_proj.weight",
+    "mlp_in": "transformer.h.{}.mlp.c_fc.weight",
+    "mlp_out": "transformer.h.{}.mlp.c_proj.weight",
+    "alpha": "resid_lambdas",
+    "beta": "x0_lambdas",
+    "gamma": "interleaved_lambdas",
+    "memory_key": "interleaved_key_projections.{}.W_v.weight",
+    "memory_value": "interleaved_projections.{}.W_v.weight",
+}
+# In a recurrent model memory_gate and value_gate are this, in rows: K local, K memory, K value embedding.
+GATES = "transformer.h.{}.attn.triple_gate.weight"
+RECURRENT_NAMES = {"value_embedding": "interleaved_init_value_embeds.{}.weight"}
+PLAIN_NAMES = {"value_embedding": "value_embeds.{}.weight", "value_gate": "transformer.h.{}.attn.ve_gate.weight"}
+
+# What their config's fields are without being set.
+CONFIG_DEFAULTS: dict[str, Any] = {
+    "window_pattern": "SSSL",
+    "use_value_embeds": True,
+    "ve_every_layer": False,
+    "use_x0_residual": True,
+    "use_resid_lambdas": True,
+    "ve_gate_channels": 32,
+    "use_interleaved": False,
+    "interleaved_num_passes": 2,
+    "interleaved_kv_refresh": False,
+}
+CONFIG_REQUIRED = ("sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd")
+
+
+class ConversionError(UserError):
+    """Arrays, or the config that came with them, do not fit; one sentence says which."""
+
+
+class Piece(NamedTuple):
+    """One array of theirs, as a part of one or two of ours.
+
+    Attributes:
+      name: theirs.
+      ours: names of ours that it holds.
+      row: which of the layers stacked in ours, or None for all of the array.
+    """
+
+    name: str
+    ours: tuple[str, ...]
+    row: int | None
+
+
+def model_config(reference: Mapping[str, Any], dtype: Dtype = "auto") -> ModelConfig:
+    """Our config of the model that their config's fields describe.
+
+    Args:
+      reference: their fields; those without a default must be there.
+      dtype: of our model's activations.
+
+    Raises:
+      ConversionError: a field misses, or is unknown.
+      ConfigError: the fields describe no model of ours.
+    """
+    missing = [name for name in CONFIG_REQUIRED if name not in reference]
+    unknown = sorted(reference.keys() - {*CONFIG_REQUIRED, *CONFIG_DEFAULTS})
+    if missing or unknown:
+        found = [f"without {', '.join(missing)}"] if missing else []
+        found += [f"with the unknown {', '.join(unknown)}"] if unknown else []
+        allowed = ", ".join([*CONFIG_REQUIRED, *CONFIG_DEFAULTS])
+        raise ConversionError(f"the reference's config comes {' and '.join(found)}; its fields are: {allowed}")
+    fields = CONFIG_DEFAULTS | dict(reference)
+    recurrent = bool(fields["use_interleaved"])
+    embeddings: ValueEmbeddings = "all" if recurrent or fields["ve_every_layer"] else "alternate"
+    return validate_model(
+        ModelConfig(
+            layers=int(fields["n_layer"]),
+            width=int(fields["n_embd"]),
+            heads=int(fields["n_head"]),
+            kv_heads=int(fields["n_kv_head"]),
+            sequence_length=int(fields["sequence_len"]),
+            vocab_size=int(fields["vocab_size"]),
+            window_pattern=str(fields["window_pattern"]).upper(),
+            alpha=bool(fields["use_resid_lambdas"]),
+            beta=bool(fields["use_x0_residual"]),
+            value_embeddings=embeddings if recurrent or fields["use_value_embeds"] else "none",
+            gate_width=int(fields["ve_gate_channels"]),
+            memory="layerwise" if recurrent else "none",
+            residual_injection=recurrent,
+            dtype=dtype,
+        )
+    )
+
+
+def schedule_config(reference: Mapping[str, Any]) -> ScheduleConfig:
+    """Our config of the schedule that their config's fields describe."""
+    fields = CONFIG_DEFAULTS | dict(reference)
+    if not fields["use_interleaved"]:
+        return ScheduleConfig(name="plain")
+    return ScheduleConfig(
+        name="interleaved",
+        subsets=int(fields["interleaved_num_passes"]),
+        kv_refresh=bool(fields["interleaved_kv_refresh"]),
+    )
+
+
+def from_reference(arrays: Mapping[str, np.ndarray], config: ModelConfig) -> dict[str, np.ndarray]:
+    """Our parameters from their arrays; float arrays of their dtype, float32 where theirs is narrower.
+
+    Args:
+      arrays: by their names, in PyTorch's layout. A prefix that torch.compile adds is ignored.
+      config: the model.
+
+    Raises:
+      ConversionError: lists every array that misses, is surplus or has another shape.
+      ConfigError: the reference has no such model.
+    """
+    arrays = {name.removeprefix("_orig_mod."): np.asarray(array) for name, array in arrays.items()}
+    _check_arrays(arrays, config)
+    pieces: dict[str, list[np.ndarray]] = {}
+    for piece in _pieces(config):
+        array = _widened(arrays[piece.name])
+        for ours, part in _to_ours(piece, array, config).items():
+            pieces.setdefault(ours, []).append(part)
+    return {name: np.stack(pieces[name]) if "{}" in _name(name, config) else pieces[name][0] for name in table(config)}
+
+
+def to_reference(params: Mapping[str, Any], config: ModelConfig) -> dict[str, np.ndarray]:
+    """Their arrays from our parameters: the inverse of :func:`from_reference`, without padding of the vocabulary.
+
+    Raises:
+      ConfigError: the reference has no such model.
+    """
+    arrays = {}
+    for piece in _pieces(config):
+        parts = [np.asarray(params[name] if piece.row is None else params[name][piece.row]) for name in piece.ours]
+        arrays[piece.name] = _to_theirs(piece, parts, config)
+    return arrays
+
+
+def _pieces(config: ModelConfig) -> Iterator[Piece]:
+    """Every array of theirs, each once."""
+    _check_expressible(config)
+    for ours in table(config):
+        name = _name(ours, config)
+        if "{}" not in name:
+            yield Piece(name, (ours,), None)
+        elif ours == "memory_gate":
+            yield from (
+                Piece(name.format(layer), ("memory_gate", "value_gate"), layer) for layer in range(config.layers)
+            )
+        elif not (ours == "value_gate" and config.recurrent):
+            owners = config.value_embedding_layers if ours.startswith("value_") else range(config.layers)
+            yield from (Piece(name.format(layer), (ours,), index) for index, layer in enumerate(owners))
+
+
+def _name(ours: str, config: ModelConfig) -> str:
+    """Their name of one of our arrays, the layer left open."""
+    if config.recurrent:
+        names = NAMES | RECURRENT_NAMES | {"memory_gate": GATES, "value_gate": GATES}
+    else:
+        names = NAMES | PLAIN_NAMES
+    return names[ours]
+
+
+def _check_expressible(config: ModelConfig) -> None:
+    """The authors' release has fewer variants than the paper, and than this project."""
+    allowed = {"memory": "layerwise", "residual_injection": True, "value_embeddings": "all", "source_layer": "final"}
+    for field, value in allowed.items() if config.recurrent else ():
+        found = getattr(config, field)
+        last = field == "source_layer" and found == str(config.layers)
+        if found != value and not last:
+            raise ConfigError(
+                f"config.model.{field} is {found!r}; the reference has recurrent models with {value!r} only"
+            )
+
+
+def _shape(piece: Piece, config: ModelConfig) -> tuple[int, ...]:
+    """The shape of one of their arrays, the vocabulary not padded."""
+    first = _own_shape(table(config)[piece.ours[0]], piece)
+    if piece.name == "lm_head.weight":
+        return first[::-1]
+    if len(piece.ours) == 2:
+        return 3 * config.kv_heads, first[0]
+    if _is_linear(piece.ours[0]):
+        inputs = _inputs(piece.ours[0], config)
+        return int(np.prod(first[inputs:])), int(np.prod(first[:inputs]))
+    if piece.ours[0] == "value_embedding":
+        return first[0], int(np.prod(first[1:]))
+    return first
+
+
+def _own_shape(parameter: Parameter, piece: Piece) -> tuple[int, ...]:
+    return parameter.shape if piece.row is None else parameter.shape[1:]
+
+
+def _is_linear(ours: str) -> bool:
+    return ours not in ("embedding", "value_embedding", "alpha", "beta", "gamma")
+
+
+def _inputs(ours: str, config: ModelConfig) -> int:
+    """How many of a product's axes, after that of layers, are inputs."""
+    return max(len(table(config)[ours].inputs), 1)
+
+
+def _to_ours(piece: Piece, array: np.ndarray, config: ModelConfig) -> dict[str, np.ndarray]:
+    if "vocab" in table(config)[piece.ours[0]].axes:
+        array = array[: config.vocab_size]
+    if len(piece.ours) == 2:
+        kv_heads = config.kv_heads
+        both, value = array[: 2 * kv_heads], array[2 * kv_heads :]
+        return {"memory_gate": both.T.reshape(-1, 2, kv_heads), "value_gate": value.T}
+    (ours,) = piece.ours
+    shape = _own_shape(table(config)[ours], piece)
+    return {ours: (array.T if _is_linear(ours) else array).reshape(shape)}
+
+
+def _to_theirs(piece: Piece, parts: list[np.ndarray], config: ModelConfig) -> np.ndarray:
+    if len(piece.ours) == 2:
+        memory_gate, value_gate = parts
+        return np.concatenate([memory_gate.reshape(len(memory_gate), -1).T, value_gate.T])
+    (array,) = parts
+    shape = _shape(piece, config)
+    return array.reshape(shape[::-1]).T if _is_linear(piece.ours[0]) else array.reshape(shape)
+
+
+def _widened(array: np.ndarray) -> np.ndarray:
+    """Floats narrower than float32, bfloat16 among them, as float32, which holds each exactly."""
+    return array if array.dtype in (np.float32, np.float64) else array.astype(np.float32)
+
+
+def _check_arrays(arrays: Mapping[str, np.ndarray], config: ModelConfig) -> None:
+    """Lists all that does not fit, at once."""
+    expected = {piece.name: piece for piece in _pieces(config)}
+    faults = [f"{name} misses" for name in expected if name not in arrays]
+    faults += [f"{name} is surplus" for name in sorted(arrays.keys() - expected.keys())]
+    for name, piece in expected.items():
+        if name not in arrays:
+            continue
+        shape, found = _shape(piece, config), arrays[name].shape
+        allowed = [shape]
+        if "vocab" in table(config)[piece.ours[0]].axes:
+            allowed.append((-(-shape[0] // VOCAB_MULTIPLE) * VOCAB_MULTIPLE, *shape[1:]))
+        if found not in allowed:
+            faults.append(f"{name} has shape {found} instead of {shape}")
+    if faults:
+        raise ConversionError(f"the arrays do not fit the model config: {'; '.join(faults)}")

@@ -1,0 +1,79 @@
+"""From nested mappings to typed dataclasses, with one clear sentence for every name or type that does not fit."""
+
+import dataclasses
+import difflib
+import typing
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from lrt_jax.setup.errors import UserError
+
+
+class ConfigError(UserError, ValueError):
+    """A config field is unknown, has the wrong type, or contradicts another; one sentence says which."""
+
+
+def build(kind: type, values: Any, path: str) -> Any:
+    """A dataclass from nested mappings, with every field's name and type checked.
+
+    Raises:
+      ConfigError: naming the field, what was found and what is allowed.
+    """
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{path} is {values!r}; it must be a group of fields")
+    fields = {field.name: field for field in dataclasses.fields(kind)}
+    hints = typing.get_type_hints(kind)
+    for name in values:
+        if name not in fields:
+            raise ConfigError(_unknown_field(path, name, list(fields)))
+    built = {}
+    for name, field in fields.items():
+        where = f"{path}.{name}"
+        if name in values:
+            built[name] = _check_type(hints[name], values[name], where)
+        elif field.default is dataclasses.MISSING:
+            raise ConfigError(f"{where} is not set; it has no default")
+    return kind(**built)
+
+
+def _unknown_field(path: str, name: str, allowed: list[str]) -> str:
+    """The sentence for a field that does not exist, with the nearest one that does."""
+    if not allowed:
+        return f"{path}.{name} is not a field; {path} is a single value"
+    near = difflib.get_close_matches(name, allowed, n=1)
+    hint = f"did you mean {near[0]}? " if near else ""
+    return f"{path}.{name} is not a field; {hint}allowed are: {', '.join(allowed)}"
+
+
+def _check_type(hint: Any, value: Any, where: str) -> Any:
+    """``value`` as the type ``hint``, or a ConfigError; the only conversions are int → float, list → tuple."""
+    if dataclasses.is_dataclass(hint):
+        return build(typing.cast(type, hint), value, where)
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        if value not in arguments or isinstance(value, bool):
+            raise ConfigError(f"{where} is {value!r}; allowed are: {', '.join(map(str, arguments))}")
+        return value
+    if origin is tuple and isinstance(value, (tuple, list)):
+        return tuple(_check_type(arguments[0], item, f"{where}[{i}]") for i, item in enumerate(value))
+    wanted = hint if isinstance(hint, type) else None
+    if wanted is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if wanted is None or not isinstance(value, wanted) or (isinstance(value, bool) and wanted is not bool):
+        raise ConfigError(f"{where} is {value!r}; it must be {getattr(wanted, '__name__', hint)}")
+    return value
+
+
+def field_type(kind: Any, path: str) -> Any:
+    """The type of a field of the dataclass ``kind``, by its dotted path: ``model.layers`` → ``int``.
+
+    Raises:
+      ConfigError: there is no such field.
+    """
+    where = "config"
+    for name in path.split("."):
+        names = [field.name for field in dataclasses.fields(kind)] if dataclasses.is_dataclass(kind) else []
+        if name not in names:
+            raise ConfigError(_unknown_field(where, name, names))
+        kind, where = typing.get_type_hints(kind)[name], f"{where}.{name}"
+    return kind

@@ -1,0 +1,177 @@
+"""What values and combinations a config may have, beyond the types of its fields."""
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+from lrt_jax.setup.schema import ConfigError
+
+if TYPE_CHECKING:
+    from lrt_jax.setup.config import Config, ModelConfig, ScheduleConfig
+
+# The source layer that is the last one.
+FINAL = "final"
+
+
+def validate(config: "Config") -> "Config":
+    """Checks every value and combination; returns ``config`` unchanged.
+
+    Raises:
+      ConfigError: naming the field, what was found and what is allowed.
+    """
+    _validate_ranges(config)
+    validate_model(config.model)
+    _validate_schedule(config)
+    _validate_durations(config)
+    return config
+
+
+def _validate_ranges(config: "Config") -> None:
+    positive = {
+        "data": ("document_bytes", "tokenizer_bytes", "shuffle_window", "prefetch"),
+        "schedule": ("subsets", "refinements", "chunks"),
+        "optimizer": ("eps",),
+        "train": ("batch_size", "accumulation", "log_every", "keep"),
+        "eval": ("batch_size", "rows", "final_rows"),
+    }
+    not_negative = {
+        "data": ("shuffle_rows",),
+        "optimizer": (
+            "muon_lr",
+            "matrix_lr",
+            "embedding_lr",
+            "head_lr",
+            "alpha_lr",
+            "scalar_lr",
+            "weight_decay",
+            "clip",
+            "momentum_warmup",
+        ),
+        "train": ("steps", "tokens", "tokens_per_parameter", "eval_every", "save_every"),
+        "eval": ("sample_tokens", "temperature"),
+    }
+    shares = {"optimizer": ("b1", "b2", "beta_b1", "momentum", "momentum_start", "warmup", "warmdown", "final_lr")}
+    for group, names in positive.items():
+        for name in names:
+            value = getattr(getattr(config, group), name)
+            _require(value > 0, f"{group}.{name}", value, "it must be above 0")
+    for group, names in not_negative.items():
+        for name in names:
+            value = getattr(getattr(config, group), name)
+            _require(value >= 0, f"{group}.{name}", value, "it must be 0 or more")
+    for group, names in shares.items():
+        for name in names:
+            value = getattr(getattr(config, group), name)
+            _require(0 <= value <= 1, f"{group}.{name}", value, "it must lie between 0 and 1")
+    _require(0 < config.data.held_out < 1, "data.held_out", config.data.held_out, "it must lie between 0 and 1")
+    sizes = dataclasses.asdict(config.mesh)
+    for axis, size in sizes.items():
+        _require(size > 0 or size == -1, f"mesh.{axis}", size, 'it must be above 0, or -1 for "the rest"')
+    rest = [axis for axis, size in sizes.items() if size == -1]
+    _require(len(rest) <= 1, "mesh", sizes, f'only one axis may be -1 ("the rest"), not {" and ".join(rest)}')
+
+
+def validate_model(model: "ModelConfig") -> "ModelConfig":
+    """Checks a model config alone; returns it unchanged.
+
+    Raises:
+      ConfigError: naming the field, what was found and what is allowed.
+    """
+    for name in ("layers", "width", "heads", "kv_heads", "sequence_length", "vocab_size", "softcap", "rope_base"):
+        value = getattr(model, name)
+        _require(value > 0, f"model.{name}", value, "it must be above 0")
+    _divides(model.heads, model.width, "model.heads", "model.width")
+    _divides(model.kv_heads, model.heads, "model.kv_heads", "model.heads")
+    _require(
+        model.head_width % 2 == 0,
+        "model.heads",
+        model.heads,
+        f"the head width {model.width} / {model.heads} = {model.head_width} must be even, since RoPE pairs channels",
+    )
+    pattern = model.window_pattern
+    _require(
+        bool(pattern) and set(pattern) <= set("SL"),
+        "model.window_pattern",
+        pattern,
+        "it must be a string of S (half context) and L (full context)",
+    )
+    _require(
+        0 <= model.gate_width <= model.width,
+        "model.gate_width",
+        model.gate_width,
+        f"it must lie between 0 (all channels) and model.width = {model.width}",
+    )
+    source = model.source_layer
+    _require(
+        source == FINAL or (source.isdecimal() and 1 <= int(source) <= model.layers),
+        "model.source_layer",
+        source,
+        f"it must be '{FINAL}' or a layer from '1' to '{model.layers}'",
+    )
+    return model
+
+
+def _validate_schedule(config: "Config") -> None:
+    schedule = config.schedule
+    _require(
+        bool(schedule.stages) == (schedule.name == "staged"),
+        "schedule.stages",
+        schedule.stages,
+        "it must list the stages of schedule.name = 'staged', as in 'plain:0.8, interleaved(2):0.2', and else be empty",
+    )
+    for stage in schedule.in_stages:
+        _validate_stage(config.model, stage.schedule)
+    weights = schedule.loss_weights
+    allowed = f"hold {schedule.forwards} numbers, none negative and not all 0"
+    fits = len(weights) == schedule.forwards and min(weights, default=0) >= 0 and sum(weights) > 0
+    if schedule.name == "staged":
+        fits, allowed = False, "have no numbers in a staged schedule"
+    _require(not weights or fits, "schedule.loss_weights", weights, f"it must be empty (equal weights) or {allowed}")
+
+
+def _validate_stage(model: "ModelConfig", schedule: "ScheduleConfig") -> None:
+    """One schedule that is not itself staged."""
+    length = model.sequence_length
+    if schedule.name == "interleaved":
+        _divides(schedule.subsets, length, "schedule.subsets", "model.sequence_length")
+    if schedule.name == "chunked":
+        _divides(schedule.chunks, length, "schedule.chunks", "model.sequence_length")
+    _require(
+        model.recurrent or schedule.name == "plain",
+        "schedule.name",
+        schedule.name,
+        "a model without memory (model.memory = none, model.residual_injection = False) trains with: plain",
+    )
+    _require(
+        not schedule.kv_refresh or model.projects_memory,
+        "schedule.kv_refresh",
+        schedule.kv_refresh,
+        "it needs memory projections: model.memory must be 'shared' or 'layerwise'",
+    )
+
+
+def _validate_durations(config: "Config") -> None:
+    train = config.train
+    _divides(train.accumulation, train.batch_size, "train.accumulation", "train.batch_size")
+    units = {name: getattr(train, name) for name in ("steps", "tokens", "tokens_per_parameter")}
+    chosen = [name for name, value in units.items() if value]
+    if len(chosen) != 1:
+        found = " and ".join(chosen) or "none of them"
+        raise ConfigError(f"config.train sets {found}; set exactly one of: {', '.join(units)} (the others 0)")
+    optimizer = config.optimizer
+    _require(
+        optimizer.warmup + optimizer.warmdown <= 1,
+        "optimizer.warmup",
+        optimizer.warmup,
+        f"together with optimizer.warmdown = {optimizer.warmdown} it must not exceed 1",
+    )
+
+
+def _require(condition: bool, field: str, found: Any, allowed: str) -> None:
+    if not condition:
+        raise ConfigError(f"config.{field} is {found!r}; {allowed}")
+
+
+def _divides(part: int, whole: int, field: str, name: str) -> None:
+    if whole % part:
+        allowed = ", ".join(str(n) for n in range(1, whole + 1) if whole % n == 0)
+        raise ConfigError(f"config.{field} is {part}, which does not divide {name} = {whole}; allowed are: {allowed}")

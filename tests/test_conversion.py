@@ -1,0 +1,151 @@
+"""Import and export of weights: exact, complete, and with one clear sentence for what does not fit."""
+
+import json
+import sys
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from lrt_jax.conversion import files, reference
+from lrt_jax.conversion.reference import ConversionError
+from lrt_jax.model.parameters import table
+from lrt_jax.setup.config import ConfigError
+
+GOLDEN = Path(__file__).parent / "golden"
+MODELS = {
+    "recurrent": {"memory": "layerwise"},
+    "recurrent, gate of 3, odd layers": {"memory": "layerwise", "gate_width": 3, "layers": 3, "alpha": False},
+    "recurrent, one kv head, no x0": {"memory": "layerwise", "kv_heads": 1, "beta": False, "source_layer": "2"},
+    "plain, alternate": {"memory": "none", "residual_injection": False, "value_embeddings": "alternate"},
+    "plain, all, odd layers": {"memory": "none", "residual_injection": False, "layers": 3},
+    "plain, none": {"memory": "none", "residual_injection": False, "value_embeddings": "none"},
+}
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_reference_to_ours_to_file_and_back_is_bitwise(tmp_path, tiny, random_params, model):
+    config = tiny(**MODELS[model])
+    params = random_params(config)
+    theirs = reference.to_reference(params, config)
+    assert sum(array.size for array in theirs.values()) == sum(array.size for array in params.values())
+    ours = reference.from_reference(theirs, config)
+    files.write_safetensors(tmp_path / "ours.safetensors", ours, {"a": "b"})
+    read = files.read(tmp_path / "ours.safetensors")
+    assert read.metadata == {"a": "b"}
+    for found in (ours, read.arrays):
+        assert found.keys() == params.keys() == table(config).keys()
+        for name, array in params.items():
+            assert found[name].dtype == array.dtype
+            np.testing.assert_array_equal(found[name], array)
+    again = reference.to_reference(read.arrays, config)
+    assert again.keys() == theirs.keys()
+    assert all(np.array_equal(again[name], theirs[name]) for name in theirs)
+
+
+@pytest.mark.parametrize("name", ["lrt_s2", "plain_baseline"])
+def test_their_arrays_come_back_as_they_were(name):
+    file = files.read(GOLDEN / f"{name}.npz")
+    config = reference.model_config(files.reference_config(file.metadata, GOLDEN))
+    back = reference.to_reference(reference.from_reference(file.parameters, config), config)
+    assert back.keys() == file.parameters.keys()
+    assert all(np.array_equal(back[key], file.parameters[key]) for key in back)
+
+
+def test_padded_vocabulary_narrow_floats_and_compiled_names(tiny, random_params):
+    config = tiny(memory="layerwise")
+    theirs = reference.to_reference(random_params(config), config)
+    expected = reference.from_reference(theirs, config)
+    padded = {
+        name: np.pad(array, ((0, 24), (0, 0))) if array.shape[0] == config.vocab_size else array
+        for name, array in theirs.items()
+    }
+    assert padded["lm_head.weight"].shape[0] == 64
+    compiled = {f"_orig_mod.{name}": array for name, array in padded.items()}
+    found = reference.from_reference(compiled, config)
+    assert all(np.array_equal(found[name], expected[name]) for name in expected)
+    narrow = {name: array.astype(ml_dtypes.bfloat16) for name, array in theirs.items()}
+    for name, array in reference.from_reference(narrow, config).items():
+        assert array.dtype == np.float32
+        np.testing.assert_array_equal(array, expected[name].astype(ml_dtypes.bfloat16).astype(np.float32))
+
+
+def test_their_config_as_ours():
+    base = {"sequence_len": 8, "vocab_size": 40, "n_layer": 3, "n_head": 4, "n_kv_head": 2, "n_embd": 16}
+    base["ve_gate_channels"] = 0
+    plain = reference.model_config(base)
+    assert (plain.memory, plain.residual_injection, plain.value_embeddings) == ("none", False, "alternate")
+    assert plain.value_embedding_layers == (0, 2)
+    assert reference.schedule_config(base).name == "plain"
+    assert reference.model_config(base | {"use_value_embeds": False}).value_embeddings == "none"
+    assert reference.model_config(base | {"ve_every_layer": True}).value_embeddings == "all"
+    recurrent = base | {"use_interleaved": True, "interleaved_num_passes": 4, "interleaved_kv_refresh": True}
+    model = reference.model_config(
+        recurrent
+        | {"use_x0_residual": False, "use_resid_lambdas": False, "window_pattern": "sl", "ve_gate_channels": 12}
+    )
+    assert (model.memory, model.residual_injection, model.value_embeddings) == ("layerwise", True, "all")
+    assert (model.alpha, model.beta, model.window_pattern, model.gate_width) == (False, False, "SL", 12)
+    schedule = reference.schedule_config(recurrent)
+    assert (schedule.name, schedule.subsets, schedule.kv_refresh) == ("interleaved", 4, True)
+    with pytest.raises(ConversionError, match="with the unknown n_heads"):
+        reference.model_config(base | {"n_heads": 4})
+    with pytest.raises(ConfigError, match=r"config\.model\.heads is 5, which does not divide"):
+        reference.model_config(base | {"n_head": 5, "n_kv_head": 5})
+
+
+def test_all_that_does_not_fit_is_listed_at_once(tiny, random_params):
+    config = tiny(memory="layerwise")
+    theirs = reference.to_reference(random_params(config), config)
+    del theirs["x0_lambdas"]
+    theirs["extra"] = np.zeros(2)
+    theirs["transformer.h.1.attn.c_k.weight"] = np.zeros((3, 16))
+    with pytest.raises(ConversionError) as caught:
+        reference.from_reference(theirs, config)
+    for part in ("x0_lambdas misses", "extra is surplus", "c_k.weight has shape (3, 16) instead of (8, 16)"):
+        assert part in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "model", [{}, {"memory": "layerwise", "residual_injection": False}, {"memory": "layerwise", "source_layer": "1"}]
+)
+def test_what_the_reference_has_not_is_said(tiny, random_params, model):
+    config = tiny(**model)
+    with pytest.raises(ConfigError, match=r"the reference has recurrent models with"):
+        reference.to_reference(random_params(config), config)
+
+
+def test_files_that_cannot_be_read_are_named(tmp_path, monkeypatch):
+    for name, message in (("a.zip", "no known kind"), ("a.npz", "there is no file")):
+        with pytest.raises(ConversionError, match=message):
+            files.read(tmp_path / name)
+    for name in ("b.npz", "b.safetensors"):
+        (tmp_path / name).write_bytes(b"nonsense, but long enough for a header")
+        with pytest.raises(ConversionError, match=rf"{name} is not a readable"):
+            files.read(tmp_path / name)
+    np.savez(tmp_path / "pickled.npz", a=np.array([{"a": 1}], dtype=object))
+    with pytest.raises(ConversionError, match=r"pickled\.npz is not a readable"):
+        files.read(tmp_path / "pickled.npz")
+    (tmp_path / "c.pt").write_bytes(b"")
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(ConversionError, match=r"c\.pt is a PyTorch file, and torch is not installed"):
+        files.read(tmp_path / "c.pt")
+
+
+def test_a_file_is_never_written_over(tmp_path):
+    path = tmp_path / "a.safetensors"
+    files.write_safetensors(path, {"a": np.ones(2)}, {})
+    with pytest.raises(ConversionError, match="there already"):
+        files.write_safetensors(path, {"a": np.zeros(2)}, {})
+    np.testing.assert_array_equal(safetensors.numpy.load_file(path)["a"], np.ones(2))
+    with pytest.raises(ConversionError, match=r"must end in \.safetensors"):
+        files.write_safetensors(tmp_path / "a.npz", {}, {})
+
+
+def test_their_checkpoints_config_is_found(tmp_path):
+    text = json.dumps({"step": 3, "model_config": {"n_layer": 2}})
+    assert files.parse_reference_config(text, tmp_path) == {"n_layer": 2}
+    with pytest.raises(ConversionError, match="not a JSON object"):
+        files.parse_reference_config("{", tmp_path)

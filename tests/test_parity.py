@@ -1,0 +1,76 @@
+"""The authors' numbers: losses, source states, logits and all gradients (tests/golden, from their PyTorch code)."""
+
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from lrt_jax.conversion import parity
+from lrt_jax.conversion.reference import ConversionError
+
+GOLDEN = Path(__file__).parent / "golden"
+FILES = {"lrt_s2": 62, "lrt_s2_full_context": 62, "lrt_s4_refresh": 64, "plain_baseline": 34}
+
+
+def check(name: str, dtype: str, tolerance: float, **model) -> None:
+    found = list(parity.differences(GOLDEN / f"{name}.npz", dtype, **model))
+    assert len(found) == FILES[name]
+    worst = max(found, key=lambda difference: difference.error)
+    assert all(difference.error <= tolerance for difference in found), worst
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_in_float64(name):
+    with jax.enable_x64(True):
+        check(name, "float64", 1e-6, scan_layers=True)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_in_float32(name):
+    check(name, "float32", 1e-5, scan_layers=True)
+
+
+def test_unrolled_and_rematerialized():
+    with jax.enable_x64(True):
+        check("lrt_s4_refresh", "float64", 1e-6, scan_layers=False, remat=True)
+
+
+def altered(tmp_path: Path, name: str, **changes) -> Path:
+    with np.load(GOLDEN / f"{name}.npz") as file:
+        arrays = {key: file[key] for key in file.files}
+    for key, value in changes.items():
+        arrays.pop(key) if value is None else arrays.__setitem__(key, value)
+    np.savez(tmp_path / "altered.npz", **arrays)
+    return tmp_path / "altered.npz"
+
+
+def test_a_wrong_number_is_found(tmp_path):
+    with np.load(GOLDEN / "plain_baseline.npz") as file:
+        loss, weights = file["plain/loss"], file["param/resid_lambdas"]
+    path = altered(tmp_path, "plain_baseline", **{"plain/loss": loss * (1 + 1e-4)})
+    errors = {difference.name: difference.error for difference in parity.differences(path, "float32")}
+    assert [name for name, error in errors.items() if error > 1e-5] == ["plain/loss"]
+    np.testing.assert_allclose(errors["plain/loss"], 1e-4, rtol=0.05)
+    path = altered(tmp_path, "plain_baseline", **{"param/resid_lambdas": weights + 0.01})
+    assert max(difference.error for difference in parity.differences(path, "float32")) > 1e-3
+    path = altered(tmp_path, "plain_baseline", **{"plain/loss": loss * np.nan})
+    assert any(np.isnan(difference.error) for difference in parity.differences(path, "float32"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tokens": None}, "without tokens"),
+        ({"config_json": None}, "without config_json"),
+        ({"config_json": np.array('{"n_layer": 4}')}, "without sequence_len, vocab_size, n_head"),
+        ({"config_json": np.array("[4]")}, "not a JSON object"),
+        ({"plain/other": np.zeros(3)}, "plain/other, which this check does not know"),
+        ({"plain/logits": np.zeros((2, 3))}, r"plain/logits in .* has shape \(2, 3\), where ours has \(2, 24, 37\)"),
+        ({"param/resid_lambdas": None, "param/new": np.zeros(2)}, "resid_lambdas misses; new is surplus"),
+        ({"param/lm_head.weight": np.zeros((3, 3))}, r"lm_head.weight has shape \(3, 3\) instead of \(37, 24\)"),
+    ],
+)
+def test_broken_files_are_explained(tmp_path, changes, message):
+    with pytest.raises(ConversionError, match=message):
+        list(parity.differences(altered(tmp_path, "plain_baseline", **changes), "float32"))

@@ -1,0 +1,87 @@
+"""Equality 7: the same numbers from a scanned, unrolled, rematerialized or accumulated program."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lrt_jax.model.decoder import Decoder
+from lrt_jax.model.parameters import table
+from lrt_jax.setup.config import OptimizerConfig, ScheduleConfig
+from lrt_jax.training import optimizer, schedules, state, step
+
+EXACT = {"rtol": 1e-12, "atol": 1e-12}  # float64: everything but the order of sums
+
+
+@pytest.fixture
+def x64():
+    with jax.enable_x64(True):
+        yield
+
+
+SCHEDULES = {
+    "interleaved": ScheduleConfig(subsets=2),
+    "interleaved, refreshed": ScheduleConfig(subsets=4, kv_refresh=True, partition="random"),
+    "multi_refinement": ScheduleConfig(name="multi_refinement", refinements=2, loss_weights=(0.1, 0.3, 0.6)),
+    "chunked": ScheduleConfig(name="chunked", chunks=2),
+}
+MODEL = {"dtype": "float64", "memory": "layerwise", "value_embeddings": "alternate"}
+
+
+@pytest.fixture(scope="module", params=SCHEDULES)
+def unrolled(request, tiny, random_params, random_batch):
+    """Loss and gradients of the unrolled program, with which others are compared."""
+    with jax.enable_x64(True):
+        config, schedule = tiny(**MODEL), SCHEDULES[request.param]
+        params, batch = random_params(config), random_batch(config, rows=4)
+        return config, schedule, params, batch, loss_and_gradients(config, schedule, params, batch)
+
+
+def loss_and_gradients(config, schedule, params, batch):
+    built = schedules.build(schedule, config.sequence_length)
+    objective = jax.value_and_grad(lambda params, *batch: built(Decoder(config), params, *batch).loss)
+    return jax.jit(objective)(params, *batch)
+
+
+@pytest.mark.parametrize(
+    ("model", "unroll"),
+    [
+        ({}, False),
+        ({"scan_layers": True}, False),
+        ({"remat": True}, True),
+        ({"scan_layers": True, "remat": True}, False),
+    ],
+    ids=["scan forwards", "scan layers too", "remat", "scan both, remat"],
+)
+def test_scanned_and_rematerialized_programs_compute_the_same(x64, tiny, unrolled, model, unroll):
+    _, schedule, params, batch, expected = unrolled
+    assert np.isfinite(expected[0]) and all(np.abs(grad).max() > 1e-6 for grad in expected[1].values())
+    found = loss_and_gradients(tiny(**MODEL | model), dataclasses.replace(schedule, unroll=unroll), params, batch)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-12), found, expected)
+
+
+@pytest.mark.parametrize("unrolled", ["interleaved"], indirect=True)
+def test_accumulated_gradients_are_those_of_the_whole_batch(x64, unrolled):
+    config, schedule, params, batch, (loss, grads) = unrolled
+    # ε of 1 keeps Adam's first update from hiding the gradient's scale.
+    adamw = optimizer.build(OptimizerConfig(name="adamw", eps=1.0), table(config), steps=10)
+    train = step.build(
+        Decoder(config),
+        schedules.build(dataclasses.replace(schedule, unroll=False), config.sequence_length),
+        adamw,
+        schedules.forward_names(schedule),
+        accumulation=4,
+    )
+    arrays = jax.tree.map(jnp.array, params)
+    updates, _ = adamw.update(grads, adamw.init(arrays), arrays)
+    expected = {name: params[name] + np.asarray(update) for name, update in updates.items()}
+    after, metrics = train(state.TrainState(jnp.zeros((), jnp.int32), arrays, adamw.init(arrays)), *batch)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **EXACT), after.params, expected)
+    np.testing.assert_allclose(metrics["train/loss"], loss, **EXACT)
+    norm = np.sqrt(sum(np.sum(np.square(grad)) for grad in grads.values()))
+    np.testing.assert_allclose(metrics["train/grad_norm"], norm, **EXACT)
+    parts = [metrics[f"train/loss_{name}"] for name in schedules.forward_names(schedule)]
+    np.testing.assert_allclose(np.average(parts, weights=schedule.loss_weights or None), loss, **EXACT)
+    assert after.step == 1

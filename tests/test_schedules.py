@@ -1,0 +1,162 @@
+"""Schedules as users configure them: weights, stages, what is counted and what is learned."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lrt_jax.model.decoder import Decoder
+from lrt_jax.model.parameters import table
+from lrt_jax.setup.config import Config, ConfigError, MeshConfig, OptimizerConfig, ScheduleConfig, TrainConfig
+from lrt_jax.setup.mesh import make_mesh
+from lrt_jax.setup.validation import validate
+from lrt_jax.training import forwards, optimizer, schedules, state, step
+from lrt_jax.training.loop import Parts, Stage
+
+
+def test_loss_weights_choose_between_forwards(tiny, random_params, random_batch):
+    config = tiny()
+    params, batch = random_params(config), random_batch(config)
+    outcome = run(config, params, batch, subsets=2, loss_weights=(0.0, 1.0, 3.0))
+    losses = np.asarray(outcome.forward_losses_F)
+    np.testing.assert_allclose(outcome.loss, (losses[1] + 3 * losses[2]) / 4, rtol=1e-6)
+    computed = np.asarray(outcome.token_losses_FxBxT)
+    np.testing.assert_allclose(
+        losses, [computed[0].mean(), computed[1][:, ::2].mean(), computed[2][:, 1::2].mean()], rtol=1e-6
+    )
+    np.testing.assert_array_equal(outcome.merged_losses_BxT, computed[1] + computed[2])
+
+
+ALL = {
+    "plain": (ScheduleConfig(name="plain"), 1.0, ["init"]),
+    "interleaved": (ScheduleConfig(subsets=4), 2.0, ["init", "subset_0", "subset_1", "subset_2", "subset_3"]),
+    "multi_refinement": (
+        ScheduleConfig(name="multi_refinement", refinements=3),
+        4.0,
+        ["init", "refinement_1", "refinement_2", "refinement_3"],
+    ),
+    "chunked": (ScheduleConfig(name="chunked", chunks=2), 1.0, ["chunk_0", "chunk_1"]),
+    "sequential": (ScheduleConfig(name="sequential"), 1.0, ["sequential"]),
+}
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_forwards_masks_and_compute_of_every_schedule(tiny, name):
+    schedule, equivalent, names = ALL[name]
+    config = tiny()
+    assert schedules.forward_names(schedule) == names
+    assert schedule.forwards == len(names)
+    assert schedule.forwards_equivalent == equivalent
+    tokens = jax.ShapeDtypeStruct((2, 8), jnp.int32)
+    params = {name: jax.ShapeDtypeStruct(spec.shape, jnp.float32) for name, spec in table(config).items()}
+    built = schedules.build(schedule, 8)
+    outcome = jax.eval_shape(lambda *arguments: built(Decoder(config), *arguments), params, tokens, tokens)
+    assert outcome.token_losses_FxBxT.shape == (len(names), 2, 8)
+    assert outcome.masks_FxT.shape == (len(names), 8)
+    assert outcome.forward_losses_F.shape == (len(names),)
+    assert outcome.sources_BxTxD.shape == (2, 8, 16)
+
+
+def test_detached_forwards_learn_nothing_from_later_ones(tiny, random_params, random_batch):
+    config = tiny(scan_layers=True)
+    params, batch = random_params(config), random_batch(config)
+
+    def gradient(**schedule):
+        built = schedules.build(
+            ScheduleConfig(name="multi_refinement", refinements=1, loss_weights=(0.0, 1.0), **schedule), 8
+        )
+        return jax.jit(jax.grad(lambda params: built(Decoder(config), params, *batch).loss))(params)
+
+    # Given the first forward's source states as constants, the second forward alone is what is differentiated.
+    first = run(config, params, batch, name="plain").sources_BxTxD
+    memory = jnp.pad(first[:, :-1], ((0, 0), (1, 0), (0, 0)))
+
+    def second(params):
+        out = forwards.forward(Decoder(config), params, batch[0], jnp.arange(8), memory, None, 0)
+        return jnp.mean(forwards.token_losses(Decoder(config), params, out.hidden_BxPxD, batch[1]))
+
+    expected = jax.jit(jax.grad(second))(params)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), gradient(detach=True), expected)
+    assert any(np.abs(a - b).max() > 1e-3 for a, b in zip(*map(jax.tree.leaves, (gradient(), expected)), strict=True))
+
+
+def test_stages_are_read(tiny):
+    schedule = ScheduleConfig(
+        name="staged", stages="plain:0.5, interleaved(4):.25,multi_refinement ( 3 ) : 0.25", detach=True
+    )
+    stages = schedule.in_stages
+    assert [stage.share for stage in stages] == [0.5, 0.25, 0.25]
+    assert [stage.schedule.name for stage in stages] == ["plain", "interleaved", "multi_refinement"]
+    assert stages[1].schedule.subsets == 4
+    assert stages[2].schedule.refinements == 3 and stages[2].schedule.detach
+    assert schedule.forwards_equivalent == 0.5 * 1 + 0.25 * 2 + 0.25 * 4
+    assert schedule.forwards == 4
+
+
+@pytest.mark.parametrize(
+    ("stages", "message"),
+    [
+        ("", "must list the stages"),
+        ("plain", "'plain' is no stage"),
+        ("plain:0.5, staged:0.5", "'staged:0.5' is no stage"),
+        ("plain(2):1", "is no stage"),
+        ("plain:0.5, interleaved:0.4", "add up to 0.9"),
+        ("plain:1, interleaved:0", "must be above 0"),
+        ("plain:0.5, interleaved(3):0.5", "subsets is 3, which does not divide"),
+    ],
+)
+def test_stages_that_cannot_be_are_explained(tiny, stages, message):
+    train = TrainConfig(batch_size=2, steps=4)
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        validate(Config(tiny(), train, schedule=ScheduleConfig(name="staged", stages=stages)))
+
+
+@pytest.mark.parametrize(
+    ("schedule", "model", "message"),
+    [
+        ({"name": "chunked", "chunks": 3}, {}, "chunks is 3, which does not divide"),
+        ({"kv_refresh": True}, {"memory": "none"}, "kv_refresh is True; it needs memory projections"),
+        ({"name": "sequential"}, {"memory": "none", "residual_injection": False}, "trains with: plain"),
+        ({"stages": "plain:1"}, {}, "and else be empty"),
+        ({"name": "multi_refinement", "loss_weights": (1.0, 2.0)}, {}, "hold 3 numbers"),
+    ],
+)
+def test_impossible_schedules_are_explained(tiny, schedule, model, message):
+    train = TrainConfig(batch_size=2, steps=4)
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        validate(Config(tiny(**model), train, schedule=ScheduleConfig(**schedule)))
+
+
+def test_effective_compute_of_a_staged_run():
+    ends = [(6, 1.0), (8, 2.0), (10, 4.0)]
+    stages = tuple(Stage(end, None, equivalent, 10.0 * equivalent) for end, equivalent in ends)
+    parts = Parts(stages, *[None] * 6)
+    assert parts.steps == 10
+    assert [parts.stage_of(step).end for step in (1, 6, 7, 8, 9, 10)] == [6, 6, 8, 8, 10, 10]
+    assert [parts.forwards_until(step) for step in (0, 3, 6, 7, 8, 10)] == [0, 3, 6, 8, 10, 18]
+
+
+def run(config, params, batch, **schedule):
+    """The outcome of a schedule, by default interleaved."""
+    built = schedules.build(ScheduleConfig(**schedule), config.sequence_length)
+    return jax.jit(lambda params, *batch: built(Decoder(config), params, *batch))(params, *batch)
+
+
+def test_training_lowers_the_loss(tiny, random_batch):
+    config = tiny(sequence_length=16, scan_layers=True)
+    schedule = ScheduleConfig(subsets=2, unroll=False)
+    muon = optimizer.build(OptimizerConfig(), table(config), steps=30)
+    decoder = Decoder(config)
+    train = step.build(decoder, schedules.build(schedule, 16), muon, schedules.forward_names(schedule))
+    current = state.create(decoder, muon, make_mesh(MeshConfig()), seed=0)
+    batch = random_batch(config, rows=4)
+    losses = []
+    for _ in range(30):
+        current, metrics = train(current, *batch)
+        losses.append({name: float(value) for name, value in metrics.items()})
+    np.testing.assert_allclose(losses[0]["train/loss"], np.log(config.vocab_size), rtol=0.01)
+    for name in ("train/loss", "train/loss_init", "train/loss_subset_0", "train/loss_subset_1"):
+        assert losses[-1][name] < 0.7 * losses[0][name], name
+    assert current.step == 30
