@@ -78,15 +78,18 @@ def run(config: configs.Config, workdir: Path) -> dict[str, float]:
 
     checkpoints = checkpoint.Checkpoints(workdir, config.train.keep)
     start = checkpoints.latest
-    if start is not None and checkpoints.has_training_state(start):
+    imported = start is not None and not checkpoints.has_training_state(start)
+    if start is not None and not imported:
         train_state = checkpoints.restore(state.abstract(decoder, transformation, mesh), batches, start)
     else:
         train_state = state.create(decoder, transformation, mesh, config.seed)
-        if start is not None:
-            params = checkpoints.restore_params(state.abstract_params(decoder, mesh), start)
+        if imported:
+            params = checkpoints.restore_params(state.abstract_params(decoder, mesh), start or 0)
             train_state = train_state.replace(params=params)
     writer = metrics.Writer(workdir, start or 0, steps)
-    for line in _opening(config, workdir, counts, steps, start, changes):
+    begins = f"going on from step {start:,}" if start is not None else "beginning at step 0"
+    begins = "beginning at step 0 with the parameters imported into it" if imported else begins
+    for line in _opening(config, counts, steps, [*changes, f"{workdir}: {begins}"]):
         writer.line(line)
 
     parts = loop.Parts(
@@ -144,14 +147,7 @@ def _stages(
         )
 
 
-def _opening(
-    config: configs.Config,
-    workdir: Path,
-    counts: costs.ParameterCounts,
-    steps: int,
-    start: int | None,
-    changes: list[str],
-) -> Iterator[str]:
+def _opening(config: configs.Config, counts: costs.ParameterCounts, steps: int, notes: list[str]) -> Iterator[str]:
     """What is about to happen, in a few lines."""
     model, train = config.model, config.train
     kind = "plain Transformer" if not model.recurrent else f"Latent Recurrent Transformer, {model.memory} memory"
@@ -162,8 +158,7 @@ def _opening(
     tokens = steps * train.batch_size * model.sequence_length
     schedule = config.schedule.stages or config.schedule.name
     yield f"{schedule}, {config.optimizer.name}, {steps:,} steps, {tokens:,} tokens"
-    yield from changes
-    yield f"{workdir}: " + (f"going on from step {start:,}" if start is not None else "beginning at step 0")
+    yield from notes
 
 
 def _closing(

@@ -129,17 +129,55 @@ def test_generation_compiles_one_step_and_repeats(undisturbed, caplog):
     assert list(sampling.stream(trained, "word1 ", tokens=10, temperature=0.0)) == first
 
 
+def test_weights_travel_by_file_and_train_on(undisturbed, corpus, tmp_path):
+    workdir, _ = undisturbed
+    file, imported = tmp_path / "weights.safetensors", tmp_path / "imported"
+    for arguments in (["export", str(workdir), f"--out={file}"], ["import", str(file), f"--out={imported}"]):
+        code, out, err = finish(command(["lrt_jax.convert", *arguments]))
+        assert code == 0, err
+    assert "no tokenizer" not in out
+    before, after = load.load(workdir), load.load(imported)
+    assert before.config.model == after.config.model and after.step == 0
+    for name, array in before.params.items():
+        np.testing.assert_array_equal(np.asarray(array), np.asarray(after.params[name]), err_msg=name)
+    text = [list(sampling.stream(trained, "word1 ", tokens=6, temperature=0.0)) for trained in (before, after)]
+    assert text[0] == text[1]
+    changes = ["--config.train.steps=2", "--config.train.batch_size=4", "--config.optimizer.muon_lr=0.0"]
+    code, out, err = finish(command([*TRAIN, *corpus, f"--workdir={imported}", *changes]))
+    assert code == 0, err
+    assert "beginning at step 0 with the parameters imported into it" in out
+    trained = load.load(imported)
+    assert trained.step == 2
+    np.testing.assert_array_equal(trained.params["mlp_in"], before.params["mlp_in"])
+    assert np.any(np.asarray(trained.params["embedding"]) != np.asarray(before.params["embedding"]))
+
+
+def test_a_staged_run_changes_its_schedule(corpus, tmp_path):
+    stages = ["--config.schedule.name=staged", "--config.schedule.stages=plain:0.5, multi_refinement(1):0.5"]
+    code, _, err = finish(command([*TRAIN, *corpus, f"--workdir={tmp_path}", "--config.train.steps=4", *stages]))
+    assert code == 0, err
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    steps = {row["step"]: row for row in rows if "train/loss" in row}
+    assert [("train/loss_refinement_1" in steps[step]) for step in (1, 2, 3, 4)] == [False, False, True, True]
+    effective = [steps[step]["compute/effective"] / steps[step]["compute/tokens"] for step in (1, 2, 3, 4)]
+    np.testing.assert_allclose(effective, [1, 1, 4 / 3, 6 / 4])
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["lrt_jax.main"], "--config is not set"),
         (["lrt_jax.main", "--config=configs/nope.py"], "there is no file configs/nope.py"),
+        (["lrt_jax.main", "nonsense"], "'nonsense' is not a flag"),
         (["lrt_jax.main", "--config=configs/base.py:big"], "no variant 'big'"),
         ([*TRAIN, "--config.model.layer=3"], "config.model.layer is not a field; did you mean layers?"),
         ([*TRAIN, "--config.model.layers=three"], "config.model.layers is 'three'; it must be int"),
         ([*TRAIN, "--config.model.heads=3"], "config.model.heads is 3, which does not divide model.width"),
         ([*TRAIN, "--config.data.corpus=/nowhere"], "config.data.corpus is '/nowhere'"),
         (["lrt_jax.generate", "--workdir=/nowhere"], "has no config.json"),
+        (["lrt_jax.convert", "verify"], "the arguments are 'verify'; allowed are: import FILE"),
+        (["lrt_jax.convert", "verify", "/nowhere.npz"], "there is no file /nowhere.npz"),
+        (["lrt_jax.convert", "export", "/nowhere", "--out=x.safetensors"], "has no config.json"),
     ],
 )
 def test_wrong_input_ends_in_one_line(arguments, message, tmp_path):
