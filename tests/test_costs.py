@@ -9,6 +9,7 @@ from flax import linen as nn
 from lrt_jax.model import attention, costs
 from lrt_jax.model.decoder import Decoder
 from lrt_jax.setup.config import ScheduleConfig
+from lrt_jax.training import schedules
 from lrt_jax.training.state import init_params
 
 MODELS = {
@@ -47,10 +48,11 @@ def product_flops(jaxpr) -> int:
             if not batch:
                 left = equation.invars[0].aval.shape
                 total += 2 * equation.outvars[0].aval.size * math.prod(left[axis] for axis in contracted)
+        times = equation.params["length"] if equation.primitive.name == "scan" else 1
         for value in equation.params.values():
             inner = getattr(value, "jaxpr", value)
             if hasattr(inner, "eqns"):
-                total += product_flops(inner)
+                total += times * product_flops(inner)
     return total
 
 
@@ -67,15 +69,48 @@ def test_flops_of_a_forward_are_those_of_its_program(tiny, random_params, model,
 
     given = jnp.zeros((1, length, config.width)) if memory else None
     products = product_flops(jax.make_jaxpr(forward)(random_params(config), given).jaxpr)
+    assert costs.forward_flops(config, memory=memory) == products + attention_flops(config)
+
+
+def attention_flops(config) -> int:
+    """Of the products with keys and values that causality and windows leave visible, one forward and one row."""
+    positions = jnp.arange(config.sequence_length)[None]
     pairs = sum(int(np.sum(attention.visible(positions, positions, window))) for window in config.windows)
-    assert costs.forward_flops(config, memory=memory) == products + 4 * config.heads * config.head_width * pairs
+    return 4 * config.heads * config.head_width * pairs
 
 
-def test_flops_of_a_step(tiny):
-    config, plain = tiny(), tiny(**MODELS["plain"])
-    zero, full = (costs.forward_flops(config, memory=memory) for memory in (False, True))
-    assert zero < full
-    assert costs.train_flops(config, ScheduleConfig(name="plain")) == 3 * zero
-    for subsets in (2, 4):
-        assert costs.train_flops(config, ScheduleConfig(subsets=subsets)) == 3 * (zero + full)
+SCHEDULES = {
+    "plain": ScheduleConfig(name="plain"),
+    "interleaved": ScheduleConfig(subsets=4),
+    "refreshed": ScheduleConfig(subsets=2, kv_refresh=True),
+    "multi_refinement": ScheduleConfig(name="multi_refinement", refinements=3),
+    "detached": ScheduleConfig(name="multi_refinement", refinements=2, detach=True),
+    "chunked": ScheduleConfig(name="chunked", chunks=2),
+    "sequential": ScheduleConfig(name="sequential"),
+}
+
+
+@pytest.mark.parametrize("memory", ["shared", "layerwise"])
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_flops_of_a_step_are_those_of_its_program(tiny, random_params, random_batch, name, memory):
+    config, schedule = tiny(memory=memory), SCHEDULES[name]
+    built = schedules.build(schedule, config.sequence_length)
+    batch = random_batch(config, rows=1)
+
+    def loss(params):
+        return built(Decoder(config), params, *batch).loss
+
+    products = product_flops(jax.make_jaxpr(jax.grad(loss))(random_params(config)).jaxpr)
+    forwards = schedule.forwards_equivalent
+    assert costs.train_flops(config, schedule) == products + 3 * forwards * attention_flops(config)
+
+
+def test_a_staged_schedule_is_counted_by_stage(tiny):
+    with pytest.raises(ValueError, match="no single schedule"):
+        costs.train_flops(tiny(), ScheduleConfig(name="staged", stages="plain:1"))
+
+
+def test_memory_costs_its_projections(tiny):
+    plain = tiny(**MODELS["plain"])
+    assert costs.forward_flops(tiny(), memory=False) < costs.forward_flops(tiny(), memory=True)
     assert costs.forward_flops(plain, memory=False) == costs.forward_flops(plain, memory=True)
