@@ -3,8 +3,8 @@
     make train                                      # or: python -m lrt_jax.main --config=configs/base.py
     python -m lrt_jax.main --config=configs/base.py:debug     # the same, shrunk: under a minute
 
-Runs anywhere; a GPU or a TPU is used where there is one. On 2 CPU cores it took 6.8 minutes and ended at a sequential BPB of
-1.538, where gzip -9 gets 1.776 (2026-11-23; docs/LOG.md has how the rates were searched).
+Runs anywhere; a GPU or a TPU is used where there is one. On 2 CPU cores it took 6.8 minutes and ended at a sequential
+BPB of 1.538, where gzip -9 gets 1.776 (2026-11-23; docs/LOG.md has how the rates were searched).
 """
 
 from ml_collections import ConfigDict

@@ -165,7 +165,10 @@ def load(workdir: epath.PathLike, config: Config) -> Tokenizer:
     """
     kept = epath.Path(workdir) / FILE
     if not kept.exists():
-        raise ConfigError(f"--workdir is {str(workdir)!r}, which has no {FILE}; it must be a run's work dir")
+        raise ConfigError(
+            f"--workdir is {str(workdir)!r}, which has no {FILE}; it must be the work dir of a run, or of an "
+            "import with --tokenizer"
+        )
     return _load(kept.read_bytes(), str(kept), config)
 
 
