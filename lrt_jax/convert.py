@@ -7,6 +7,7 @@ python -m lrt_jax.convert verify FILE.npz [--precision=float64|float32] [--toler
 
 import base64
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
-from lrt_jax.conversion import files, parity
-from lrt_jax.conversion.reference import ConversionError, from_reference, model_config, schedule_config, to_reference
+from lrt_jax.conversion import files, parity, reference
+from lrt_jax.conversion.reference import ConversionError, from_reference, to_reference
 from lrt_jax.data import tokenizer as tokenizers
 from lrt_jax.inference import load
 from lrt_jax.model import costs
@@ -27,89 +28,136 @@ from lrt_jax.setup import flags as command_line
 from lrt_jax.setup.config import Config, ConfigError, ModelConfig
 from lrt_jax.training import checkpoint
 
-__all__ = ["from_reference", "to_reference"]
-
-CONFIG = config_flags.DEFINE_config_file("config", None, "import: the run's config; its model must fit the weights.")
-OUT = flags.DEFINE_string("out", None, "import: the new work dir; export: the new .safetensors file.")
-REFERENCE_CONFIG = flags.DEFINE_string(
-    "reference_config", None, "import: the authors' config fields as JSON, where the file does not hold them."
-)
-TOKENIZER = flags.DEFINE_string("tokenizer", None, "import: the SentencePiece model that the weights were trained on.")
-STEP = flags.DEFINE_integer("step", None, "export: the checkpoint's step; default: the newest.", lower_bound=0)
-NAMES = flags.DEFINE_enum("names", "lrt_jax", ["lrt_jax", "reference"], "export: whose names and layout.")
-PRECISION = flags.DEFINE_enum("precision", "float64", ["float64", "float32"], "verify: what to compute in.")
-TOLERANCE = flags.DEFINE_float(
-    "tolerance", None, "verify: largest error, as a share of an array's largest entry; default: 1e-6, in float32 1e-5."
-)
+__all__ = ["export_weights", "from_reference", "import_weights", "to_reference", "verify"]
 
 # What a safetensors file of ours keeps beside the arrays.
 CONFIG_KEY, TOKENIZER_KEY = "lrt_jax.config", "lrt_jax.tokenizer"
 # An imported run's batch, until its config says otherwise.
 BATCH_SIZE = 32
+# Model fields that change speed, not numbers.
+SPEED_ONLY = ("dtype", "scan_layers", "remat")
+
+
+def define_flags() -> None:
+    """Declares the command's flags."""
+    config_flags.DEFINE_config_file("config", None, "import: the run's config; its model must be the file's.")
+    flags.DEFINE_string("out", None, "import: the new work dir; export: the new .safetensors file.")
+    flags.DEFINE_string(
+        "reference_config", None, "import: the authors' config fields as JSON, where the file does not hold them."
+    )
+    flags.DEFINE_string("tokenizer", None, "import: the SentencePiece model that the weights were trained on.")
+    flags.DEFINE_integer("step", None, "export: the checkpoint's step; default: the newest.", lower_bound=0)
+    flags.DEFINE_enum("names", "lrt_jax", ["lrt_jax", "reference"], "export: whose names and layout.")
+    flags.DEFINE_enum("precision", "float64", ["float64", "float32"], "verify: what to compute in.")
+    flags.DEFINE_float(
+        "tolerance",
+        None,
+        "verify: largest error, as a share of an array's largest entry; default: 1e-6, in float32 1e-5.",
+    )
 
 
 def main(*arguments: str) -> int | None:
     """Runs the action that the arguments name."""
-    actions = {"import": import_weights, "export": export_weights, "verify": verify}
-    if len(arguments) != 2 or arguments[0] not in actions:
+    given = flags.FLAGS
+    if len(arguments) != 2 or arguments[0] not in ("import", "export", "verify"):
         found = " ".join(arguments) or "nothing"
         raise ConfigError(f"the arguments are {found!r}; allowed are: import FILE, export DIR, verify FILE")
-    return actions[arguments[0]](Path(arguments[1]))
+    action, path = arguments[0], Path(arguments[1])
+    if action == "verify":
+        return verify(path, given.precision, given.tolerance)
+    if not given.out:
+        raise ConfigError("--out is not set; it must be the work dir, or the .safetensors file, to make")
+    if action == "export":
+        export_weights(path, Path(given.out), given.step, given.names)
+    else:
+        import_weights(path, Path(given.out), given.config, given.reference_config, given.tokenizer)
+    return None
 
 
-def import_weights(path: Path) -> None:
+def import_weights(
+    path: Path,
+    workdir: Path,
+    config: ConfigDict | None = None,
+    reference_config: str | None = None,
+    tokenizer: str | None = None,
+) -> None:
     """Makes a work dir of a file of weights, in the authors' names or ours.
+
+    Args:
+      path: the weights.
+      workdir: to make.
+      config: of the run; its model must be the file's, where the file says which that is.
+      reference_config: a JSON file with the authors' config fields.
+      tokenizer: a SentencePiece model.
 
     Raises:
       UserError: the file, the config or the tokenizer does not fit, or the work dir is not empty.
     """
-    if not OUT.value:
-        raise ConfigError("--out is not set; it must be the work dir to make")
-    workdir = Path(OUT.value)
     if workdir.exists() and (not workdir.is_dir() or any(workdir.iterdir())):
-        raise ConfigError(f"--out is {OUT.value!r}, which is there already; import into a new folder")
+        raise ConfigError(f"--out is {str(workdir)!r}, which is there already; import into a new folder")
     file = files.read(path)
-    config, params = _config_and_params(file, path)
-    tokenizer = _tokenizer(file, config)
-    if tokenizer is not None:
-        tokenizers.keep(tokenizer, workdir)
-    checkpoint.write_config(config, workdir)
+    run, params = _config_and_params(
+        file, path, None if config is None else configs.from_config_dict(config), reference_config
+    )
+    found = _tokenizer(file, run, tokenizer)
+    inexact = [name for name, array in params.items() if np.any(array.astype(np.float32) != array)]
+    if found is not None:
+        tokenizers.keep(found, workdir)
+    checkpoint.write_config(run, workdir)
     checkpoints = checkpoint.Checkpoints(workdir)
-    checkpoints.save_params({name: jnp.asarray(array, jnp.float32) for name, array in params.items()}, config)
+    checkpoints.save_params({name: jnp.asarray(array, jnp.float32) for name, array in params.items()}, run)
     checkpoints.close()
-    print(f"{workdir}: parameters of {path}\n{costs.count_parameters(config.model)}")
-    print("model: " + ", ".join(f"{name} {value}" for name, value in dataclasses.asdict(config.model).items()))
-    if tokenizer is None:
-        print(
-            "no tokenizer came with them: lrt_jax.evaluate and lrt_jax.generate need one; import with --tokenizer=FILE"
-        )
+    print(f"{workdir}: parameters of {path}\n{costs.count_parameters(run.model)}")
+    print("model: " + ", ".join(f"{name} {value}" for name, value in dataclasses.asdict(run.model).items()))
+    if inexact:
+        print(f"rounded from float64 to float32: {', '.join(inexact)}")
+    if found is None:
+        print("no tokenizer came with them, and text needs one; import with --tokenizer=FILE")
 
 
-def _config_and_params(file: files.ArrayFile, path: Path) -> tuple[Config, dict[str, np.ndarray]]:
-    given = None if CONFIG.value is None else configs.from_config_dict(CONFIG.value)
-    if CONFIG_KEY in file.metadata:
-        config = given or configs.from_json(file.metadata[CONFIG_KEY])
-        _check_own(file.arrays, config.model)
-        return config, file.arrays
-    fields = files.reference_config(file.metadata, path)
-    if REFERENCE_CONFIG.value:
-        fields_path = Path(REFERENCE_CONFIG.value)
-        if not fields_path.is_file():
-            raise ConfigError(f"--reference_config is {REFERENCE_CONFIG.value!r}, where there is no file")
-        fields = files.parse_reference_config(fields_path.read_text(), fields_path)
-    if given is None and fields is None:
+def _config_and_params(
+    file: files.ArrayFile, path: Path, given: Config | None, reference_path: str | None
+) -> tuple[Config, dict[str, np.ndarray]]:
+    """The run's config, and its parameters by our names."""
+    stated = _stated_config(file, path, reference_path)
+    config = given or stated
+    if config is None:
         raise ConversionError(
             f"{path} does not say which model it holds; give --reference_config (the authors' fields) or --config"
         )
-    config = given or _default_config(fields or {})
+    if stated is not None:
+        _check_same_model(path, stated.model, config.model)
+    if set(file.parameters) & set(table(config.model)):
+        _check_own(file.parameters, config.model)
+        return config, dict(file.parameters)
     return config, from_reference(file.parameters, config.model)
 
 
-def _default_config(fields: dict[str, Any]) -> Config:
-    """A run with the model and schedule of the authors' fields, and our defaults for the rest."""
-    model, schedule = model_config(fields), schedule_config(fields)
+def _stated_config(file: files.ArrayFile, path: Path, reference_path: str | None) -> Config | None:
+    """The config that the file, or the authors' fields beside it, describes; None if there is neither."""
+    if CONFIG_KEY in file.metadata:
+        return configs.from_json(file.metadata[CONFIG_KEY])
+    fields = files.reference_config(file.metadata, path)
+    if reference_path:
+        if not Path(reference_path).is_file():
+            raise ConfigError(f"--reference_config is {reference_path!r}, where there is no file")
+        fields = files.parse_reference_config(Path(reference_path).read_text(), Path(reference_path))
+    if fields is None:
+        return None
+    fields = reference.complete_config(fields, file.parameters)
     train = configs.TrainConfig(batch_size=BATCH_SIZE, tokens_per_parameter=10.0)
+    model, schedule = reference.model_config(fields), reference.schedule_config(fields)
     return configs.validate(Config(model=model, train=train, schedule=schedule))
+
+
+def _check_same_model(path: Path, stated: ModelConfig, given: ModelConfig) -> None:
+    different = [
+        f"{field.name} {getattr(given, field.name)!r} instead of {getattr(stated, field.name)!r}"
+        for field in dataclasses.fields(ModelConfig)
+        if field.name not in SPEED_ONLY and getattr(given, field.name) != getattr(stated, field.name)
+    ]
+    if different:
+        raise ConversionError(f"the model of --config is not that of {path}: {', '.join(different)}")
 
 
 def _check_own(arrays: dict[str, np.ndarray], config: ModelConfig) -> None:
@@ -125,9 +173,9 @@ def _check_own(arrays: dict[str, np.ndarray], config: ModelConfig) -> None:
         raise ConversionError(f"the arrays do not fit the model config: {'; '.join(faults)}")
 
 
-def _tokenizer(file: files.ArrayFile, config: Config) -> tokenizers.Tokenizer | None:
+def _tokenizer(file: files.ArrayFile, config: Config, path: str | None) -> tokenizers.Tokenizer | None:
     """The tokenizer given by flag, by config, or with the weights."""
-    source = TOKENIZER.value or config.data.tokenizer
+    source = path or config.data.tokenizer
     if source:
         data = dataclasses.replace(config.data, tokenizer=source)
         return tokenizers.given(dataclasses.replace(config, data=data))
@@ -136,44 +184,49 @@ def _tokenizer(file: files.ArrayFile, config: Config) -> tokenizers.Tokenizer | 
     return None
 
 
-def export_weights(workdir: Path) -> None:
-    """Writes a checkpoint's parameters, with the config and the tokenizer, to one safetensors file.
+def export_weights(workdir: Path, out: Path, step: int | None = None, names: str = "lrt_jax") -> None:
+    """Writes a checkpoint's parameters to one safetensors file that :func:`import_weights` reads.
+
+    Args:
+      workdir: the run's.
+      out: the new file.
+      step: of the checkpoint; None: the newest.
+      names: "lrt_jax", with the config and the tokenizer; or "reference", with the authors' config fields.
 
     Raises:
       UserError: there is no such checkpoint, the file is there already, or the reference has no such model.
     """
-    if not OUT.value:
-        raise ConfigError("--out is not set; it must be the .safetensors file to write")
-    config, params, step = load.load_params(workdir, STEP.value)
+    config, params, step = load.load_params(workdir, step)
     arrays = {name: np.asarray(array) for name, array in params.items()}
-    metadata = {"format": "np", "step": str(step)}
-    if NAMES.value == "reference":
+    metadata: dict[str, Any] = {"format": "np", "step": str(step)}
+    if names == "reference":
         arrays = to_reference(arrays, config.model)
+        fields = reference.reference_config(config.model, config.schedule.in_stages[-1].schedule)
+        metadata["config_json"] = json.dumps(fields)
     else:
         metadata[CONFIG_KEY] = config.to_json()
-        kept = workdir / tokenizers.FILE
-        if kept.exists():
-            metadata[TOKENIZER_KEY] = base64.b64encode(kept.read_bytes()).decode()
-    files.write_safetensors(Path(OUT.value), arrays, metadata)
-    print(f"{OUT.value}: {len(arrays)} arrays of {workdir} at step {step:,}, {NAMES.value} names")
+    kept = workdir / tokenizers.FILE
+    if kept.exists():
+        metadata[TOKENIZER_KEY] = base64.b64encode(kept.read_bytes()).decode()
+    files.write_safetensors(out, arrays, metadata)
+    print(f"{out}: {len(arrays)} arrays of {workdir} at step {step:,}, {names} names")
 
 
-def verify(path: Path) -> int:
+def verify(path: Path, precision: str = "float64", tolerance: float | None = None) -> int:
     """Compares everything that a parity file holds with our numbers; 1 where one is past the tolerance."""
-    precise = PRECISION.value == "float64"
-    jax.config.update("jax_enable_x64", precise)
-    tolerance = (1e-6 if precise else 1e-5) if TOLERANCE.value is None else TOLERANCE.value
-    worst, failed, count = 0.0, 0, 0
-    for name, error in parity.differences(path, "float64" if precise else "float32"):
-        fits = error <= tolerance  # false for NaN
-        print(f"{error:10.2e}  {'' if fits else 'FAILED  '}{name}", flush=True)
-        worst, failed, count = max(worst, error), failed + (not fits), count + 1
+    precise = precision == "float64"
+    tolerance = (1e-6 if precise else 1e-5) if tolerance is None else tolerance
+    errors = []
+    with jax.enable_x64(precise):
+        for name, error in parity.differences(path, "float64" if precise else "float32"):
+            print(f"{error:10.2e}  {'' if error <= tolerance else 'FAILED  '}{name}", flush=True)
+            errors.append(error)
+    failed = sum(not error <= tolerance for error in errors)  # NaN is past any tolerance
     verdict = f"{failed} past" if failed else "all within"
-    print(
-        f"{path}: {count} arrays in {PRECISION.value}, largest error {worst:.2e}, {verdict} the tolerance {tolerance:g}"
-    )
+    print(f"{path}: {len(errors)} arrays in {precision}, largest error {np.max(errors):.2e}, {verdict} {tolerance:g}")
     return 1 if failed else 0
 
 
 if __name__ == "__main__":
+    define_flags()
     command_line.run(main, takes_arguments=True)

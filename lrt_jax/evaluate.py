@@ -12,16 +12,19 @@ from lrt_jax.setup import flags as command_line
 from lrt_jax.setup import mesh as meshes
 from lrt_jax.setup.config import ConfigError
 
-WORKDIR = flags.DEFINE_string("workdir", None, "The run to score.")
-STEP = flags.DEFINE_integer("step", None, "The checkpoint's step; default: the newest.", lower_bound=0)
-ROWS = flags.DEFINE_integer("rows", None, "Held-out rows; default: config.eval.final_rows.", lower_bound=1)
+
+def define_flags() -> None:
+    """Declares the command's flags."""
+    flags.DEFINE_string("workdir", None, "The run to score.")
+    flags.DEFINE_integer("step", None, "The checkpoint's step; default: the newest.", lower_bound=0)
+    flags.DEFINE_integer("rows", None, "Held-out rows; default: config.eval.final_rows.", lower_bound=1)
 
 
 def main() -> None:
     """Prints the metrics of the checkpoint that the flags name, as one JSON object."""
-    if WORKDIR.value is None:
+    if flags.FLAGS.workdir is None:
         raise ConfigError("--workdir is not set; it must be a run's work dir")
-    print(json.dumps(evaluate(Path(WORKDIR.value), STEP.value, ROWS.value), indent=2))
+    print(json.dumps(evaluate(Path(flags.FLAGS.workdir), flags.FLAGS.step, flags.FLAGS.rows), indent=2))
 
 
 def evaluate(workdir: Path, step: int | None = None, rows: int | None = None) -> dict[str, float]:
@@ -47,4 +50,5 @@ def evaluate(workdir: Path, step: int | None = None, rows: int | None = None) ->
 
 
 if __name__ == "__main__":
+    define_flags()
     command_line.run(main)

@@ -9,37 +9,41 @@ from lrt_jax.setup import flags as command_line
 from lrt_jax.setup import mesh as meshes
 from lrt_jax.setup.config import ConfigError
 
-WORKDIR = flags.DEFINE_string("workdir", None, "The run to sample from.")
-STEP = flags.DEFINE_integer("step", None, "The checkpoint's step; default: the newest.", lower_bound=0)
-PROMPT = flags.DEFINE_string("prompt", "", "The text to continue; empty: a new document.")
-TOKENS = flags.DEFINE_integer("tokens", 128, "How many tokens to generate, at most.", lower_bound=1)
-TEMPERATURE = flags.DEFINE_float("temperature", 0.8, "0 takes the most likely token.", lower_bound=0.0)
-TOP_K = flags.DEFINE_integer("top_k", 0, "Keep the k most likely tokens; 0: all.", lower_bound=0)
-TOP_P = flags.DEFINE_float("top_p", 1.0, "Keep the most likely share.", lower_bound=0.0, upper_bound=1.0)
-SEED = flags.DEFINE_integer("seed", 0, "The same seed gives the same text.")
+
+def define_flags() -> None:
+    """Declares the command's flags."""
+    flags.DEFINE_string("workdir", None, "The run to sample from.")
+    flags.DEFINE_integer("step", None, "The checkpoint's step; default: the newest.", lower_bound=0)
+    flags.DEFINE_string("prompt", "", "The text to continue; empty: a new document.")
+    flags.DEFINE_integer("tokens", 128, "How many tokens to generate, at most.", lower_bound=1)
+    flags.DEFINE_float("temperature", 0.8, "0 takes the most likely token.", lower_bound=0.0)
+    flags.DEFINE_integer("top_k", 0, "Keep the k most likely tokens; 0: all.", lower_bound=0)
+    flags.DEFINE_float("top_p", 1.0, "Keep the most likely share.", lower_bound=0.0, upper_bound=1.0)
+    flags.DEFINE_integer("seed", 0, "The same seed gives the same text.")
 
 
 def main() -> None:
     """Prints the prompt and what the model makes of it, as it is decoded, with the recurrent memory."""
-    if WORKDIR.value is None:
+    if flags.FLAGS.workdir is None:
         raise ConfigError("--workdir is not set; it must be a run's work dir")
-    trained = load.load(Path(WORKDIR.value), STEP.value)
-    meshes.cache_compilations(Path(WORKDIR.value))
+    trained = load.load(Path(flags.FLAGS.workdir), flags.FLAGS.step)
+    meshes.cache_compilations(Path(flags.FLAGS.workdir))
     text = sampling.stream(
         trained,
-        PROMPT.value,
-        tokens=TOKENS.value,
-        temperature=TEMPERATURE.value,
-        top_k=TOP_K.value,
-        top_p=TOP_P.value,
-        seed=SEED.value,
+        flags.FLAGS.prompt,
+        tokens=flags.FLAGS.tokens,
+        temperature=flags.FLAGS.temperature,
+        top_k=flags.FLAGS.top_k,
+        top_p=flags.FLAGS.top_p,
+        seed=flags.FLAGS.seed,
     )
     first = next(text, "")
-    print(PROMPT.value + first, end="", flush=True)
+    print(flags.FLAGS.prompt + first, end="", flush=True)
     for piece in text:
         print(piece, end="", flush=True)
     print(flush=True)
 
 
 if __name__ == "__main__":
+    define_flags()
     command_line.run(main)

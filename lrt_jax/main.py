@@ -22,17 +22,20 @@ from lrt_jax.setup import hardware
 from lrt_jax.setup import mesh as meshes
 from lrt_jax.training import checkpoint, loop, metrics, optimizer, schedules, state, step
 
-CONFIG = config_flags.DEFINE_config_file("config", None, "The config file, with its argument after a colon.")
-WORKDIR = flags.DEFINE_string("workdir", None, "Where the run lives; default: runs/<config name>.")
+
+def define_flags() -> None:
+    """Declares the command's flags: only where it runs, so that commands can be imported side by side."""
+    config_flags.DEFINE_config_file("config", None, "The config file, with its argument after a colon.")
+    flags.DEFINE_string("workdir", None, "Where the run lives; default: runs/<config name>.")
 
 
 def main() -> int | None:
     """Trains the config named by the flags, or goes on where a run in the same work dir stopped."""
-    if CONFIG.value is None:
+    if flags.FLAGS.config is None:
         raise configs.ConfigError("--config is not set; for the default run: --config=configs/base.py")
-    config = configs.from_config_dict(CONFIG.value)
+    config = configs.from_config_dict(flags.FLAGS.config)
     name = config_flags.get_config_filename(flags.FLAGS["config"])
-    run(config, Path(WORKDIR.value or default_workdir(name)))
+    run(config, Path(flags.FLAGS.workdir or default_workdir(name)))
     return None
 
 
@@ -62,13 +65,10 @@ def run(config: configs.Config, workdir: Path) -> dict[str, float]:
     meshes.cache_compilations(workdir)
 
     texts = corpus.open_corpus(config.data)
+    checkpoint.check_tokenizer(config, workdir, tokenizer.FILE)
     tokens = tokenizer.load_or_train(config, texts, workdir)
     batches = pipeline.training_batches(config, texts, tokens)
     held_out = pipeline.held_out_rows(config, texts, tokens, config.eval.final_rows)
-
-    # Only now, so that a mistake in the config leaves nothing behind that binds the work dir to it.
-    tokenizer.keep(tokens, workdir)
-    checkpoint.write_config(config, workdir)
 
     decoder = Decoder(config.model)
     counts = costs.count_parameters(config.model)
@@ -86,6 +86,9 @@ def run(config: configs.Config, workdir: Path) -> dict[str, float]:
         if imported:
             params = checkpoints.restore_params(state.abstract_params(decoder, mesh), start or 0)
             train_state = train_state.replace(params=params)
+    # Only now, so that a mistake in the config leaves nothing behind that binds the work dir to it.
+    tokenizer.keep(tokens, workdir)
+    checkpoint.write_config(config, workdir)
     writer = metrics.Writer(workdir, start or 0, steps)
     begins = f"going on from step {start:,}" if start is not None else "beginning at step 0"
     begins = "beginning at step 0 with the parameters imported into it" if imported else begins
@@ -130,11 +133,11 @@ def _stages(
     config: configs.Config, decoder: Decoder, transformation: optax.GradientTransformation, steps: int
 ) -> Iterator[loop.Stage]:
     """The run's stages, each with a training step of its own and all with one optimizer."""
-    share = 0.0
-    for stage in config.schedule.in_stages:
+    share, stages = 0.0, config.schedule.in_stages
+    for stage in stages:
         share += stage.share
         yield loop.Stage(
-            end=round(share * steps),
+            end=steps if stage is stages[-1] else round(share * steps),
             step=step.build(
                 decoder,
                 schedules.build(stage.schedule, config.model.sequence_length),
@@ -181,4 +184,5 @@ def _closing(
 
 
 if __name__ == "__main__":
+    define_flags()
     command_line.run(main)

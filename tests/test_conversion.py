@@ -1,6 +1,8 @@
 """Import and export of weights: exact, complete, and with one clear sentence for what does not fit."""
 
+import dataclasses
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -8,11 +10,15 @@ import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
+from ml_collections import ConfigDict
 
+from lrt_jax import convert
 from lrt_jax.conversion import files, reference
 from lrt_jax.conversion.reference import ConversionError
+from lrt_jax.inference import load
 from lrt_jax.model.parameters import table
-from lrt_jax.setup.config import ConfigError
+from lrt_jax.setup.config import Config, ConfigError, ScheduleConfig, TrainConfig
+from lrt_jax.training import checkpoint
 
 GOLDEN = Path(__file__).parent / "golden"
 MODELS = {
@@ -94,6 +100,83 @@ def test_their_config_as_ours():
         reference.model_config(base | {"n_heads": 4})
     with pytest.raises(ConfigError, match=r"config\.model\.heads is 5, which does not divide"):
         reference.model_config(base | {"n_head": 5, "n_kv_head": 5})
+
+
+def test_their_current_fields_and_refinement_as_ours():
+    base = {"sequence_len": 8, "vocab_size": 40, "n_layer": 2, "n_head": 4, "n_kv_head": 2, "n_embd": 16}
+    refined = {"use_multi_refine": True, "multi_refine_num_passes": 2, "multi_refine_detach": True}
+    fields = base | refined | {"multi_refine_loss_weights": [0.1, 0.3, 0.6], "ve_gate_channels": 0}
+    assert reference.model_config(fields).recurrent
+    schedule = reference.schedule_config(fields)
+    assert (schedule.name, schedule.refinements, schedule.detach) == ("multi_refinement", 2, True)
+    assert schedule.loss_weights == (0.1, 0.3, 0.6)
+    assert reference.schedule_config(fields | {"use_multi_refine": False}).name == "plain"
+    # Where the width of the gates' input is not given, the arrays show it.
+    with pytest.raises(ConversionError, match="without ve_gate_channels"):
+        reference.model_config(base)
+    gate = {"transformer.h.0.attn.ve_gate.weight": np.zeros((2, 12))}
+    assert reference.complete_config(base, gate)["ve_gate_channels"] == 12
+    for wrong in ({"n_layer": None}, {"use_interleaved": 1}, {"multi_refine_loss_weights": "0.1"}):
+        with pytest.raises(ConversionError, match=f"has {next(iter(wrong))} = "):
+            reference.model_config(fields | wrong)
+
+
+@pytest.mark.parametrize("model", [name for name in MODELS if name != "recurrent, one kv head, no x0"])
+def test_our_config_as_theirs_and_back(tiny, model):
+    config = tiny(**MODELS[model])
+    for schedule in (ScheduleConfig(subsets=4, kv_refresh=True), ScheduleConfig(name="multi_refinement", detach=True)):
+        if not config.recurrent:
+            schedule = ScheduleConfig(name="plain")
+        fields = json.loads(json.dumps(reference.reference_config(config, schedule)))
+        found = reference.model_config(fields, "float32")
+        assert found == config
+        assert reference.schedule_config(fields) == schedule
+
+
+def test_dtypes_that_lose_numbers_are_refused(tiny, random_params):
+    config = tiny(memory="layerwise")
+    theirs = reference.to_reference(random_params(config), config)
+    theirs["x0_lambdas"] = theirs["x0_lambdas"].astype(np.int32)
+    with pytest.raises(ConversionError, match="x0_lambdas has the dtype int32; allowed are float64"):
+        reference.from_reference(theirs, config)
+
+
+def test_import_reads_our_names_from_any_file_and_compares_models(tmp_path, tiny, random_params):
+    run = Config(tiny(), TrainConfig(batch_size=2, steps=1))
+    params = random_params(run.model)
+    np.savez(tmp_path / "ours.npz", **params)
+    config = ConfigDict(dataclasses.asdict(run))
+    convert.import_weights(tmp_path / "ours.npz", tmp_path / "run", config)
+    _, found, step = load.load_params(tmp_path / "run")
+    assert step == 0 and all(np.array_equal(found[name], params[name]) for name in params)
+    with pytest.raises(ConfigError, match="is there already"):
+        convert.import_weights(tmp_path / "ours.npz", tmp_path / "run", config)
+    with pytest.raises(ConversionError, match="does not say which model"):
+        convert.import_weights(tmp_path / "ours.npz", tmp_path / "other")
+    with pytest.raises(ConfigError, match="imported parameters without their tokenizer"):
+        checkpoint.check_tokenizer(run, tmp_path / "run", "tokenizer.model")
+    with pytest.raises(ConversionError, match=r"sequence_length 8 instead of 24"):
+        convert.import_weights(GOLDEN / "lrt_s2.npz", tmp_path / "other", config)
+    assert not (tmp_path / "other").exists()
+
+
+def test_export_in_their_names_comes_back(tmp_path, capsys):
+    convert.import_weights(GOLDEN / "lrt_s2.npz", tmp_path / "run")
+    convert.export_weights(tmp_path / "run", tmp_path / "theirs.safetensors", names="reference")
+    convert.import_weights(tmp_path / "theirs.safetensors", tmp_path / "again")
+    capsys.readouterr()
+    (first, before, _), (second, after, _) = (load.load_params(tmp_path / name) for name in ("run", "again"))
+    assert first.model == second.model and first.schedule == second.schedule
+    assert all(np.array_equal(before[name], after[name]) for name in before)
+    theirs = files.read(GOLDEN / "lrt_s2.npz").parameters
+    exported = files.read(tmp_path / "theirs.safetensors").arrays
+    assert theirs.keys() == exported.keys() and all(np.array_equal(theirs[name], exported[name]) for name in theirs)
+
+
+def test_all_commands_can_be_imported_together():
+    program = "import lrt_jax.main, lrt_jax.evaluate, lrt_jax.generate, lrt_jax.convert as c; print(c.from_reference)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_all_that_does_not_fit_is_listed_at_once(tiny, random_params):

@@ -38,7 +38,7 @@ COMBINATIONS = {
     f"{memory}, {windows}, {kv_heads} kv, source {source}": {
         **MEMORIES[memory],
         **{"window_pattern": windows, "kv_heads": kv_heads, "source_layer": source},
-        **SWITCHES[index % len(SWITCHES)],
+        **SWITCHES[(index + index // len(SWITCHES)) % len(SWITCHES)],
     }
     for index, (memory, windows, kv_heads, source) in enumerate(itertools.product(MEMORIES, WINDOWS, KV_HEADS, SOURCES))
 }
@@ -61,14 +61,15 @@ def sequential(config, params, batch, **options):
     return jax.jit(lambda params, *batch: decode.score(Decoder(config), params, *batch, **options))(params, *batch)
 
 
-@pytest.mark.parametrize("kind", ["shared", "layerwise"])
-def test_1_memory_switched_off_is_the_plain_baseline_to_the_bit(tiny, random_params, random_batch, kind):
-    recurrent, plain = tiny(memory=kind), tiny(**PLAIN)
+@pytest.mark.parametrize("combination", COMBINATIONS)
+def test_1_memory_switched_off_is_the_plain_baseline_to_the_bit(tiny, random_params, random_batch, combination):
+    recurrent = tiny(**COMBINATIONS[combination])
+    plain = tiny(**COMBINATIONS[combination] | PLAIN)
     shared = random_params(plain)
     off = {
         name: np.zeros_like(array) for name, array in random_params(recurrent).items() if table(recurrent)[name].memory
     }
-    assert set(off) == {"gamma", "memory_key", "memory_value", "memory_gate"}
+    assert off and set(off) <= {"gamma", "memory_key", "memory_value", "memory_gate"}
     tokens, _ = random_batch(plain)
     positions = jnp.arange(8)[None]
     memory = jnp.asarray(np.random.default_rng(3).normal(size=(2, 8, 16)), jnp.float32)
@@ -85,7 +86,7 @@ def test_1_memory_switched_off_is_the_plain_baseline_to_the_bit(tiny, random_par
     jax.tree.map(np.testing.assert_array_equal, outputs(plain, shared, memory), expected)
     # The comparison can fail: each memory parameter alone changes the output.
     on = random_params(recurrent)
-    for name in ("gamma", "memory_value", "memory_gate"):
+    for name in off.keys() & {"gamma", "memory_value", "memory_gate"}:
         changed = outputs(recurrent, shared | off | {name: on[name]}, memory)
         assert not np.array_equal(changed[1], expected[1]), name
 
@@ -139,7 +140,7 @@ def test_3_and_4_each_refinement_makes_one_more_position_exact(computed):
     np.testing.assert_allclose(losses_FxBxT[-1], decoded[True], **EXACT)
     for k in range(length):
         np.testing.assert_allclose(losses_FxBxT[k][:, : k + 1], decoded[True][:, : k + 1], **EXACT)
-        assert np.all(np.abs(losses_FxBxT[k] - decoded[True])[:, k + 1 : k + 2] > 1e-15), k
+        assert np.all(np.abs(losses_FxBxT[k] - decoded[True])[:, k + 1 : k + 2] > 1e-10), k
     np.testing.assert_allclose(outcomes["refined"].sources_BxTxD, outcomes["interleaved"].sources_BxTxD, **EXACT)
 
 
@@ -163,43 +164,3 @@ def test_2_fewer_subsets_are_exact_only_where_all_the_past_is_fresh(x64, tiny, r
     expected = sequential(config, params, batch)
     np.testing.assert_allclose(merged[:, :2], expected[:, :2], **EXACT)
     assert np.all(np.abs(merged - expected)[:, 2:] > 1e-9)
-
-
-SCHEDULES = (
-    ScheduleConfig(name="plain"),
-    ScheduleConfig(subsets=2),
-    ScheduleConfig(subsets=4, unroll=False, kv_refresh=True),
-    ScheduleConfig(subsets=2, partition="contiguous", unroll=False),
-    ScheduleConfig(subsets=4, partition="random", unroll=False),
-    ScheduleConfig(name="multi_refinement", refinements=2, unroll=False),
-    ScheduleConfig(name="multi_refinement", refinements=2, unroll=False, detach=True),
-    ScheduleConfig(name="chunked", chunks=2, unroll=False),
-    ScheduleConfig(name="sequential"),
-)
-
-
-def test_6_no_forward_sees_a_later_position(tiny, random_params):
-    config = tiny(scan_layers=True)
-    params = random_params(config)
-    length = config.sequence_length
-    # All tokens differ, so the gradient by a token's embeddings is the gradient by its position.
-    tokens = np.random.default_rng(0).permutation(config.vocab_size)[None, :length].astype(np.int32)
-    targets = np.zeros_like(tokens)
-    names = ("embedding", "value_embedding")
-
-    for schedule in SCHEDULES:
-        built = schedules.build(schedule, length)
-
-        def losses(embeddings, built=built):
-            outcome = built(Decoder(config), params | embeddings, tokens, targets)
-            return outcome.token_losses_FxBxT[:, 0], outcome.masks_FxT
-
-        jacobians, masks_FxT = jax.jit(jax.jacrev(losses, has_aux=True))({name: params[name] for name in names})
-        vocabulary_axis = {"embedding": 2, "value_embedding": 3}
-        for name in names:
-            by_token = np.moveaxis(np.asarray(jacobians[name]), vocabulary_axis[name], 2)[:, :, tokens[0]]
-            reach_FxTxT = np.abs(by_token).reshape(*by_token.shape[:3], -1).max(axis=-1)
-            computed_FxTx1 = np.asarray(masks_FxT)[:, :, None]
-            later_TxT = np.triu(np.ones((length, length), bool), 1)
-            assert not reach_FxTxT[:, later_TxT].any(), (schedule, name)
-            assert np.all((reach_FxTxT > 0) == (computed_FxTx1 & ~later_TxT[None])), (schedule, name)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -175,6 +176,10 @@ def test_a_staged_run_changes_its_schedule(corpus, tmp_path):
         ([*TRAIN, "--config.model.heads=3"], "config.model.heads is 3, which does not divide model.width"),
         ([*TRAIN, "--config.data.corpus=/nowhere"], "config.data.corpus is '/nowhere'"),
         (["lrt_jax.generate", "--workdir=/nowhere"], "has no config.json"),
+        (
+            [*TRAIN, "--config.schedule.name=staged", "--config.schedule.stages=interleaved(0):1"],
+            "subsets is 0; it must",
+        ),
         (["lrt_jax.convert", "verify"], "the arguments are 'verify'; allowed are: import FILE"),
         (["lrt_jax.convert", "verify", "/nowhere.npz"], "there is no file /nowhere.npz"),
         (["lrt_jax.convert", "export", "/nowhere", "--out=x.safetensors"], "has no config.json"),
@@ -196,6 +201,27 @@ def test_changed_model_on_an_existing_work_dir_is_refused(undisturbed, corpus):
     assert code == 1
     assert f"config.model.layers is 3, but {workdir} was begun with 2" in err
     assert (workdir / "config.json").read_text() == before
+
+
+def test_changed_optimizer_on_an_existing_work_dir_is_refused(undisturbed, corpus):
+    workdir, _ = undisturbed
+    before = (workdir / "config.json").read_text()
+    changes = ["--config.optimizer.name=adamw", "--config.train.steps=30"]
+    code, _, err = finish(command([*TRAIN, *corpus, f"--workdir={workdir}", *changes]))
+    assert code == 1 and "Traceback" not in err
+    assert f"config.optimizer.name is 'adamw', but {workdir} was begun with 'muon'" in err
+    assert (workdir / "config.json").read_text() == before
+
+
+def test_a_run_of_more_devices_is_used_on_fewer(undisturbed, tmp_path):
+    shutil.copytree(undisturbed[0], tmp_path / "copy")
+    path = tmp_path / "copy" / "config.json"
+    config = json.loads(path.read_text())
+    config["mesh"]["fsdp"] = 4
+    path.write_text(json.dumps(config))
+    expected, found = load.load(undisturbed[0]), load.load(tmp_path / "copy")
+    for name, array in expected.params.items():
+        np.testing.assert_array_equal(np.asarray(array), np.asarray(found.params[name]))
 
 
 def test_work_dir_keeps_its_tokenizer(undisturbed):

@@ -23,7 +23,7 @@ def x64():
 
 SCHEDULES = {
     "interleaved": ScheduleConfig(subsets=2),
-    "interleaved, refreshed": ScheduleConfig(subsets=4, kv_refresh=True, partition="random"),
+    "interleaved, refreshed": ScheduleConfig(subsets=2, kv_refresh=True, partition="random"),
     "multi_refinement": ScheduleConfig(name="multi_refinement", refinements=2, loss_weights=(0.1, 0.3, 0.6)),
     "chunked": ScheduleConfig(name="chunked", chunks=2),
 }
@@ -85,3 +85,22 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(x64, unrolled):
     parts = [metrics[f"train/loss_{name}"] for name in schedules.forward_names(schedule)]
     np.testing.assert_allclose(np.average(parts, weights=schedule.loss_weights or None), loss, **EXACT)
     assert after.step == 1
+
+
+@pytest.mark.parametrize("partition", ["strided", "contiguous", "random"])
+def test_shared_projections_are_layerwise_ones_that_are_all_the_same(x64, tiny, random_params, random_batch, partition):
+    """What holds the shared variant, KV refresh included, to the numbers of the layerwise one (test_parity)."""
+    scanned = partition != "strided"
+    shared, layerwise = (
+        tiny(dtype="float64", memory=memory, layers=3, scan_layers=scanned) for memory in ("shared", "layerwise")
+    )
+    params, batch = random_params(shared), random_batch(shared)
+    assert not np.allclose(params["memory_key"], params["memory_value"])
+    copies = {name: np.stack([params[name]] * 3) for name in ("memory_key", "memory_value")}
+    schedule = ScheduleConfig(subsets=2, partition=partition, kv_refresh=True, unroll=False)
+    loss, grads = loss_and_gradients(shared, schedule, params, batch)
+    expected, expected_grads = loss_and_gradients(layerwise, schedule, params | copies, batch)
+    np.testing.assert_allclose(loss, expected, **EXACT)
+    for name, grad in grads.items():
+        reduced = expected_grads[name].sum(axis=0) if name in copies else expected_grads[name]
+        np.testing.assert_allclose(grad, reduced, rtol=1e-10, atol=1e-12, err_msg=name)

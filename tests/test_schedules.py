@@ -104,6 +104,7 @@ def test_stages_are_read(tiny):
         ("plain(2):1", "is no stage"),
         ("plain:0.5, interleaved:0.4", "add up to 0.9"),
         ("plain:1, interleaved:0", "must be above 0"),
+        ("plain:0.5, interleaved(0):0.5", "subsets is 0; it must be above 0"),
         ("plain:0.5, interleaved(3):0.5", "subsets is 3, which does not divide"),
     ],
 )

@@ -68,7 +68,7 @@ def _read_safetensors(path: Path) -> ArrayFile:
     try:
         with safetensors.safe_open(path, framework="numpy") as file:
             return ArrayFile({name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {})  # noqa: SIM118
-    except (safetensors.SafetensorError, OSError) as error:
+    except (safetensors.SafetensorError, OSError, AttributeError, TypeError) as error:  # the latter: an unknown dtype
         raise ConversionError(f"{path} is not a readable safetensors file ({error})") from None
 
 
@@ -86,7 +86,10 @@ def _read_torch(path: Path) -> ArrayFile:
         raise ConversionError(f"{path} is not a PyTorch file of plain tensors ({error})") from None
     if not isinstance(state, Mapping) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise ConversionError(f"{path} holds no state dict: it must map names to tensors")
-    return ArrayFile({name: _numpy(tensor, torch) for name, tensor in state.items()}, {})
+    try:
+        return ArrayFile({name: _numpy(tensor, torch) for name, tensor in state.items()}, {})
+    except (TypeError, RuntimeError) as error:
+        raise ConversionError(f"{path} holds a tensor that NumPy cannot ({error})") from None
 
 
 def _numpy(tensor: Any, torch: Any) -> np.ndarray:

@@ -63,28 +63,47 @@ def differences(path: Path, dtype: Dtype = "float64", **model: Any) -> Iterator[
     lacking = [name for name in ("tokens", "targets") if name not in file.arrays]
     if fields is None or lacking:
         raise ConversionError(f"{path} is no parity file: without {', '.join(lacking) or 'config_json'}")
+    fields = reference.complete_config(fields, file.parameters)
     config = dataclasses.replace(reference.model_config(fields, dtype), **model)
-    params = {name: array.astype(dtype) for name, array in reference.from_reference(file.parameters, config).items()}
-    run = _Runs(config, reference.schedule_config(fields), params, file.arrays)
+    schedule = reference.schedule_config(fields)
     names = [str(name) for name in file.arrays.get("param_names", list(file.parameters))]
+    _check_inputs(path, file, config, schedule, names)
+    params = {name: array.astype(dtype) for name, array in reference.from_reference(file.parameters, config).items()}
+    run = _Runs(config, schedule, params, file.arrays)
     results = [name for name in file.arrays if name not in INPUTS and not name.startswith(files.PARAMETERS)]
+    results = [name for name in results if not name.endswith("/loss_weights")]
     if not results:
         raise ConversionError(f"{path} holds no results to compare with")
     for name in results:
-        if name.endswith("/loss_weights"):
-            continue
-        found, expected = run.result(name, names), file.arrays[name]
-        if name.endswith("/grad_norms"):
-            yield Difference(name, _error(found, expected))
-            continue
-        found, expected = np.asarray(found), np.asarray(expected)
-        if expected.ndim == 2 and found.shape != expected.shape and "/grad/" in name:
-            expected = expected[: len(found)]  # their padded vocabulary
-        if expected.ndim == 3 and name.endswith("logits"):
+        found, expected = np.asarray(run.result(name, names)), np.asarray(file.arrays[name])
+        # Their vocabulary may be padded: rows of a gradient that are never read, logits that are never shown.
+        padded = -(-config.vocab_size // reference.VOCAB_MULTIPLE) * reference.VOCAB_MULTIPLE
+        if name.endswith("logits") and expected.ndim == 3 and expected.shape[-1] == padded:
             expected = expected[..., : config.vocab_size]
+        if "/grad/" in name and expected.ndim == 2 and len(expected) == padded and len(found) == config.vocab_size:
+            expected = expected[: config.vocab_size]
         if found.shape != expected.shape:
             raise ConversionError(f"{name} in {path} has shape {expected.shape}, where ours has {found.shape}")
         yield Difference(name, _error(found, expected))
+
+
+def _check_inputs(
+    path: Path, file: files.ArrayFile, config: ModelConfig, schedule: ScheduleConfig, names: list[str]
+) -> None:
+    """What would else end in an exception deep below, or in a number that means nothing."""
+    tokens, targets = file.arrays["tokens"], file.arrays["targets"]
+    if tokens.ndim != 2 or targets.shape != tokens.shape:
+        raise ConversionError(f"{path} has tokens {tokens.shape} and targets {targets.shape}; both must be [B, T]")
+    for name, array in (("tokens", tokens), ("targets", targets)):
+        if array.dtype.kind not in "iu" or array.min(initial=0) < 0 or array.max(initial=0) >= config.vocab_size:
+            raise ConversionError(f"{path} has {name} outside of 0 to {config.vocab_size - 1}")
+    if schedule.name == "interleaved" and (schedule.subsets < 1 or tokens.shape[1] % schedule.subsets):
+        raise ConversionError(
+            f"{path} has interleaved_num_passes = {schedule.subsets}, which does not divide T = {tokens.shape[1]}"
+        )
+    unknown = sorted(set(names) - set(file.parameters))
+    if unknown:
+        raise ConversionError(f"{path} has param_names without parameter: {', '.join(unknown)}")
 
 
 def _error(found: Any, expected: Any) -> float:
@@ -125,8 +144,9 @@ class _Runs:
         if what in ("losses", "loss", "memory"):
             fields = {"losses": "forward_losses_F", "loss": "loss", "memory": "sources_BxTxD"}
             return getattr(outcome, fields[what])
-        if what.startswith("token_losses/"):
-            return outcome.token_losses_FxBxT[int(what.removeprefix("token_losses/"))]
+        index = what.removeprefix("token_losses/")
+        if index != what and index.isdecimal() and int(index) < len(outcome.token_losses_FxBxT):
+            return outcome.token_losses_FxBxT[int(index)]
         if what == "grad_norms":
             return np.array([np.linalg.norm(grads[name]) for name in param_names])
         if what.removeprefix("grad/") in grads:
@@ -136,8 +156,10 @@ class _Runs:
     def _schedule_of(self, run: str) -> ScheduleConfig | None:
         """The schedule of the results under ``run/``; None if there is no such thing."""
         if run in ("plain", "interleaved"):
+            if run == "interleaved" and self._schedule.name != run:
+                return None
             return self._schedule if self._schedule.name == run else ScheduleConfig(name="plain")
-        match = re.fullmatch(r"refine_k(\d+)(_weighted)?(_detached)?", run)
+        match = re.fullmatch(r"refine_k([1-9]\d*)(_weighted)?(_detached)?", run)
         if match is None:
             return None
         refinements = int(match[1])
@@ -154,7 +176,7 @@ class _Runs:
     def _run(self, schedule: ScheduleConfig) -> Results:
         # Rolled wherever the layers are: the same numbers, compiled faster.
         schedule = dataclasses.replace(schedule, unroll=not self._config.scan_layers)
-        built = schedules.build(schedule, self._config.sequence_length)
+        built = schedules.build(schedule, self._batch[0].shape[1])
 
         def objective(params: Any) -> tuple[jax.Array, Outcome]:
             tokens_BxT, targets_BxT = self._batch

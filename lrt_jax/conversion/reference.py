@@ -39,6 +39,9 @@ GATES = "transformer.h.{}.attn.triple_gate.weight"
 RECURRENT_NAMES = {"value_embedding": "interleaved_init_value_embeds.{}.weight"}
 PLAIN_NAMES = {"value_embedding": "value_embeds.{}.weight", "value_gate": "transformer.h.{}.attn.ve_gate.weight"}
 
+# Dtypes that float32 holds exactly.
+NARROW = ("float16", "bfloat16")
+
 # What their config's fields are without being set.
 CONFIG_DEFAULTS: dict[str, Any] = {
     "window_pattern": "SSSL",
@@ -46,12 +49,16 @@ CONFIG_DEFAULTS: dict[str, Any] = {
     "ve_every_layer": False,
     "use_x0_residual": True,
     "use_resid_lambdas": True,
-    "ve_gate_channels": 32,
     "use_interleaved": False,
     "interleaved_num_passes": 2,
     "interleaved_kv_refresh": False,
+    "use_multi_refine": False,
+    "multi_refine_num_passes": 2,
+    "multi_refine_detach": False,
+    "multi_refine_loss_weights": None,
 }
-CONFIG_REQUIRED = ("sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd")
+# Their default of ve_gate_channels differs between releases: it is required, unless the arrays show it.
+CONFIG_REQUIRED = ("sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd", "ve_gate_channels")
 
 
 class ConversionError(UserError):
@@ -72,6 +79,12 @@ class Piece(NamedTuple):
     row: int | None
 
 
+def complete_config(reference: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """Their config's fields, with the width of the gates' input taken from the arrays where it is not given."""
+    gates = [array.shape[1] for name, array in arrays.items() if name.endswith("_gate.weight") and array.ndim == 2]
+    return {"ve_gate_channels": gates[0] if gates else 0} | dict(reference)
+
+
 def model_config(reference: Mapping[str, Any], dtype: Dtype = "auto") -> ModelConfig:
     """Our config of the model that their config's fields describe.
 
@@ -80,32 +93,25 @@ def model_config(reference: Mapping[str, Any], dtype: Dtype = "auto") -> ModelCo
       dtype: of our model's activations.
 
     Raises:
-      ConversionError: a field misses, or is unknown.
+      ConversionError: a field misses, is unknown, or has the wrong type.
       ConfigError: the fields describe no model of ours.
     """
-    missing = [name for name in CONFIG_REQUIRED if name not in reference]
-    unknown = sorted(reference.keys() - {*CONFIG_REQUIRED, *CONFIG_DEFAULTS})
-    if missing or unknown:
-        found = [f"without {', '.join(missing)}"] if missing else []
-        found += [f"with the unknown {', '.join(unknown)}"] if unknown else []
-        allowed = ", ".join([*CONFIG_REQUIRED, *CONFIG_DEFAULTS])
-        raise ConversionError(f"the reference's config comes {' and '.join(found)}; its fields are: {allowed}")
-    fields = CONFIG_DEFAULTS | dict(reference)
-    recurrent = bool(fields["use_interleaved"])
+    fields = _fields(reference)
+    recurrent = fields["use_interleaved"] or fields["use_multi_refine"]
     embeddings: ValueEmbeddings = "all" if recurrent or fields["ve_every_layer"] else "alternate"
     return validate_model(
         ModelConfig(
-            layers=int(fields["n_layer"]),
-            width=int(fields["n_embd"]),
-            heads=int(fields["n_head"]),
-            kv_heads=int(fields["n_kv_head"]),
-            sequence_length=int(fields["sequence_len"]),
-            vocab_size=int(fields["vocab_size"]),
-            window_pattern=str(fields["window_pattern"]).upper(),
-            alpha=bool(fields["use_resid_lambdas"]),
-            beta=bool(fields["use_x0_residual"]),
+            layers=fields["n_layer"],
+            width=fields["n_embd"],
+            heads=fields["n_head"],
+            kv_heads=fields["n_kv_head"],
+            sequence_length=fields["sequence_len"],
+            vocab_size=fields["vocab_size"],
+            window_pattern=fields["window_pattern"].upper(),
+            alpha=fields["use_resid_lambdas"],
+            beta=fields["use_x0_residual"],
             value_embeddings=embeddings if recurrent or fields["use_value_embeds"] else "none",
-            gate_width=int(fields["ve_gate_channels"]),
+            gate_width=0 if fields["ve_gate_channels"] == fields["n_embd"] else fields["ve_gate_channels"],
             memory="layerwise" if recurrent else "none",
             residual_injection=recurrent,
             dtype=dtype,
@@ -114,15 +120,79 @@ def model_config(reference: Mapping[str, Any], dtype: Dtype = "auto") -> ModelCo
 
 
 def schedule_config(reference: Mapping[str, Any]) -> ScheduleConfig:
-    """Our config of the schedule that their config's fields describe."""
+    """Our config of the schedule that their config's fields describe.
+
+    Raises:
+      ConversionError: a field misses, is unknown, or has the wrong type.
+    """
+    fields = _fields(reference)
+    if fields["use_multi_refine"]:
+        return ScheduleConfig(
+            name="multi_refinement",
+            refinements=fields["multi_refine_num_passes"],
+            detach=fields["multi_refine_detach"],
+            loss_weights=tuple(float(weight) for weight in fields["multi_refine_loss_weights"] or ()),
+        )
+    if fields["use_interleaved"]:
+        return ScheduleConfig(
+            name="interleaved",
+            subsets=fields["interleaved_num_passes"],
+            kv_refresh=fields["interleaved_kv_refresh"],
+        )
+    return ScheduleConfig(name="plain")
+
+
+def reference_config(model: ModelConfig, schedule: ScheduleConfig) -> dict[str, Any]:
+    """Their config's fields from ours: what :func:`model_config` and :func:`schedule_config` read back.
+
+    Raises:
+      ConfigError: the reference has no such model.
+    """
+    _check_expressible(model)
+    refined = schedule.name == "multi_refinement"
+    return {
+        "sequence_len": model.sequence_length,
+        "vocab_size": model.vocab_size,
+        "n_layer": model.layers,
+        "n_head": model.heads,
+        "n_kv_head": model.kv_heads,
+        "n_embd": model.width,
+        "window_pattern": model.window_pattern,
+        "use_value_embeds": model.value_embeddings != "none",
+        "ve_every_layer": model.value_embeddings == "all",
+        "use_x0_residual": model.beta,
+        "use_resid_lambdas": model.alpha,
+        "ve_gate_channels": model.gate_width,
+        "use_interleaved": model.recurrent and not refined,
+        "interleaved_num_passes": schedule.subsets,
+        "interleaved_kv_refresh": schedule.kv_refresh,
+        "use_multi_refine": refined,
+        "multi_refine_num_passes": schedule.refinements,
+        "multi_refine_detach": schedule.detach,
+        "multi_refine_loss_weights": list(schedule.loss_weights) if refined and schedule.loss_weights else None,
+    }
+
+
+def _fields(reference: Mapping[str, Any]) -> dict[str, Any]:
+    """Their fields, all of them, of the right types."""
+    missing = [name for name in CONFIG_REQUIRED if name not in reference]
+    unknown = sorted(reference.keys() - {*CONFIG_REQUIRED, *CONFIG_DEFAULTS})
+    if missing or unknown:
+        found = [f"without {', '.join(missing)}"] if missing else []
+        found += [f"with the unknown {', '.join(unknown)}"] if unknown else []
+        allowed = ", ".join([*CONFIG_REQUIRED, *CONFIG_DEFAULTS])
+        raise ConversionError(f"the reference's config comes {' and '.join(found)}; its fields are: {allowed}")
     fields = CONFIG_DEFAULTS | dict(reference)
-    if not fields["use_interleaved"]:
-        return ScheduleConfig(name="plain")
-    return ScheduleConfig(
-        name="interleaved",
-        subsets=int(fields["interleaved_num_passes"]),
-        kv_refresh=bool(fields["interleaved_kv_refresh"]),
-    )
+    for name, value in fields.items():
+        example = CONFIG_DEFAULTS.get(name, 0)
+        if example is None:
+            fits, wanted = value is None or isinstance(value, (list, tuple)), "a list of numbers, or null"
+            fits = fits and all(isinstance(weight, (int, float)) for weight in value or ())
+        else:
+            fits, wanted = type(value) is type(example), type(example).__name__
+        if not fits:
+            raise ConversionError(f"the reference's config has {name} = {value!r}; it must be {wanted}")
+    return fields
 
 
 def from_reference(arrays: Mapping[str, np.ndarray], config: ModelConfig) -> dict[str, np.ndarray]:
@@ -140,7 +210,7 @@ def from_reference(arrays: Mapping[str, np.ndarray], config: ModelConfig) -> dic
     _check_arrays(arrays, config)
     pieces: dict[str, list[np.ndarray]] = {}
     for piece in _pieces(config):
-        array = _widened(arrays[piece.name])
+        array = _widened(piece.name, arrays[piece.name])
         for ours, part in _to_ours(piece, array, config).items():
             pieces.setdefault(ours, []).append(part)
     return {name: np.stack(pieces[name]) if "{}" in _name(name, config) else pieces[name][0] for name in table(config)}
@@ -245,9 +315,15 @@ def _to_theirs(piece: Piece, parts: list[np.ndarray], config: ModelConfig) -> np
     return array.reshape(shape[::-1]).T if _is_linear(piece.ours[0]) else array.reshape(shape)
 
 
-def _widened(array: np.ndarray) -> np.ndarray:
+def _widened(name: str, array: np.ndarray) -> np.ndarray:
     """Floats narrower than float32, bfloat16 among them, as float32, which holds each exactly."""
-    return array if array.dtype in (np.float32, np.float64) else array.astype(np.float32)
+    if array.dtype in (np.float32, np.float64):
+        return array
+    if array.dtype.name in NARROW:
+        return array.astype(np.float32)
+    raise ConversionError(
+        f"{name} has the dtype {array.dtype}; allowed are float64, float32, {', '.join(NARROW)} (bfloat16 not in .npz)"
+    )
 
 
 def _check_arrays(arrays: Mapping[str, np.ndarray], config: ModelConfig) -> None:

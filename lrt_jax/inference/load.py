@@ -4,13 +4,14 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import jax
 from jax.sharding import Mesh
 
 from lrt_jax.data import tokenizer
 from lrt_jax.data.tokenizer import Tokenizer
 from lrt_jax.model.decoder import Decoder
 from lrt_jax.setup import mesh as meshes
-from lrt_jax.setup.config import Config, ConfigError
+from lrt_jax.setup.config import Config, ConfigError, MeshConfig
 from lrt_jax.training import checkpoint, state
 
 
@@ -42,7 +43,7 @@ def load(workdir: Path, step: int | None = None) -> Trained:
       ConfigError: ``workdir`` is no run's work dir, has no such checkpoint, or no tokenizer.
     """
     config, params, step = load_params(workdir, step)
-    mesh = meshes.make_mesh(config.mesh)
+    mesh = _mesh(config)
     return Trained(config, Decoder(config.model), params, tokenizer.load(workdir, config), mesh, step)
 
 
@@ -61,7 +62,15 @@ def load_params(workdir: Path, step: int | None = None) -> tuple[Config, dict[st
         if step is None or step not in checkpoints.steps:
             wanted = "a checkpoint" if step is None else f"a checkpoint of step {step}"
             raise ConfigError(f"--workdir is {str(workdir)!r}, which has not {wanted}; found: {found}")
-        abstract = state.abstract_params(Decoder(config.model), meshes.make_mesh(config.mesh))
+        abstract = state.abstract_params(Decoder(config.model), _mesh(config))
         return config, checkpoints.restore_params(abstract, step), step
     finally:
         checkpoints.close()
+
+
+def _mesh(config: Config) -> Mesh:
+    """The run's mesh; where the devices here do not make it up, the first device alone."""
+    try:
+        return meshes.make_mesh(config.mesh)
+    except ConfigError:
+        return meshes.make_mesh(MeshConfig(), jax.devices()[:1])

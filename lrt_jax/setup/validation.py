@@ -28,7 +28,6 @@ def validate(config: "Config") -> "Config":
 def _validate_ranges(config: "Config") -> None:
     positive = {
         "data": ("document_bytes", "tokenizer_bytes", "shuffle_window", "prefetch"),
-        "schedule": ("subsets", "refinements", "chunks"),
         "optimizer": ("eps",),
         "train": ("batch_size", "accumulation", "log_every", "keep"),
         "eval": ("batch_size", "rows", "final_rows"),
@@ -131,6 +130,8 @@ def _validate_schedule(config: "Config") -> None:
 def _validate_stage(model: "ModelConfig", schedule: "ScheduleConfig") -> None:
     """One schedule that is not itself staged."""
     length = model.sequence_length
+    for name in ("subsets", "refinements", "chunks"):
+        _require(getattr(schedule, name) > 0, f"schedule.{name}", getattr(schedule, name), "it must be above 0")
     if schedule.name == "interleaved":
         _divides(schedule.subsets, length, "schedule.subsets", "model.sequence_length")
     if schedule.name == "chunked":

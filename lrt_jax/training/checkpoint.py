@@ -18,8 +18,8 @@ from lrt_jax.training.state import TrainState
 
 CONFIG_FILE = "config.json"
 FOLDER = "checkpoints"
-# What a work dir is bound to: the parameters' meaning, the tokens' meaning, and the stream of batches.
-FIXED = ("model", "data", "seed", "train.batch_size")
+# What a work dir is bound to: what parameters, tokens and the optimizer's state mean, and the stream of batches.
+FIXED = ("model", "data", "seed", "train.batch_size", "optimizer.name")
 # Fields within those that change speed only, never a number's meaning.
 FREE = ("model.dtype", "model.scan_layers", "model.remat", "data.prefetch")
 # The same for a work dir that holds imported parameters only: no stream of batches has begun.
@@ -107,8 +107,7 @@ def check_config(config: Config, workdir: epath.PathLike) -> list[str]:
     """
     path = epath.Path(workdir) / CONFIG_FILE
     changes = []
-    steps = list((epath.Path(workdir) / FOLDER).glob("*/optimizer"))
-    fixed = FIXED if steps or not (epath.Path(workdir) / FOLDER).exists() else FIXED_BY_PARAMETERS
+    fixed = FIXED_BY_PARAMETERS if _holds_parameters_only(workdir) else FIXED
     if path.exists():
         before, now = (_flat(dataclasses.asdict(c)) for c in (read_config(workdir), config))
         for name in sorted(before.keys() | now.keys()):
@@ -121,6 +120,24 @@ def check_config(config: Config, workdir: epath.PathLike) -> list[str]:
                 )
             changes.append(f"config.{name}: {before.get(name)!r} → {now.get(name)!r}")
     return changes
+
+
+def check_tokenizer(config: Config, workdir: epath.PathLike, file: str) -> None:
+    """Checks that imported parameters are not trained on with a tokenizer that they have never seen.
+
+    Raises:
+      ConfigError: the work dir holds imported parameters, no tokenizer came with them, and the config names none.
+    """
+    if _holds_parameters_only(workdir) and not config.data.tokenizer and not (epath.Path(workdir) / file).exists():
+        raise ConfigError(
+            f"config.data.tokenizer is '', but {workdir} holds imported parameters without their tokenizer; name the "
+            "SentencePiece model that they were trained with"
+        )
+
+
+def _holds_parameters_only(workdir: epath.PathLike) -> bool:
+    folder = epath.Path(workdir) / FOLDER
+    return folder.exists() and bool(list(folder.glob("*/params"))) and not list(folder.glob("*/optimizer"))
 
 
 def write_config(config: Config, workdir: epath.PathLike) -> None:

@@ -1,0 +1,239 @@
+"""Training steps of every schedule, as ratios to the plain step of the same run.
+
+    python -m benchmarks.step [--json=FILE] [--depth=N | --layers= --width= --heads=] [--only=REGEX] …
+
+Rows are timed in turns, so that a slow minute of a shared machine falls on all of them alike. A step is loss, gradients
+and update; the update is AdamW's unless --optimizer=muon, since Muon's products would flatter the ratios. Temporary
+memory is what XLA plans for the step beside its arguments.
+"""
+
+import argparse
+import dataclasses
+import json
+import re
+import statistics
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lrt_jax.model import costs
+from lrt_jax.model.decoder import Decoder, compute_dtype
+from lrt_jax.model.parameters import table
+from lrt_jax.setup import hardware
+from lrt_jax.setup import mesh as meshes
+from lrt_jax.setup.config import MeshConfig, ModelConfig, OptimizerConfig, ScheduleConfig
+from lrt_jax.training import optimizer, schedules, state, step
+
+ROW = "{:<26}{:>10}{:>9}{:>9}{:>12}{:>7}{:>10}{:>10}"
+
+
+@dataclasses.dataclass
+class Row:
+    """One schedule and memory variant.
+
+    Attributes:
+      schedule: name of the schedule; "plain" is the baseline model, without memory.
+      subsets: S, 0 where it has none.
+      refinements: K, 0 where it has none.
+      memory: the model's memory.
+      step_ratio: median time of a step, as a share of the plain row's.
+      ideal_ratio: the same of FLOPs.
+      temp_memory_ratio: temporary memory, as a share of the plain row's.
+      tokens_per_second: training tokens, each counted once.
+      mfu: FLOPs per second as a share of the device's peak.
+      compile_seconds: of the step, from scratch.
+      step_seconds: median.
+      temp_bytes: temporary memory.
+    """
+
+    schedule: str
+    subsets: int
+    refinements: int
+    memory: str
+    step_ratio: float = 1.0
+    ideal_ratio: float = 1.0
+    temp_memory_ratio: float = 1.0
+    tokens_per_second: float = 0.0
+    mfu: float = 0.0
+    compile_seconds: float = 0.0
+    step_seconds: float = 0.0
+    temp_bytes: int = 0
+
+    @property
+    def name(self) -> str:
+        """As the table prints it."""
+        number = f"(S={self.subsets})" if self.subsets else f"(K={self.refinements})" if self.refinements else ""
+        return f"{self.schedule}{number} {self.memory if self.schedule != 'plain' else ''}".strip()
+
+
+def rows(subsets: list[int], refinements: list[int], memories: list[str]) -> Iterator[tuple[Row, ScheduleConfig]]:
+    """What is compared: the plain baseline first, then every schedule with every memory."""
+    yield Row("plain", 0, 0, "none"), ScheduleConfig(name="plain")
+    for memory in memories:
+        for count in subsets:
+            yield Row("interleaved", count, 0, memory), ScheduleConfig(name="interleaved", subsets=count)
+        for count in refinements:
+            schedule = ScheduleConfig(name="multi_refinement", refinements=count)
+            yield Row("multi_refinement", 0, count, memory), schedule
+
+
+class Timed:
+    """A compiled training step with its state."""
+
+    def __init__(self, model: ModelConfig, schedule: ScheduleConfig, batch: int, options: argparse.Namespace):
+        """Compiles, from scratch, and runs the step once."""
+        decoder, mesh = Decoder(model), meshes.make_mesh(MeshConfig())
+        transformation = optimizer.build(OptimizerConfig(name=options.optimizer), table(model), steps=1000)
+        built = schedules.build(schedule, model.sequence_length)
+        train = step.build(decoder, built, transformation, schedules.forward_names(schedule), options.accumulation)
+        self._state = state.create(decoder, transformation, mesh, seed=0)
+        shape = (batch, model.sequence_length + 1)
+        tokens = jax.random.randint(jax.random.key(1), shape, 0, model.vocab_size, jnp.int32)
+        self._batch = (tokens[:, :-1], tokens[:, 1:])
+        lowered = train.lower(self._state, *self._batch)
+        begin = time.perf_counter()
+        self._compiled = lowered.compile()
+        self.compile_seconds = time.perf_counter() - begin
+        self.temp_bytes = int(self._compiled.memory_analysis().temp_size_in_bytes)
+        self.run()
+
+    def run(self) -> float:
+        """Seconds of one step."""
+        begin = time.perf_counter()
+        self._state, metrics = self._compiled(self._state, *self._batch)
+        jax.block_until_ready((self._state, metrics))
+        return time.perf_counter() - begin
+
+
+def measure(
+    model: ModelConfig,
+    chosen: list[tuple[Row, ScheduleConfig]],
+    options: argparse.Namespace,
+) -> list[Row]:
+    """Fills in the rows.
+
+    Args:
+      model: its shape; the memory is the row's.
+      chosen: the rows, the plain one first.
+      options: of the command line.
+    """
+
+    batch = options.batch
+
+    def model_of(row: Row) -> ModelConfig:
+        recurrent = row.schedule != "plain"
+        return dataclasses.replace(model, memory=row.memory, residual_injection=recurrent)
+
+    def timed(row: Row, schedule: ScheduleConfig) -> Timed:
+        made = Timed(model_of(row), schedule, batch, options)
+        row.compile_seconds, row.temp_bytes = made.compile_seconds, made.temp_bytes
+        print(f"  compiled {row.name} in {made.compile_seconds:.1f} s", file=sys.stderr, flush=True)
+        return made
+
+    plain, plain_schedule = chosen[0]
+    steps = {id(plain): timed(plain, plain_schedule)}
+    seconds: dict[int, list[float]] = {id(row): [] for row, _ in chosen}
+    paired: dict[int, list[float]] = {id(row): [] for row, _ in chosen}
+    groups = [chosen] if not options.one_by_one else [[chosen[0], pair] for pair in chosen[1:]]
+    for group in groups:
+        steps |= {id(row): timed(row, schedule) for row, schedule in group if id(row) not in steps}
+        for _ in range(options.repeats):
+            baseline = steps[id(plain)].run()
+            seconds[id(plain)].append(baseline)
+            for row, _schedule in group[1:]:
+                seconds[id(row)].append(steps[id(row)].run())
+                paired[id(row)].append(seconds[id(row)][-1] / baseline)
+        if options.one_by_one:
+            for row, _schedule in group[1:]:
+                del steps[id(row)]
+
+    peak = sum(hardware.peak_flops(device) for device in jax.devices()[:1]) * jax.device_count()
+    baseline_flops = costs.train_flops(model_of(plain), plain_schedule)
+    for row, schedule in chosen:
+        flops = costs.train_flops(model_of(row), schedule)
+        row.step_seconds = statistics.median(seconds[id(row)])
+        row.step_ratio = statistics.median(paired[id(row)]) if paired[id(row)] else 1.0
+        row.ideal_ratio = flops / baseline_flops
+        row.temp_memory_ratio = row.temp_bytes / plain.temp_bytes
+        row.tokens_per_second = batch * model.sequence_length / row.step_seconds
+        row.mfu = flops * batch / row.step_seconds / peak
+    return [row for row, _ in chosen]
+
+
+def print_table(found: list[Row]) -> None:
+    """The rows, for people."""
+    print(ROW.format("", "time", "ideal", "memory", "tokens/s", "MFU", "compile", "step"))
+    for row in found:
+        cells = (f"{row.step_ratio:.2f} ×", f"{row.ideal_ratio:.2f} ×", f"{row.temp_memory_ratio:.2f} ×")
+        rest = (f"{row.tokens_per_second:,.0f}", f"{row.mfu:.1%}", f"{row.compile_seconds:.1f} s")
+        print(ROW.format(row.name, *cells, *rest, f"{row.step_seconds * 1e3:,.0f} ms"))
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    on_cpu = jax.default_backend() == "cpu"
+    numbers = lambda text: [int(item) for item in text.split(",") if item]  # noqa: E731
+    parser.add_argument("--json", type=Path, help="write the rows here")
+    parser.add_argument("--depth", type=int, default=0, help="nanochat's dial: sets layers, width and heads of 128")
+    parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--width", type=int, default=384)
+    parser.add_argument("--heads", type=int, default=6)
+    parser.add_argument("--kv_heads", type=int, default=0, help="0: as many as heads")
+    parser.add_argument("--length", type=int, default=512 if on_cpu else 2048)
+    parser.add_argument("--vocab", type=int, default=4096 if on_cpu else 32768)
+    parser.add_argument("--batch", type=int, default=4 if on_cpu else 16)
+    parser.add_argument("--accumulation", type=int, default=1)
+    parser.add_argument("--optimizer", default="adamw", choices=["adamw", "muon"])
+    parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"])
+    parser.add_argument("--scan_layers", action="store_true")
+    parser.add_argument("--remat", action="store_true")
+    parser.add_argument("--subsets", type=numbers, default=[2, 4, 8])
+    parser.add_argument("--refinements", type=numbers, default=[1, 2, 3])
+    parser.add_argument("--memories", type=lambda text: text.split(","), default=["shared", "layerwise"])
+    parser.add_argument("--only", default="", help="a regular expression that a row's name must match")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--one_by_one", action="store_true", help="hold one row's state beside the plain one's")
+    options = parser.parse_args(arguments)
+    if options.depth:
+        options.layers, options.heads = options.depth, -(-options.depth // 2)
+        options.width = 128 * options.heads
+    return options
+
+
+def main() -> None:
+    """Measures, prints the table, and writes the rows."""
+    options = parse()
+    model = ModelConfig(
+        layers=options.layers,
+        width=options.width,
+        heads=options.heads,
+        kv_heads=options.kv_heads or options.heads,
+        sequence_length=options.length,
+        vocab_size=options.vocab,
+        dtype=options.dtype,
+        scan_layers=options.scan_layers,
+        remat=options.remat,
+    )
+    chosen = list(rows(options.subsets, options.refinements, options.memories))
+    chosen = [chosen[0], *(pair for pair in chosen[1:] if re.search(options.only, pair[0].name))]
+    device = jax.devices()[0]
+    kind = f"{jax.device_count()} × {device.device_kind}, jax {jax.__version__}, {compute_dtype(model)}"
+    print(f"{kind}, batch {options.batch}")
+    print(f"{model.layers} layers, width {model.width}, {model.heads} heads, T {options.length}, V {options.vocab}")
+    found = measure(model, chosen, options)
+    print_table(found)
+    if options.json:
+        about: dict[str, Any] = {"device": device.device_kind, "jax": jax.__version__}
+        about["model"] = dataclasses.asdict(model)
+        lines = [dataclasses.asdict(row) for row in found]
+        options.json.write_text(json.dumps({"about": about, "rows": lines}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
