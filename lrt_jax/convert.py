@@ -35,7 +35,7 @@ CONFIG_KEY, TOKENIZER_KEY = "lrt_jax.config", "lrt_jax.tokenizer"
 # An imported run's batch, until its config says otherwise.
 BATCH_SIZE = 32
 # Model fields that change speed, not numbers.
-SPEED_ONLY = ("dtype", "scan_layers", "remat")
+SPEED_ONLY = ("dtype", "attention", "scan_layers", "remat")
 
 
 def define_flags() -> None:

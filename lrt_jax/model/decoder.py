@@ -36,6 +36,18 @@ class Buffer(struct.PyTreeNode):
     positions_BxN: jax.Array
 
 
+class Embedded(NamedTuple):
+    """Tokens looked up: what a forward needs of them.
+
+    Attributes:
+      x0_BxPxD: x⁰ = norm(E[token]).
+      values_ExBxPxKxC: VE[token] of the E layers that have a table; None without value embeddings.
+    """
+
+    x0_BxPxD: jax.Array
+    values_ExBxPxKxC: jax.Array | None
+
+
 class Forward(NamedTuple):
     """What one forward returns, for its P positions.
 
@@ -67,6 +79,13 @@ def compute_dtype(config: ModelConfig) -> jnp.dtype:
     return jnp.dtype("bfloat16" if fast else "float32")
 
 
+def blocked(config: ModelConfig) -> bool:
+    """Whether attention over whole subsets goes block by block; ``auto`` does on a CPU, where it was measured."""
+    if config.attention == "auto":
+        return jax.default_backend() == "cpu"
+    return config.attention == "blocked"
+
+
 def empty_buffer(config: ModelConfig, rows: int, slots: int) -> Buffer:
     """A buffer with nothing in it: N = ``slots`` for each of B = ``rows`` sequences."""
     shape = (rows, slots, config.kv_heads, config.head_width)
@@ -94,23 +113,28 @@ class Decoder(nn.Module):
 
     def __call__(
         self,
-        tokens_BxP: jax.Array,
+        tokens_BxP: jax.Array | Embedded,
         positions_BxP: jax.Array,
         memory_BxPxD: jax.Array | None = None,
         buffer: Buffer | None = None,
         slot: jax.Array | int = 0,
         *,
+        subsets: int | None = None,
         keep_refreshable: bool = False,
     ) -> Forward:
         """One forward over P positions.
 
         Args:
-          tokens_BxP: int token ids.
+          tokens_BxP: int token ids, or what :meth:`embed` made of them: the gradient of a lookup writes a whole
+            table, so several forwards over the same tokens should share one.
           positions_BxP: int32 position of each token; the first axis may be 1, for all rows alike.
           memory_BxPxD: m_{t-1} for each position; None is zero memory.
           buffer: keys and values of other positions. This forward's own are written into it, in every
             layer, before its queries attend; None: the queries see just this forward's positions.
           slot: where in the buffer, of N slots, the P positions are written: slots ``slot`` to ``slot + P``.
+          subsets: S, where the positions are one strided subset of S, ascending, and the buffer's slots
+            hold all S in order; 1: they are all positions. None: nothing is known of their order. Attention
+            may then leave out what cannot be seen; the numbers are the same.
           keep_refreshable: also return what :meth:`refresh` needs; for a forward with zero memory.
 
         Returns:
@@ -119,11 +143,11 @@ class Decoder(nn.Module):
         Raises:
           ValueError: shapes do not fit together.
         """
-        _check_shapes(tokens_BxP, positions_BxP, memory_BxPxD, buffer)
         config, dtype = self.config, compute_dtype(self.config)
         arrays = self.parameters
-
-        x0_BxPxD = layers.rms_norm(jnp.take(arrays["embedding"], tokens_BxP, axis=0).astype(dtype))
+        embedded = tokens_BxP if isinstance(tokens_BxP, Embedded) else self.embed(tokens_BxP)
+        x0_BxPxD = embedded.x0_BxPxD
+        _check_shapes(x0_BxPxD.shape[:2], positions_BxP, memory_BxPxD, buffer)
         if memory_BxPxD is not None:
             memory_BxPxD = memory_BxPxD.astype(dtype) if config.recurrent else None
         positions_BxN = positions_BxP
@@ -139,9 +163,10 @@ class Decoder(nn.Module):
             queries_BxP=positions_BxP,
             keys_BxN=positions_BxN,
             slot=slot,
+            subsets=subsets if blocked(config) else None,
             keep_refreshable=keep_refreshable,
         )
-        own = _per_layer(config, arrays, tokens_BxP, dtype)
+        own = _per_layer(config, arrays, embedded.values_ExBxPxKxC)
         kv = None if buffer is None else buffer.kv
         x_BxPxD, source_BxPxD, kv, refreshable = _run_layers(context, x0_BxPxD, own, kv)
         hidden_BxPxD = layers.rms_norm(x_BxPxD)
@@ -178,6 +203,15 @@ class Decoder(nn.Module):
             for stale, layer in zip(refreshable, own, strict=True)
         )
 
+    def embed(self, tokens_BxP: jax.Array) -> Embedded:
+        """x⁰ and the value embeddings of int tokens [B, P]."""
+        dtype = compute_dtype(self.config)
+        arrays = self.parameters
+        x0_BxPxD = layers.rms_norm(jnp.take(arrays["embedding"], tokens_BxP, axis=0).astype(dtype))
+        if not self.config.value_embedding_layers:
+            return Embedded(x0_BxPxD, None)
+        return Embedded(x0_BxPxD, jnp.take(arrays["value_embedding"], tokens_BxP, axis=1).astype(dtype))
+
     def logits(self, hidden_BxPxD: jax.Array) -> jax.Array:
         """15 tanh(Whead h_final / 15), in float32 or wider: [B, P, V]."""
         raw_BxPxV = layers.linear(hidden_BxPxD, self.parameters["head"])
@@ -196,13 +230,14 @@ class _Context(NamedTuple):
     queries_BxP: jax.Array
     keys_BxN: jax.Array
     slot: jax.Array | int
+    subsets: int | None
     keep_refreshable: bool
 
 
 def _check_shapes(
-    tokens_BxP: jax.Array, positions_BxP: jax.Array, memory_BxPxD: jax.Array | None, buffer: Buffer | None
+    shape: tuple[int, ...], positions_BxP: jax.Array, memory_BxPxD: jax.Array | None, buffer: Buffer | None
 ) -> None:
-    rows, length = tokens_BxP.shape
+    rows, length = shape
     if positions_BxP.shape not in ((rows, length), (1, length)):
         raise ValueError(f"positions have shape {positions_BxP.shape}; allowed are {(rows, length)} and {(1, length)}")
     if memory_BxPxD is not None and memory_BxPxD.shape[:2] != (rows, length):
@@ -221,7 +256,7 @@ def _shared_projection(config: ModelConfig, memory_BxPxD: jax.Array | None, arra
 
 
 def _per_layer(
-    config: ModelConfig, arrays: dict[str, jax.Array], tokens_BxP: jax.Array, dtype: jnp.dtype
+    config: ModelConfig, arrays: dict[str, jax.Array], values_ExBxPxKxC: jax.Array | None
 ) -> dict[str, jax.Array]:
     """What each layer has of its own, every array with a leading layer axis."""
     own = {
@@ -232,9 +267,8 @@ def _per_layer(
     own["index"] = jnp.arange(config.layers)
     own["window"] = jnp.asarray(config.windows, jnp.int32)
     owners = config.value_embedding_layers
-    if owners:
-        embedded_ExBxPxKxC = jnp.take(arrays["value_embedding"], tokens_BxP, axis=1).astype(dtype)
-        for name, array in (("value_embedding", embedded_ExBxPxKxC), ("value_gate", arrays["value_gate"])):
+    if values_ExBxPxKxC is not None:
+        for name, array in (("value_embedding", values_ExBxPxKxC), ("value_gate", arrays["value_gate"])):
             # Layers without a table get zeros, which add exactly nothing, so that all layers are alike.
             absent = jnp.zeros((config.layers, *array.shape[1:]), array.dtype)
             own[name] = array if len(owners) == config.layers else absent.at[jnp.asarray(owners)].set(array)
@@ -242,9 +276,12 @@ def _per_layer(
 
 
 def _layer(
-    context: _Context, x_BxPxD: jax.Array, own: dict[str, jax.Array], kv: KV | None
+    context: _Context, x_BxPxD: jax.Array, own: dict[str, jax.Array], kv: KV | None, farthest: int | None = None
 ) -> tuple[jax.Array, KV, Refreshable | None]:
-    """One layer: its output, the keys and values that it leaves in the buffer, and, if asked for, its refreshable."""
+    """One layer: its output, the keys and values that it leaves in the buffer, and, if asked for, its refreshable.
+
+    ``farthest`` is the layer's window, where it is known while tracing.
+    """
     config = context.config
     x_BxPxD = memory.mix_residual(
         x_BxPxD, context.x0_BxPxD, context.memory_BxPxD, own.get("alpha"), own.get("beta"), own.get("gamma")
@@ -267,7 +304,12 @@ def _layer(
         kv = fresh
     else:
         kv = jax.tree.map(lambda old, new: lax.dynamic_update_slice_in_dim(old, new, context.slot, SLOTS), kv, fresh)
-    mixed_BxPxHxC = attention.attend(q_BxPxHxC, kv.k, kv.v, context.queries_BxP, context.keys_BxN, own["window"])
+    attend = attention.attend
+    if context.subsets is not None:
+        # The window is traced where layers are scanned; the widest of all layers is known.
+        farthest = max(config.windows) if farthest is None else farthest
+        attend = functools.partial(attention.attend_in_blocks, subsets=context.subsets, farthest=farthest)
+    mixed_BxPxHxC = attend(q_BxPxHxC, kv.k, kv.v, context.queries_BxP, context.keys_BxN, own["window"])
     x_BxPxD = x_BxPxD + layers.linear(mixed_BxPxHxC, own["output"], inputs=2)
     x_BxPxD = x_BxPxD + layers.mlp(layers.rms_norm(x_BxPxD), own["mlp_in"], own["mlp_out"])
     return x_BxPxD, kv, refreshable
@@ -279,20 +321,25 @@ def _run_layers(
     """All layers in turn, scanned or unrolled: last output, source layer's output, the buffer's kv, refreshable."""
     config = context.config
 
-    def body(carry: tuple[jax.Array, jax.Array], layer: tuple[dict[str, jax.Array], KV | None]) -> Any:
+    def body(
+        carry: tuple[jax.Array, jax.Array],
+        layer: tuple[dict[str, jax.Array], KV | None],
+        farthest: int | None = None,
+    ) -> Any:
         x_BxPxD, source_BxPxD = carry
-        x_BxPxD, kv, refreshable = _layer(context, x_BxPxD, *layer)
+        x_BxPxD, kv, refreshable = _layer(context, x_BxPxD, *layer, farthest)
         source_BxPxD = jnp.where(layer[0]["index"] == config.source_index, x_BxPxD, source_BxPxD)
         return (x_BxPxD, source_BxPxD), (kv, refreshable)
 
-    step = jax.checkpoint(body) if config.remat else body
+    step = jax.checkpoint(body, static_argnums=2) if config.remat else body
     carry = (x_BxPxD, jnp.zeros_like(x_BxPxD))
     if config.scan_layers:
         carry, (kv, refreshable) = lax.scan(step, carry, (own, kv))
     else:
         produced = []
         for index, layer_own in enumerate(_unstack(own, config.layers)):
-            carry, layer_produced = step(carry, (layer_own, None if kv is None else kv[index]))
+            layer = (layer_own, None if kv is None else kv[index])
+            carry, layer_produced = step(carry, layer, config.windows[index])
             produced.append(layer_produced)
         kv, refreshable = zip(*produced, strict=True)
     return *carry, kv, refreshable

@@ -21,7 +21,7 @@ FOLDER = "checkpoints"
 # What a work dir is bound to: what parameters, tokens and the optimizer's state mean, and the stream of batches.
 FIXED = ("model", "data", "seed", "train.batch_size", "optimizer.name")
 # Fields within those that change speed only, never a number's meaning.
-FREE = ("model.dtype", "model.scan_layers", "model.remat", "data.prefetch")
+FREE = ("model.dtype", "model.attention", "model.scan_layers", "model.remat", "data.prefetch")
 # The same for a work dir that holds imported parameters only: no stream of batches has begun.
 FIXED_BY_PARAMETERS = ("model",)
 

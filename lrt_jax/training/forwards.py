@@ -7,9 +7,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from lrt_jax.model.attention import EMPTY
-from lrt_jax.model.decoder import Buffer, Decoder, Forward, compute_dtype, empty_buffer
+from lrt_jax.model.decoder import Buffer, Decoder, Embedded, Forward, compute_dtype, empty_buffer
 from lrt_jax.model.head import cross_entropy
-from lrt_jax.training.partitions import Partition
+from lrt_jax.training.partitions import Partition, Strided
 
 
 def token_losses(decoder: Decoder, params: Any, hidden_BxPxD: jax.Array, targets_BxP: jax.Array) -> jax.Array:
@@ -21,30 +21,48 @@ def token_losses(decoder: Decoder, params: Any, hidden_BxPxD: jax.Array, targets
 def forward(
     decoder: Decoder,
     params: Any,
-    tokens_BxP: jax.Array,
+    tokens_BxP: jax.Array | Embedded,
     positions_P: jax.Array,
     memory_BxPxD: jax.Array | None,
     buffer: Buffer | None,
     slot: jax.Array | int,
     *,
+    subsets: int | None = None,
     keep_refreshable: bool = False,
 ) -> Forward:
     """:meth:`Decoder.__call__` with positions that are the same in all rows."""
     return decoder.apply(
-        {"params": params}, tokens_BxP, positions_P[None], memory_BxPxD, buffer, slot, keep_refreshable=keep_refreshable
+        {"params": params},
+        tokens_BxP,
+        positions_P[None],
+        memory_BxPxD,
+        buffer,
+        slot,
+        subsets=subsets,
+        keep_refreshable=keep_refreshable,
     )
 
 
-def initialization(decoder: Decoder, params: Any, tokens_BxT: jax.Array, *, keep_refreshable: bool = False) -> Forward:
+def embed(decoder: Decoder, params: Any, tokens_BxT: jax.Array) -> Embedded:
+    """The tokens looked up, for all forwards of a schedule."""
+    return decoder.apply({"params": params}, tokens_BxT, method=Decoder.embed)
+
+
+def initialization(
+    decoder: Decoder, params: Any, tokens_BxT: jax.Array | Embedded, *, keep_refreshable: bool = False
+) -> Forward:
     """The full forward with zero memory."""
-    positions_T = jnp.arange(tokens_BxT.shape[1])
-    return forward(decoder, params, tokens_BxT, positions_T, None, None, 0, keep_refreshable=keep_refreshable)
+    length = (tokens_BxT.x0_BxPxD if isinstance(tokens_BxT, Embedded) else tokens_BxT).shape[1]
+    positions_T = jnp.arange(length)
+    return forward(
+        decoder, params, tokens_BxT, positions_T, None, None, 0, subsets=1, keep_refreshable=keep_refreshable
+    )
 
 
 def subset_forwards(
     decoder: Decoder,
     params: Any,
-    tokens_BxT: jax.Array,
+    embedded: Embedded,
     targets_BxT: jax.Array,
     partition: Partition,
     shared: Buffer,
@@ -58,7 +76,7 @@ def subset_forwards(
     Args:
       decoder: the model.
       params: its parameters.
-      tokens_BxT: int inputs.
+      embedded: the inputs, looked up.
       targets_BxT: int targets.
       partition: the subsets.
       shared: the buffer, in slot order; it may be empty.
@@ -93,18 +111,32 @@ def subset_forwards(
         )
         return Buffer(kv, buffer.positions_BxN)
 
-    def subset_forward(carry: tuple[Buffer, jax.Array], xs: dict[str, jax.Array]) -> Any:
+    def subset_forward(carry: tuple[Buffer, jax.Array], xs: dict[str, Any]) -> Any:
         buffer, sources_BxTxD = carry
         if refreshable is not None:
             buffer = up_to_date(buffer, sources_BxTxD, xs["slot"])
         memory_BxPxD = memory_of(sources_BxTxD, xs["positions_P"], xs["previous_slots_P"])
-        out = forward(decoder, params, xs["tokens_BxP"], xs["positions_P"], memory_BxPxD, buffer, xs["slot"])
+        out = forward(
+            decoder,
+            params,
+            xs["embedded"],
+            xs["positions_P"],
+            memory_BxPxD,
+            buffer,
+            xs["slot"],
+            subsets=partition.subsets if isinstance(partition, Strided) else None,
+        )
         sources_BxTxD = lax.dynamic_update_slice_in_dim(sources_BxTxD, out.source_BxPxD, xs["slot"], axis=1)
         losses_BxP = token_losses(decoder, params, out.hidden_BxPxD, xs["targets_BxP"])
         return (out.buffer, sources_BxTxD), losses_BxP
 
     xs = {
-        "tokens_BxP": jnp.moveaxis(partition.split(tokens_BxT, 1), 1, 0),
+        "embedded": Embedded(
+            jnp.moveaxis(partition.split(embedded.x0_BxPxD, 1), 1, 0),
+            None
+            if embedded.values_ExBxPxKxC is None
+            else jnp.moveaxis(partition.split(embedded.values_ExBxPxKxC, 2), 2, 0),
+        ),
         "targets_BxP": jnp.moveaxis(partition.split(targets_BxT, 1), 1, 0),
         "positions_P": jnp.asarray(partition.positions_SxP),
         "previous_slots_P": jnp.asarray(partition.previous_slots_SxP),
@@ -128,4 +160,5 @@ def subset_forwards_alone(
     config, (rows, length) = decoder.config, tokens_BxT.shape
     empty = Buffer(empty_buffer(config, rows, length).kv, jnp.full((1, length), EMPTY, jnp.int32))
     sources_BxTxD = jnp.zeros((rows, length, config.width), compute_dtype(config))
-    return subset_forwards(decoder, params, tokens_BxT, targets_BxT, partition, empty, sources_BxTxD, unroll=unroll)
+    embedded = embed(decoder, params, tokens_BxT)
+    return subset_forwards(decoder, params, embedded, targets_BxT, partition, empty, sources_BxTxD, unroll=unroll)

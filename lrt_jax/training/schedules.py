@@ -125,7 +125,8 @@ def interleaved(
       unroll: unroll the scan over subsets; the same numbers, compiled longer and run faster.
       weights: of the 1 + S forwards' losses; empty for equal.
     """
-    first = forwards.initialization(decoder, params, tokens_BxT, keep_refreshable=kv_refresh)
+    embedded = forwards.embed(decoder, params, tokens_BxT)
+    first = forwards.initialization(decoder, params, embedded, keep_refreshable=kv_refresh)
     init_losses_BxT = forwards.token_losses(decoder, params, first.hidden_BxPxD, targets_BxT)
 
     def slot_order(array: jax.Array, axis: int) -> jax.Array:
@@ -137,7 +138,7 @@ def interleaved(
     losses_BxT, sources_BxTxD = forwards.subset_forwards(
         decoder,
         params,
-        tokens_BxT,
+        embedded,
         targets_BxT,
         partition,
         shared,
@@ -177,12 +178,13 @@ def multi_refinement(
       weights: of the K + 1 forwards' losses; empty for equal.
     """
     positions_T = jnp.arange(tokens_BxT.shape[1])
-    first = forwards.initialization(decoder, params, tokens_BxT)
+    embedded = forwards.embed(decoder, params, tokens_BxT)
+    first = forwards.initialization(decoder, params, embedded)
     init_losses_BxT = forwards.token_losses(decoder, params, first.hidden_BxPxD, targets_BxT)
 
     def refine(sources_BxTxD: jax.Array, _: None) -> tuple[jax.Array, jax.Array]:
         memory_BxTxD = shift_right(lax.stop_gradient(sources_BxTxD) if detach else sources_BxTxD)
-        out = forwards.forward(decoder, params, tokens_BxT, positions_T, memory_BxTxD, None, 0)
+        out = forwards.forward(decoder, params, embedded, positions_T, memory_BxTxD, None, 0, subsets=1)
         return out.source_BxPxD, forwards.token_losses(decoder, params, out.hidden_BxPxD, targets_BxT)
 
     sources_BxTxD, losses_KxBxT = lax.scan(refine, first.source_BxPxD, length=refinements, unroll=unroll)
