@@ -331,15 +331,18 @@ def _run_layers(
         source_BxPxD = jnp.where(layer[0]["index"] == config.source_index, x_BxPxD, source_BxPxD)
         return (x_BxPxD, source_BxPxD), (kv, refreshable)
 
-    step = jax.checkpoint(body, static_argnums=2) if config.remat else body
+    def step_of(farthest: int | None) -> Any:
+        bound = functools.partial(body, farthest=farthest)
+        return jax.checkpoint(bound) if config.remat else bound
+
     carry = (x_BxPxD, jnp.zeros_like(x_BxPxD))
     if config.scan_layers:
-        carry, (kv, refreshable) = lax.scan(step, carry, (own, kv))
+        carry, (kv, refreshable) = lax.scan(step_of(None), carry, (own, kv))
     else:
         produced = []
         for index, layer_own in enumerate(_unstack(own, config.layers)):
             layer = (layer_own, None if kv is None else kv[index])
-            carry, layer_produced = step(carry, layer, config.windows[index])
+            carry, layer_produced = step_of(config.windows[index])(carry, layer)
             produced.append(layer_produced)
         kv, refreshable = zip(*produced, strict=True)
     return *carry, kv, refreshable
