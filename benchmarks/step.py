@@ -22,7 +22,8 @@ import jax
 import jax.numpy as jnp
 
 from lrt_jax.model import costs
-from lrt_jax.model.decoder import Decoder, compute_dtype
+from lrt_jax.model.backend import compute_dtype
+from lrt_jax.model.decoder import Decoder
 from lrt_jax.model.parameters import table
 from lrt_jax.setup import hardware
 from lrt_jax.setup import mesh as meshes
@@ -152,7 +153,7 @@ def measure(
             for row, _schedule in group[1:]:
                 del steps[id(row)]
 
-    peak = sum(hardware.peak_flops(device) for device in jax.devices()[:1]) * jax.device_count()
+    peak = hardware.peak_flops(jax.devices()[0]) * jax.device_count()
     baseline_flops = costs.train_flops(model_of(plain), plain_schedule)
     for row, schedule in chosen:
         flops = costs.train_flops(model_of(row), schedule)

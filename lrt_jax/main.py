@@ -14,7 +14,8 @@ from lrt_jax.data import corpus, pipeline, tokenizer
 from lrt_jax.evaluation.bits_per_byte import Evaluator
 from lrt_jax.inference import load, sampling
 from lrt_jax.model import costs
-from lrt_jax.model.decoder import Decoder, compute_dtype
+from lrt_jax.model.backend import compute_dtype
+from lrt_jax.model.decoder import Decoder
 from lrt_jax.model.parameters import table
 from lrt_jax.setup import config as configs
 from lrt_jax.setup import flags as command_line
@@ -65,7 +66,7 @@ def run(config: configs.Config, workdir: Path) -> dict[str, float]:
     meshes.cache_compilations(workdir)
 
     texts = corpus.open_corpus(config.data)
-    checkpoint.check_tokenizer(config, workdir, tokenizer.FILE)
+    checkpoint.check_tokenizer(config, workdir)
     tokens = tokenizer.load_or_train(config, texts, workdir)
     batches = pipeline.training_batches(config, texts, tokens)
     held_out = pipeline.held_out_rows(config, texts, tokens, config.eval.final_rows)
@@ -78,7 +79,7 @@ def run(config: configs.Config, workdir: Path) -> dict[str, float]:
 
     checkpoints = checkpoint.Checkpoints(workdir, config.train.keep)
     start = checkpoints.latest
-    imported = start is not None and not checkpoints.has_training_state(start)
+    imported = checkpoint.holds_parameters_only(workdir)
     if start is not None and not imported:
         train_state = checkpoints.restore(state.abstract(decoder, transformation, mesh), batches, start)
     else:
@@ -102,7 +103,7 @@ def run(config: configs.Config, workdir: Path) -> dict[str, float]:
         checkpoints=checkpoints,
         writer=writer,
         evaluate=lambda params: evaluator(params, config.eval.rows),
-        peak_flops=sum(hardware.peak_flops(device) for device in mesh.devices.flat[:1]) * mesh.size,
+        peak_flops=hardware.peak_flops(mesh.devices.flat[0]) * mesh.size,
     )
     try:
         train_state, complete = loop.train(config, parts, train_state)

@@ -74,7 +74,8 @@ def test_detached_forwards_learn_nothing_from_later_ones(tiny, random_params, ra
     memory = jnp.pad(first[:, :-1], ((0, 0), (1, 0), (0, 0)))
 
     def second(params):
-        out = forwards.forward(Decoder(config), params, batch[0], jnp.arange(8), memory, None, 0)
+        embedded = forwards.embed(Decoder(config), params, batch[0])
+        out = forwards.forward(Decoder(config), params, embedded, jnp.arange(8), memory, None, 0)
         return jnp.mean(forwards.token_losses(Decoder(config), params, out.hidden_BxPxD, batch[1]))
 
     expected = jax.jit(jax.grad(second))(params)
@@ -121,6 +122,9 @@ def test_stages_that_cannot_be_are_explained(tiny, stages, message):
         ({"kv_refresh": True}, {"memory": "none"}, "kv_refresh is True; it needs memory projections"),
         ({"name": "sequential"}, {"memory": "none", "residual_injection": False}, "trains with: plain"),
         ({"stages": "plain:1"}, {}, "and else be empty"),
+        ({"name": "plain", "kv_refresh": True}, {}, "kv_refresh is True; it is for interleaved training only"),
+        ({"name": "chunked", "partition": "random"}, {}, "partition is 'random'; it is for interleaved training only"),
+        ({"detach": True}, {}, "detach is True; it is for multi_refinement training only"),
         ({"name": "multi_refinement", "loss_weights": (1.0, 2.0)}, {}, "hold 3 numbers"),
     ],
 )

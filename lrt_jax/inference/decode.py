@@ -7,12 +7,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 from flax import struct
 from jax import lax
 
 from lrt_jax.model.attention import EMPTY
-from lrt_jax.model.decoder import Buffer, Decoder, compute_dtype, empty_buffer
+from lrt_jax.model.backend import compute_dtype
+from lrt_jax.model.decoder import Buffer, Decoder, empty_buffer
+from lrt_jax.model.head import cross_entropy
 from lrt_jax.setup.config import ModelConfig
 
 # Stands where a row has no token: rows of unequal length are padded on the left.
@@ -83,7 +84,7 @@ def score(
 
     def advance(state: DecodeState, column: tuple[jax.Array, jax.Array]) -> tuple[DecodeState, jax.Array]:
         state, logits_BxV = step(decoder, params, state, column[0], use_memory=use_memory)
-        return state, optax.softmax_cross_entropy_with_integer_labels(logits_BxV, column[1])
+        return state, cross_entropy(logits_BxV, column[1])
 
     state = start(decoder.config, rows, length)
     _, losses_TxB = lax.scan(advance, state, (tokens_BxT.T, targets_BxT.T))

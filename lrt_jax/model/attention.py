@@ -48,22 +48,11 @@ def attend(
     Returns:
       [B, P, H, C].
     """
-    rows, length, heads, width = q_BxPxHxC.shape
-    kv_heads = k_BxNxKxC.shape[2]
-    wide = jnp.promote_types(q_BxPxHxC.dtype, jnp.float32)
-    # Heads before positions, and the queries of one KV head as one matrix: plain batched matrix products,
-    # forward and backward, which the CPU backend runs without transposed copies.
-    q_BxKxGPxC = q_BxPxHxC.reshape(rows, length, kv_heads, -1, width).transpose(0, 2, 3, 1, 4)
-    q_BxKxGPxC = q_BxKxGPxC.reshape(rows, kv_heads, -1, width) * (width**-0.5)
-    k_BxKxNxC, v_BxKxNxC = (array.transpose(0, 2, 1, 3) for array in (k_BxNxKxC, v_BxNxKxC))
-    scores = jnp.einsum("bkqc,bknc->bkqn", q_BxKxGPxC, k_BxKxNxC, preferred_element_type=wide)
-    scores_BxKxGxPxN = scores.reshape(rows, kv_heads, -1, length, k_BxNxKxC.shape[1])
-    mask_Bx1x1xPxN = visible(queries_BxP, keys_BxN, window)[:, None, None]
-    weights = jax.nn.softmax(jnp.where(mask_Bx1x1xPxN, scores_BxKxGxPxN, MASKED), axis=-1)
-    weights_BxKxGPxN = weights.reshape(scores.shape).astype(q_BxPxHxC.dtype)
-    mixed_BxKxGPxC = jnp.einsum("bkqn,bknc->bkqc", weights_BxKxGPxN, v_BxKxNxC)
-    mixed_BxKxGxPxC = mixed_BxKxGPxC.reshape(rows, kv_heads, -1, length, width)
-    return mixed_BxKxGxPxC.transpose(0, 3, 1, 2, 4).reshape(rows, length, heads, width)
+    length, dtype = q_BxPxHxC.shape[1], q_BxPxHxC.dtype
+    q_BxKxGPxC, k_BxKxNxC, v_BxKxNxC = _heads_first(q_BxPxHxC, k_BxNxKxC, v_BxNxKxC)
+    scores_BxKxGPxN = _scores(q_BxKxGPxC, k_BxKxNxC, visible(queries_BxP, keys_BxN, window))
+    weights_BxKxGPxN = jax.nn.softmax(scores_BxKxGPxN, axis=-1).astype(dtype)
+    return _ungrouped(jnp.einsum("bkqn,bknc->bkqc", weights_BxKxGPxN, v_BxKxNxC), length)
 
 
 def attend_in_blocks(
@@ -140,6 +129,18 @@ def _ungrouped(x_BxKxGPxC: jax.Array, length: int) -> jax.Array:
     )
 
 
+def _heads_first(
+    q_BxPxHxC: jax.Array, k_BxNxKxC: jax.Array, v_BxNxKxC: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Scaled queries [B, K, G P, C], keys and values [B, K, N, C].
+
+    Heads before positions: plain batched matrix products, forward and backward, which the CPU backend runs
+    without transposed copies.
+    """
+    grouped = _grouped(q_BxPxHxC, k_BxNxKxC.shape[2]) * (q_BxPxHxC.shape[-1] ** -0.5)
+    return grouped, k_BxNxKxC.transpose(0, 2, 1, 3), v_BxNxKxC.transpose(0, 2, 1, 3)
+
+
 def _scores(q_BxKxGPxC: jax.Array, k_BxKxNxC: jax.Array, visible_BxPxN: jax.Array) -> jax.Array:
     """[B, K, G P, N], float32 or wider, MASKED where not visible."""
     wide = jnp.promote_types(q_BxKxGPxC.dtype, jnp.float32)
@@ -149,9 +150,8 @@ def _scores(q_BxKxGPxC: jax.Array, k_BxKxNxC: jax.Array, visible_BxPxN: jax.Arra
 
 
 def _recomputed_forward(q: jax.Array, k: jax.Array, v: jax.Array, visible_BxPxN: jax.Array) -> Any:
-    length, kv_heads, dtype = q.shape[1], k.shape[2], q.dtype
-    q = _grouped(q, kv_heads) * (q.shape[-1] ** -0.5)
-    k, v = (array.transpose(0, 2, 1, 3) for array in (k, v))
+    length, dtype = q.shape[1], q.dtype
+    q, k, v = _heads_first(q, k, v)
     scores = _scores(q, k, visible_BxPxN)
     largest = jnp.max(scores, axis=-1, keepdims=True)
     weights = jnp.exp(scores - largest)

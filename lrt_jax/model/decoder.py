@@ -14,6 +14,7 @@ from flax import struct
 from jax import lax
 
 from lrt_jax.model import attention, layers, memory
+from lrt_jax.model.backend import attends_in_blocks, compute_dtype
 from lrt_jax.model.memory import KV, Refreshable
 from lrt_jax.model.parameters import table
 from lrt_jax.setup.config import ModelConfig
@@ -64,26 +65,6 @@ class Forward(NamedTuple):
     source_BxPxD: jax.Array
     buffer: Buffer
     refreshable: Any = None
-
-
-def compute_dtype(config: ModelConfig) -> jnp.dtype:
-    """The dtype of activations and matrix products; parameters, norms, softmax and losses stay float32.
-
-    ``auto`` is bfloat16 on a TPU and on a GPU with bfloat16 tensor cores (compute capability 8.0 or more), else
-    float32.
-    """
-    if config.dtype != "auto":
-        return jnp.dtype(config.dtype)
-    device = jax.devices()[0]
-    fast = device.platform == "tpu" or float(getattr(device, "compute_capability", 0)) >= 8
-    return jnp.dtype("bfloat16" if fast else "float32")
-
-
-def blocked(config: ModelConfig) -> bool:
-    """Whether attention over whole subsets goes block by block; ``auto`` does on a CPU, where it was measured."""
-    if config.attention == "auto":
-        return jax.default_backend() == "cpu"
-    return config.attention == "blocked"
 
 
 def empty_buffer(config: ModelConfig, rows: int, slots: int) -> Buffer:
@@ -163,7 +144,7 @@ class Decoder(nn.Module):
             queries_BxP=positions_BxP,
             keys_BxN=positions_BxN,
             slot=slot,
-            subsets=subsets if blocked(config) else None,
+            subsets=subsets if attends_in_blocks(config) else None,
             keep_refreshable=keep_refreshable,
         )
         own = _per_layer(config, arrays, embedded.values_ExBxPxKxC)

@@ -117,6 +117,14 @@ def _validate_schedule(config: "Config") -> None:
         schedule.stages,
         "it must list the stages of schedule.name = 'staged', as in 'plain:0.8, interleaved(2):0.2', and else be empty",
     )
+    names = {stage.schedule.name for stage in schedule.in_stages}
+    for field, neutral, owner in (
+        ("partition", "strided", "interleaved"),
+        ("kv_refresh", False, "interleaved"),
+        ("detach", False, "multi_refinement"),
+    ):
+        value = getattr(schedule, field)
+        _require(value == neutral or owner in names, f"schedule.{field}", value, f"it is for {owner} training only")
     for stage in schedule.in_stages:
         _validate_stage(config.model, stage.schedule)
     weights = schedule.loss_weights
@@ -143,7 +151,7 @@ def _validate_stage(model: "ModelConfig", schedule: "ScheduleConfig") -> None:
         "a model without memory (model.memory = none, model.residual_injection = False) trains with: plain",
     )
     _require(
-        not schedule.kv_refresh or model.projects_memory,
+        not schedule.kv_refresh or schedule.name != "interleaved" or model.projects_memory,
         "schedule.kv_refresh",
         schedule.kv_refresh,
         "it needs memory projections: model.memory must be 'shared' or 'layerwise'",

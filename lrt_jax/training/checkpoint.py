@@ -13,6 +13,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
+from lrt_jax.data import tokenizer
 from lrt_jax.setup.config import Config, ConfigError, from_json
 from lrt_jax.training.state import TrainState
 
@@ -64,10 +65,6 @@ class Checkpoints:
         items = {"params": ocp.args.StandardSave(params), "config": ocp.args.JsonSave(dataclasses.asdict(config))}
         self._manager.save(0, args=ocp.args.Composite(**items))
 
-    def has_training_state(self, step: int) -> bool:
-        """Whether a step holds the optimizer's state and the data's position beside the parameters."""
-        return (self._manager.directory / str(step) / "optimizer").exists()
-
     def restore(self, abstract: TrainState, iterator: grain.DatasetIterator, step: int) -> TrainState:
         """The state of a step, in the shardings of ``abstract``; moves ``iterator`` to where it was."""
         restored = self._manager.restore(
@@ -107,7 +104,7 @@ def check_config(config: Config, workdir: epath.PathLike) -> list[str]:
     """
     path = epath.Path(workdir) / CONFIG_FILE
     changes = []
-    fixed = FIXED_BY_PARAMETERS if _holds_parameters_only(workdir) else FIXED
+    fixed = FIXED_BY_PARAMETERS if holds_parameters_only(workdir) else FIXED
     if path.exists():
         before, now = (_flat(dataclasses.asdict(c)) for c in (read_config(workdir), config))
         for name in sorted(before.keys() | now.keys()):
@@ -122,22 +119,26 @@ def check_config(config: Config, workdir: epath.PathLike) -> list[str]:
     return changes
 
 
-def check_tokenizer(config: Config, workdir: epath.PathLike, file: str) -> None:
+def check_tokenizer(config: Config, workdir: epath.PathLike) -> None:
     """Checks that imported parameters are not trained on with a tokenizer that they have never seen.
 
     Raises:
       ConfigError: the work dir holds imported parameters, no tokenizer came with them, and the config names none.
     """
-    if _holds_parameters_only(workdir) and not config.data.tokenizer and not (epath.Path(workdir) / file).exists():
+    kept = epath.Path(workdir) / tokenizer.FILE
+    if holds_parameters_only(workdir) and not config.data.tokenizer and not kept.exists():
         raise ConfigError(
             f"config.data.tokenizer is '', but {workdir} holds imported parameters without their tokenizer; name the "
             "SentencePiece model that they were trained with"
         )
 
 
-def _holds_parameters_only(workdir: epath.PathLike) -> bool:
+def holds_parameters_only(workdir: epath.PathLike) -> bool:
+    """Whether the newest checkpoint was imported: parameters, but no optimizer state and no place in the data."""
     folder = epath.Path(workdir) / FOLDER
-    return folder.exists() and bool(list(folder.glob("*/params"))) and not list(folder.glob("*/optimizer"))
+    # A save that was cut off leaves a folder whose name is no number.
+    steps = [int(path.name) for path in folder.iterdir() if path.name.isdecimal()] if folder.exists() else []
+    return bool(steps) and not (folder / str(max(steps)) / "optimizer").exists()
 
 
 def write_config(config: Config, workdir: epath.PathLike) -> None:

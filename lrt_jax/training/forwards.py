@@ -7,7 +7,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from lrt_jax.model.attention import EMPTY
-from lrt_jax.model.decoder import Buffer, Decoder, Embedded, Forward, compute_dtype, empty_buffer
+from lrt_jax.model.backend import compute_dtype
+from lrt_jax.model.decoder import Buffer, Decoder, Embedded, Forward, empty_buffer
 from lrt_jax.model.head import cross_entropy
 from lrt_jax.training.partitions import Partition, Strided
 
@@ -21,7 +22,7 @@ def token_losses(decoder: Decoder, params: Any, hidden_BxPxD: jax.Array, targets
 def forward(
     decoder: Decoder,
     params: Any,
-    tokens_BxP: jax.Array | Embedded,
+    embedded: Embedded,
     positions_P: jax.Array,
     memory_BxPxD: jax.Array | None,
     buffer: Buffer | None,
@@ -33,7 +34,7 @@ def forward(
     """:meth:`Decoder.__call__` with positions that are the same in all rows."""
     return decoder.apply(
         {"params": params},
-        tokens_BxP,
+        embedded,
         positions_P[None],
         memory_BxPxD,
         buffer,
@@ -48,15 +49,10 @@ def embed(decoder: Decoder, params: Any, tokens_BxT: jax.Array) -> Embedded:
     return decoder.apply({"params": params}, tokens_BxT, method=Decoder.embed)
 
 
-def initialization(
-    decoder: Decoder, params: Any, tokens_BxT: jax.Array | Embedded, *, keep_refreshable: bool = False
-) -> Forward:
+def initialization(decoder: Decoder, params: Any, embedded: Embedded, *, keep_refreshable: bool = False) -> Forward:
     """The full forward with zero memory."""
-    length = (tokens_BxT.x0_BxPxD if isinstance(tokens_BxT, Embedded) else tokens_BxT).shape[1]
-    positions_T = jnp.arange(length)
-    return forward(
-        decoder, params, tokens_BxT, positions_T, None, None, 0, subsets=1, keep_refreshable=keep_refreshable
-    )
+    positions_T = jnp.arange(embedded.x0_BxPxD.shape[1])
+    return forward(decoder, params, embedded, positions_T, None, None, 0, subsets=1, keep_refreshable=keep_refreshable)
 
 
 def subset_forwards(

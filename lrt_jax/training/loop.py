@@ -96,10 +96,14 @@ def train(config: Config, parts: Parts, state: TrainState) -> tuple[TrainState, 
     first = step = int(state.step)
     clock = _Clock(config, parts, first)
     previous: tuple[int, dict[str, jax.Array]] | None = None
+    running: Stage | None = None
     with _stop_requested() as stopped:
         while step < parts.steps and not stopped():
             batch = meshes.global_batch(parts.mesh, next(parts.batches))
-            state, metrics = parts.stage_of(step + 1).step(state, *batch)
+            stage = parts.stage_of(step + 1)
+            with contextlib.nullcontext() if stage is running else clock.paused():  # a stage's first step compiles it
+                state, metrics = stage.step(state, *batch)
+            running = stage
             step += 1
             # The step is dispatched; only now is the one before it fetched, so the device never waits for the host.
             if previous is not None:
