@@ -1,7 +1,9 @@
-"""Score a checkpoint: ``python -m lrt_jax.evaluate --workdir=DIR [--step=N] [--rows=N]``."""
+"""Score a checkpoint: ``python -m lrt_jax.evaluate --workdir=DIR [--step=N] [--rows=N] [--scoring=fixed_point]``."""
 
+import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 
@@ -10,7 +12,7 @@ from lrt_jax.evaluation.bits_per_byte import Evaluator
 from lrt_jax.inference import load
 from lrt_jax.setup import flags as command_line
 from lrt_jax.setup import mesh as meshes
-from lrt_jax.setup.config import ConfigError
+from lrt_jax.setup.config import ConfigError, Prefill
 
 
 def define_flags() -> None:
@@ -18,22 +20,38 @@ def define_flags() -> None:
     flags.DEFINE_string("workdir", None, "The run to score.")
     flags.DEFINE_integer("step", None, "The checkpoint's step; default: the newest.", lower_bound=0)
     flags.DEFINE_integer("rows", None, "Held-out rows; default: config.eval.final_rows.", lower_bound=1)
+    command_line.define_decode_flags("scoring", "How true recurrence is computed; default: config.eval.scoring.")
 
 
 def main() -> None:
     """Prints the metrics of the checkpoint that the flags name, as one JSON object."""
     if flags.FLAGS.workdir is None:
         raise ConfigError("--workdir is not set; it must be a run's work dir")
-    print(json.dumps(evaluate(Path(flags.FLAGS.workdir), flags.FLAGS.step, flags.FLAGS.rows), indent=2))
+    found = evaluate(
+        Path(flags.FLAGS.workdir),
+        flags.FLAGS.step,
+        flags.FLAGS.rows,
+        scoring=flags.FLAGS.scoring,
+        **command_line.decode_flags(),
+    )
+    print(json.dumps(found, indent=2))
 
 
-def evaluate(workdir: Path, step: int | None = None, rows: int | None = None) -> dict[str, float]:
-    """The checkpoint's ``val/…`` metrics, ``step``, and ``gzip`` on the same bytes.
+def evaluate(
+    workdir: Path,
+    step: int | None = None,
+    rows: int | None = None,
+    scoring: Prefill | None = None,
+    **decode: Any,
+) -> dict[str, Any]:
+    """The checkpoint's ``val/…`` metrics, ``step``, ``gzip`` on the same bytes, and ``scoring``: how it was scored.
 
     Args:
       workdir: the run's.
       step: of the checkpoint; None: the newest.
       rows: held-out rows to score; None: ``config.eval.final_rows``.
+      scoring: how ``val/bpb_sequential`` is computed; None: as ``config.eval.scoring`` says.
+      **decode: fields of ``config.decode`` to replace.
 
     Raises:
       UserError: there is no such checkpoint, or the corpus cannot be read.
@@ -41,12 +59,18 @@ def evaluate(workdir: Path, step: int | None = None, rows: int | None = None) ->
     trained = load.load(workdir, step)
     meshes.cache_compilations(workdir)
     config = trained.config
+    config = dataclasses.replace(
+        config,
+        eval=dataclasses.replace(config.eval, scoring=scoring or config.eval.scoring),
+        decode=dataclasses.replace(config.decode, **decode),
+    )
     texts = corpus.open_corpus(config.data)
     held_out = pipeline.held_out_rows(config, texts, trained.tokenizer, rows or config.eval.final_rows)
     token_bytes = trained.tokenizer.token_bytes
-    evaluator = Evaluator(trained.decoder, config.schedule, trained.mesh, held_out, token_bytes, config.eval.batch_size)
+    evaluator = Evaluator(trained.decoder, config, trained.mesh, held_out, token_bytes)
     scores = evaluator(trained.params)
-    return {"step": trained.step, **scores, "gzip": evaluator.gzip_bits_per_byte()}
+    gzip = evaluator.gzip_bits_per_byte()
+    return {"step": trained.step, **scores, "gzip": gzip, "scoring": evaluator.scoring}
 
 
 if __name__ == "__main__":

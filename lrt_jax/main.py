@@ -12,7 +12,9 @@ from ml_collections import config_flags
 
 from lrt_jax.data import corpus, pipeline, tokenizer
 from lrt_jax.evaluation.bits_per_byte import Evaluator
-from lrt_jax.inference import load, sampling
+from lrt_jax.inference import load, text
+from lrt_jax.inference.generate import Method
+from lrt_jax.inference.sampling import Sampling
 from lrt_jax.model import costs
 from lrt_jax.model.backend import compute_dtype
 from lrt_jax.model.decoder import Decoder
@@ -75,7 +77,7 @@ def run(config: configs.Config, workdir: Path) -> dict[str, float]:
     counts = costs.count_parameters(config.model)
     steps = configs.train_steps(config.train, config.model.sequence_length, counts.total)
     transformation = optimizer.build(config.optimizer, table(config.model), steps)
-    evaluator = Evaluator(decoder, config.schedule, mesh, held_out, tokens.token_bytes, config.eval.batch_size)
+    evaluator = Evaluator(decoder, config, mesh, held_out, tokens.token_bytes)
 
     checkpoints = checkpoint.Checkpoints(workdir, config.train.keep)
     start = checkpoints.latest
@@ -121,10 +123,8 @@ def run(config: configs.Config, workdir: Path) -> dict[str, float]:
     if config.eval.sample_tokens:
         print(f"\nA sample, decoded with the memory, after {config.eval.prompt!r}:\n")
         trained = load.Trained(config, decoder, train_state.params, tokens, mesh, steps)
-        text = sampling.stream(
-            trained, config.eval.prompt, tokens=config.eval.sample_tokens, temperature=config.eval.temperature
-        )
-        for piece in text:
+        method = Method(Sampling(temperature=config.eval.temperature), config.decode)
+        for piece in text.stream(trained, config.eval.prompt, tokens=config.eval.sample_tokens, method=method):
             print(piece, end="", flush=True)
         print(flush=True)
     return scores

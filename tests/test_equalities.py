@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lrt_jax.inference import decode
+from lrt_jax.inference import scoring
 from lrt_jax.model.decoder import Decoder
 from lrt_jax.model.parameters import table
 from lrt_jax.setup.config import ScheduleConfig
@@ -58,7 +58,9 @@ def run(config, params, batch, **schedule):
 
 
 def sequential(config, params, batch, **options):
-    return jax.jit(lambda params, *batch: decode.score(Decoder(config), params, *batch, **options))(params, *batch)
+    return jax.jit(lambda params, *batch: scoring.score(Decoder(config), params, *batch, **options).losses_BxT)(
+        params, *batch
+    )
 
 
 @pytest.mark.parametrize("combination", COMBINATIONS)
@@ -117,7 +119,7 @@ def computed(request, tiny, random_params, random_batch):
         decoder = Decoder(config)
         built = {name: schedules.build(one, length)(decoder, params, *batch) for name, one in schedule.items()}
         merged = {name: outcome.merged_losses_BxT for name, outcome in built.items()}
-        decoded = {flag: decode.score(decoder, params, *batch, use_memory=flag) for flag in (True, False)}
+        decoded = {flag: scoring.score(decoder, params, *batch, use_memory=flag).losses_BxT for flag in (True, False)}
         return built, merged, decoded
 
     with jax.enable_x64(True):

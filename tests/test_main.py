@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 from lrt_jax.data import tokenizer
-from lrt_jax.inference import load, sampling
+from lrt_jax.inference import generate, load, text
+from lrt_jax.inference.sampling import GREEDY
 
 ROOT = Path(__file__).parents[1]
 STEPS = 24
@@ -120,14 +121,14 @@ def test_generate_continues_the_prompt(undisturbed):
 
 
 def test_generation_compiles_one_step_and_repeats(undisturbed, caplog):
-    trained = load.load(undisturbed[0])
+    trained, method = load.load(undisturbed[0]), generate.Method(GREEDY)
     with jax.log_compiles(), caplog.at_level("WARNING"):
-        first = list(sampling.stream(trained, "word1 ", tokens=10, temperature=0.0))
-        again = list(sampling.stream(trained, "word2 ", tokens=20, temperature=0.0))
+        first = list(text.stream(trained, "word1 ", tokens=10, method=method))
+        again = list(text.stream(trained, "word2 ", tokens=20, method=method))
     compiled = [record.getMessage() for record in caplog.records if "Compiling jit(advance)" in record.getMessage()]
     assert len(first) > 1 and len(again) > 1
     assert len(compiled) == 2  # one per size of the cache, none per token
-    assert list(sampling.stream(trained, "word1 ", tokens=10, temperature=0.0)) == first
+    assert list(text.stream(trained, "word1 ", tokens=10, method=method)) == first
 
 
 def test_weights_travel_by_file_and_train_on(undisturbed, corpus, tmp_path):
@@ -141,8 +142,9 @@ def test_weights_travel_by_file_and_train_on(undisturbed, corpus, tmp_path):
     assert before.config.model == after.config.model and after.step == 0
     for name, array in before.params.items():
         np.testing.assert_array_equal(np.asarray(array), np.asarray(after.params[name]), err_msg=name)
-    text = [list(sampling.stream(trained, "word1 ", tokens=6, temperature=0.0)) for trained in (before, after)]
-    assert text[0] == text[1]
+    method = generate.Method(GREEDY)
+    texts = [list(text.stream(trained, "word1 ", tokens=6, method=method)) for trained in (before, after)]
+    assert texts[0] == texts[1]
     changes = ["--config.train.steps=2", "--config.train.batch_size=4", "--config.optimizer.muon_lr=0.0"]
     code, out, err = finish(command([*TRAIN, *corpus, f"--workdir={imported}", *changes]))
     assert code == 0, err

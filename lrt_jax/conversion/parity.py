@@ -202,7 +202,7 @@ class _Runs:
             return decode.step(self._decoder, self._params, state, tokens_B, use_memory=use_memory)
 
         def logits() -> jax.Array:
-            state = decode.start(self._config, *tokens_BxT.shape)
+            state = decode.start(self._config, rows=tokens_BxT.shape[0], slots=tokens_BxT.shape[1])
             return jnp.moveaxis(lax.scan(advance, state, tokens_BxT.T)[1], 0, 1)
 
         return jax.jit(logits)()

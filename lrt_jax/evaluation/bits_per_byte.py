@@ -3,6 +3,7 @@
 BPB = nats of the targets / (ln 2 · UTF-8 bytes of the targets); special tokens count in neither.
 """
 
+import dataclasses
 import gzip
 import itertools
 import math
@@ -15,10 +16,10 @@ import numpy as np
 from jax.sharding import Mesh
 
 from lrt_jax.data.pipeline import HeldOut
-from lrt_jax.inference import decode
+from lrt_jax.inference import scoring
 from lrt_jax.model.decoder import Decoder
 from lrt_jax.setup import mesh as meshes
-from lrt_jax.setup.config import ScheduleConfig
+from lrt_jax.setup.config import Config
 from lrt_jax.training import schedules
 
 # Where the position buckets of sequential BPB begin; the last one ends at T.
@@ -31,27 +32,27 @@ class Evaluator:
     def __init__(
         self,
         decoder: Decoder,
-        schedule: ScheduleConfig,
+        config: Config,
         mesh: Mesh,
         held_out: HeldOut,
         token_bytes: np.ndarray,
-        batch_size: int,
     ):
         """Prepares the scoring functions.
 
         Args:
           decoder: the model.
-          schedule: whose forwards are scored in parallel; of a staged one, the last stage.
+          config: of the run. The forwards of its schedule are scored in parallel (of a staged one, the last stage's);
+            ``eval.scoring`` says how true recurrence is computed, ``eval.batch_size`` how many rows together.
           mesh: where to compute.
           held_out: rows of tokens and targets.
           token_bytes: int [V], UTF-8 bytes of each token, 0 for special tokens.
-          batch_size: rows scored together.
         """
-        self._mesh, self.held_out, self._batch_size = mesh, held_out, batch_size
+        self._mesh, self.held_out, self._batch_size = mesh, held_out, config.eval.batch_size
+        self._decode = how = dataclasses.replace(config.decode, prefill=config.eval.scoring)
         self._token_bytes = token_bytes
         self.rows = len(held_out.tokens_NxT)
 
-        last = schedule.in_stages[-1].schedule
+        last = config.schedule.in_stages[-1].schedule
         forwards = schedules.build(last, decoder.config.sequence_length)
         begins_with_init = schedules.forward_names(last)[0] == "init"
 
@@ -62,8 +63,13 @@ class Evaluator:
             return {name: jnp.sum(losses_BxT * counted_BxT, axis=0) for name, losses_BxT in losses.items()}
 
         def sequential(params: Any, tokens_BxT: jax.Array, targets_BxT: jax.Array, counted_BxT: jax.Array) -> Any:
-            losses_BxT = decode.score(decoder, params, tokens_BxT, targets_BxT)
-            return {"sequential": jnp.sum(losses_BxT * counted_BxT, axis=0)}
+            found = scoring.score(decoder, params, tokens_BxT, targets_BxT, how)
+            rows_B = jnp.any(counted_BxT, axis=1)  # the others fill up the last batch
+            return {
+                "sequential": jnp.sum(found.losses_BxT * counted_BxT, axis=0),
+                "refinements": jnp.sum(found.refinements_B * rows_B),
+                "fallbacks": jnp.sum(found.fallbacks_B * rows_B),
+            }
 
         self._parallel, self._sequential = jax.jit(parallel), jax.jit(sequential)
 
@@ -73,23 +79,35 @@ class Evaluator:
         Returns:
           ``val/bpb`` (merged: each position scored by the last forward that computed it), ``val/bpb_init``,
           ``val/bpb_sequential`` (true recurrence, as in decoding), and the latter by position, from A to B
-          exclusive, as ``val/bpb_sequential/A_to_B``.
+          exclusive, as ``val/bpb_sequential/A_to_B``. Where that was scored by fixed point also ``val/refinements``,
+          mean of the rows, and ``val/fallbacks``, the share of chunks that did not converge and were scored exactly.
         """
         rows = self.rows if rows is None else min(rows, self.rows)
-        nats: dict[str, np.ndarray] = {}
+        sums: dict[str, np.ndarray] = {}
         for batch in self._batches(rows):
             # Both are dispatched before either is fetched.
             for part in (self._parallel(params, *batch), self._sequential(params, *batch)):
-                for name, nats_T in part.items():
-                    nats[name] = nats.get(name, 0.0) + np.asarray(nats_T, np.float64)
+                for name, array in part.items():
+                    sums[name] = sums.get(name, 0.0) + np.asarray(array, np.float64)
         bytes_T = self._token_bytes[self.held_out.targets_NxT[:rows]].sum(axis=0)
         names = {"merged": "val/bpb", "init": "val/bpb_init", "sequential": "val/bpb_sequential"}
-        metrics = {names[name]: _bits_per_byte(nats_T.sum(), bytes_T.sum()) for name, nats_T in nats.items()}
+        metrics = {names[name]: _bits_per_byte(sums[name].sum(), bytes_T.sum()) for name in names}
+        if self._decode.prefill == "fixed_point":
+            chunks = -(-len(bytes_T) // self._decode.chunk)
+            metrics["val/refinements"] = float(sums["refinements"] / rows)
+            metrics["val/fallbacks"] = float(sums["fallbacks"] / (rows * chunks))
         edges = [edge for edge in BUCKETS if edge < len(bytes_T)] + [len(bytes_T)]
         for begin, end in itertools.pairwise(edges):
-            bucket = _bits_per_byte(nats["sequential"][begin:end].sum(), bytes_T[begin:end].sum())
+            bucket = _bits_per_byte(sums["sequential"][begin:end].sum(), bytes_T[begin:end].sum())
             metrics[f"val/bpb_sequential/{begin}_to_{end}"] = bucket
         return metrics
+
+    @property
+    def scoring(self) -> str:
+        """How ``val/bpb_sequential`` is computed, in words."""
+        if self._decode.prefill == "sequential":
+            return "sequential"
+        return f"fixed_point(tolerance={self._decode.tolerance:g}, max_refinements={self._decode.max_refinements})"
 
     def gzip_bits_per_byte(self) -> float:
         """What ``gzip -9`` needs for the UTF-8 bytes of all rows' targets: a yardstick anyone can check."""

@@ -3,47 +3,127 @@
 Evaluation and generation share this path: whatever is scored or sampled uses the recurrent memory.
 """
 
+import dataclasses
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jax import lax
 
+from lrt_jax.model import cache as caches
 from lrt_jax.model.attention import EMPTY
 from lrt_jax.model.backend import compute_dtype
-from lrt_jax.model.decoder import Buffer, Decoder, empty_buffer
-from lrt_jax.model.head import cross_entropy
+from lrt_jax.model.cache import Cache
+from lrt_jax.model.decoder import Decoder, Forward
+from lrt_jax.model.parameters import by_layer
 from lrt_jax.setup.config import ModelConfig
 
-# Stands where a row has no token: rows of unequal length are padded on the left.
+# Stands where a row has no token and rests: before a prompt shorter than others, or after its text has ended.
 PAD = -1
 
 
 class DecodeState(struct.PyTreeNode):
-    """Everything that decoding B rows carries from one token to the next.
+    """Everything that decoding B rows carries from one token to the next. Rows know nothing of each other.
 
     Attributes:
-      buffer: the KV cache, N slots a row.
+      cache: keys and values of the tokens so far; short layers keep T/2 of them.
       memory_BxD: m_{t-1}, the source state of each row's last token; 0 before its first.
-      position_B: int32, the position of each row's next token.
-      slot: int32 scalar, the cache slot of the next token, the same in all rows.
+      key_B: each row's random key. Position t draws with ``fold_in(key, t)``, so that a row's text depends on its
+        seed and prompt, and on nothing else in the batch.
     """
 
-    buffer: Buffer
+    cache: Cache
     memory_BxD: jax.Array
-    position_B: jax.Array
-    slot: jax.Array
+    key_B: jax.Array
+
+    @property
+    def position_B(self) -> jax.Array:
+        """int32, the position of each row's next token."""
+        return self.cache.position_B
 
 
-def start(config: ModelConfig, rows: int, slots: int) -> DecodeState:
-    """The state before the first token: B = ``rows``, room for N = ``slots`` tokens a row, padding included."""
+def start(config: ModelConfig, rows: int, slots: int, seeds_B: jax.Array | None = None) -> DecodeState:
+    """The state before the first token.
+
+    Args:
+      config: the model.
+      rows: B.
+      slots: how many tokens a row may get, its own PAD not counted.
+      seeds_B: a seed for each row, uint32; None: 0 for all.
+    """
+    seeds_B = jnp.zeros((rows,), jnp.uint32) if seeds_B is None else seeds_B
     return DecodeState(
-        buffer=empty_buffer(config, rows, slots),
+        cache=caches.empty_cache(config, rows, slots),
         memory_BxD=jnp.zeros((rows, config.width), compute_dtype(config)),
-        position_B=jnp.zeros((rows,), jnp.int32),
-        slot=jnp.zeros((), jnp.int32),
+        key_B=jax.vmap(jax.random.key)(seeds_B),
     )
+
+
+def prepared(config: ModelConfig, params: Any) -> Any:
+    """The parameters as decoding reads them fastest (``parameters.by_layer``); all functions here take either form."""
+    return jax.jit(lambda params: by_layer(config, params, compute_dtype(config)))(params)
+
+
+def forward(
+    decoder: Decoder,
+    params: Any,
+    state: DecodeState,
+    tokens_BxP: jax.Array,
+    memory_BxPxD: jax.Array | None,
+    *,
+    fresh: bool = False,
+) -> tuple[Forward, jax.Array]:
+    """One forward for each row's next P tokens, PAD among them only before others; the state stays as it was.
+
+    Args:
+      decoder: the model.
+      params: its parameters.
+      state: after the tokens before.
+      tokens_BxP: int32.
+      memory_BxPxD: m_{t-1} of each token; None is zero memory.
+      fresh: the state is that of :func:`start`, so there is nothing in its cache.
+
+    Returns:
+      The forward, whose buffer holds just these tokens' keys and values, and their positions, [B, P].
+    """
+    begun_BxP = tokens_BxP != PAD
+    places_BxP = state.position_B[:, None] + jnp.cumsum(begun_BxP, axis=1, dtype=jnp.int32) - 1
+    positions_BxP = jnp.where(begun_BxP, places_BxP, EMPTY)
+    out = unrolled(decoder).apply(
+        {"params": params},
+        jnp.where(begun_BxP, tokens_BxP, 0),
+        positions_BxP,
+        memory_BxPxD,
+        past=None if fresh else state.cache,
+        # Where PAD is only before other tokens, columns are apart as far as positions are.
+        subsets=1 if fresh else None,
+    )
+    return out, positions_BxP
+
+
+def absorb(state: DecodeState, out: Forward, positions_BxP: jax.Array) -> DecodeState:
+    """The state after the tokens of a :func:`forward`; rows whose last column is PAD keep their memory."""
+    last_Bx1 = positions_BxP[:, -1:] != EMPTY
+    return DecodeState(
+        cache=caches.write(state.cache, out.buffer.kv, positions_BxP),
+        memory_BxD=jnp.where(last_Bx1, out.source_BxPxD[:, -1], state.memory_BxD),
+        key_B=state.key_B,
+    )
+
+
+def logits(decoder: Decoder, params: Any, hidden_BxPxD: jax.Array) -> jax.Array:
+    """The logits of the tokens that follow: [B, P, V], float32 or wider."""
+    return decoder.apply({"params": params}, hidden_BxPxD, method=Decoder.logits)
+
+
+def advance(
+    decoder: Decoder, params: Any, state: DecodeState, tokens_B: jax.Array, *, use_memory: bool = True
+) -> tuple[DecodeState, jax.Array]:
+    """:func:`step` up to the head: the state after one token per row, and its hidden state, [B, D]."""
+    memory_Bx1xD = state.memory_BxD[:, None] if use_memory else None
+    out, positions_Bx1 = forward(decoder, params, state, tokens_B[:, None], memory_Bx1xD)
+    return absorb(state, out, positions_Bx1), out.hidden_BxPxD[:, 0]
 
 
 def step(
@@ -55,37 +135,17 @@ def step(
       decoder: the model.
       params: its parameters.
       state: after the tokens before.
-      tokens_B: int32, the next token of each row, or PAD in rows that have not begun.
+      tokens_B: int32, the next token of each row, or PAD in rows that rest: their state stays as it is.
       use_memory: False zeroes the memory that the model reads: for ablations.
 
     Returns:
       The state after the token, and the logits of the token that follows, [B, V] float32 or wider.
     """
-    begun_B = tokens_B != PAD
-    positions_Bx1 = jnp.where(begun_B, state.position_B, EMPTY)[:, None]
-    tokens_Bx1 = jnp.where(begun_B, tokens_B, 0)[:, None]
-    memory_Bx1xD = state.memory_BxD[:, None] if use_memory else None
-    out = decoder.apply({"params": params}, tokens_Bx1, positions_Bx1, memory_Bx1xD, state.buffer, state.slot)
-    logits_Bx1xV = decoder.apply({"params": params}, out.hidden_BxPxD, method=Decoder.logits)
-    after = DecodeState(
-        buffer=out.buffer,
-        memory_BxD=jnp.where(begun_B[:, None], out.source_BxPxD[:, 0], 0),
-        position_B=state.position_B + begun_B,
-        slot=state.slot + 1,
-    )
-    return after, logits_Bx1xV[:, 0]
+    state, hidden_BxD = advance(decoder, params, state, tokens_B, use_memory=use_memory)
+    return state, logits(decoder, params, hidden_BxD[:, None])[:, 0]
 
 
-def score(
-    decoder: Decoder, params: Any, tokens_BxT: jax.Array, targets_BxT: jax.Array, *, use_memory: bool = True
-) -> jax.Array:
-    """The loss of each target under true recurrence, token by token: [B, T] nats."""
-    rows, length = tokens_BxT.shape
-
-    def advance(state: DecodeState, column: tuple[jax.Array, jax.Array]) -> tuple[DecodeState, jax.Array]:
-        state, logits_BxV = step(decoder, params, state, column[0], use_memory=use_memory)
-        return state, cross_entropy(logits_BxV, column[1])
-
-    state = start(decoder.config, rows, length)
-    _, losses_TxB = lax.scan(advance, state, (tokens_BxT.T, targets_BxT.T))
-    return losses_TxB.T
+@functools.lru_cache
+def unrolled(decoder: Decoder) -> Decoder:
+    """The same model with its layers unrolled: their caches differ in size. Parameters do not depend on it."""
+    return Decoder(dataclasses.replace(decoder.config, scan_layers=False))

@@ -1,6 +1,7 @@
 """A trained model, from its work dir."""
 
 import dataclasses
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from jax.sharding import Mesh
 
 from lrt_jax.data import tokenizer
 from lrt_jax.data.tokenizer import Tokenizer
+from lrt_jax.inference import decode
 from lrt_jax.model.decoder import Decoder
 from lrt_jax.setup import mesh as meshes
 from lrt_jax.setup.config import Config, ConfigError, MeshConfig
@@ -34,6 +36,11 @@ class Trained:
     tokenizer: Tokenizer
     mesh: Mesh
     step: int
+
+    @functools.cached_property
+    def decoding_params(self) -> Any:
+        """The parameters once more, as decoding reads them fastest."""
+        return decode.prepared(self.config.model, self.params)
 
 
 def load(workdir: Path, step: int | None = None) -> Trained:

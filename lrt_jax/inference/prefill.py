@@ -1,15 +1,38 @@
-"""Prefill: from a prompt to the state after it."""
+"""Prefill: from given tokens to the state after them, token by token or by fixed-point refinement.
+
+Both give the hidden state of every token too, so that given text is scored the same way (``scoring.py``).
+"""
 
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import struct
 from jax import lax
 
 from lrt_jax.inference import decode
 from lrt_jax.inference.decode import PAD, DecodeState
 from lrt_jax.model.decoder import Decoder
+from lrt_jax.setup.config import DecodeConfig
+
+
+class Prefilled(struct.PyTreeNode):
+    """The state after a prompt, and how it came about.
+
+    Attributes:
+      state: after the prompt.
+      hidden_BxNxD: h_final of its tokens, or of the last alone (N = 1) where no more was asked for.
+      refinements_B: int32, full forwards fed source states, the most of any chunk; 0 where all was sequential.
+      residual_B: largest change of any source state in the last of them, the largest of any chunk.
+      fallbacks_B: int32, chunks that did not converge and were computed sequentially instead.
+    """
+
+    state: DecodeState
+    hidden_BxNxD: jax.Array
+    refinements_B: jax.Array
+    residual_B: jax.Array
+    fallbacks_B: jax.Array
 
 
 def pad_left(rows: list[np.ndarray], length: int) -> np.ndarray:
@@ -26,27 +49,192 @@ def pad_left(rows: list[np.ndarray], length: int) -> np.ndarray:
     return padded_BxN
 
 
-def sequential(
-    decoder: Decoder, params: Any, state: DecodeState, tokens_BxN: jax.Array, *, use_memory: bool = True
-) -> tuple[DecodeState, jax.Array]:
-    """Exact prefill, one recurrent step per token.
+def run(
+    decoder: Decoder,
+    params: Any,
+    state: DecodeState,
+    tokens_BxN: jax.Array,
+    config: DecodeConfig,
+    *,
+    use_memory: bool = True,
+    keep_hidden: bool = False,
+    fresh: bool = False,
+) -> Prefilled:
+    """Prefill as ``config.prefill`` says, in chunks of at most ``config.chunk`` tokens.
 
     Args:
       decoder: the model.
       params: its parameters.
       state: from :func:`decode.start`, or after earlier tokens.
       tokens_BxN: int32 prompts, padded on the left with PAD.
+      config: how.
       use_memory: False zeroes the memory that the model reads.
+      keep_hidden: return the hidden states of all tokens, not of the last alone.
+      fresh: ``state`` is that of :func:`decode.start`.
+    """
+    rows, length = tokens_BxN.shape
+    if config.prefill == "sequential":
+        state, hidden_BxNxD = sequential(decoder, params, state, tokens_BxN, use_memory, keep_hidden)
+        none_B = jnp.zeros((rows,), jnp.int32)
+        return Prefilled(state, hidden_BxNxD, none_B, jnp.zeros((rows,), hidden_BxNxD.dtype), none_B)
+
+    chunks = -(-length // config.chunk)
+    size = -(-length // chunks)  # of equal chunks, so that little is padded
+    padded_BxN = jnp.pad(tokens_BxN, ((0, 0), (chunks * size - length, 0)), constant_values=PAD)
+    chunks_MxBxP = padded_BxN.reshape(rows, chunks, size).swapaxes(0, 1)
+
+    def one(state: DecodeState, chunk_BxP: jax.Array, fresh: bool = False) -> tuple[DecodeState, Prefilled]:
+        done = fixed_point(
+            decoder, params, state, chunk_BxP, config, use_memory=use_memory, keep_hidden=keep_hidden, fresh=fresh
+        )
+        return done.state, done
+
+    state, first = one(state, chunks_MxBxP[0], fresh)
+    if chunks == 1:
+        return first.replace(hidden_BxNxD=first.hidden_BxNxD[:, -length:])
+    # Each chunk's fixed point is found given the cache of the chunks before: exact, in bounded memory.
+    state, rest = lax.scan(lambda state, chunk: _without_state(one(state, chunk)), state, chunks_MxBxP[1:])
+    every = jax.tree.map(lambda a, b: jnp.concatenate([a[None], b]), first.replace(state=None), rest)
+    hidden_BxMxPxD = every.hidden_BxNxD.swapaxes(0, 1)
+    hidden_BxNxD = hidden_BxMxPxD.reshape(rows, -1, hidden_BxMxPxD.shape[-1])[:, -length if keep_hidden else -1 :]
+    return Prefilled(
+        state=state,
+        hidden_BxNxD=hidden_BxNxD,
+        refinements_B=jnp.max(every.refinements_B, axis=0),
+        residual_B=jnp.max(every.residual_B, axis=0),
+        fallbacks_B=jnp.sum(every.fallbacks_B, axis=0),
+    )
+
+
+def _without_state(pair: tuple[DecodeState, Prefilled]) -> tuple[DecodeState, Prefilled]:
+    return pair[0], pair[1].replace(state=None)
+
+
+def sequential(
+    decoder: Decoder,
+    params: Any,
+    state: DecodeState,
+    tokens_BxN: jax.Array,
+    use_memory: bool = True,
+    keep_hidden: bool = False,
+) -> tuple[DecodeState, jax.Array]:
+    """Exact prefill, one recurrent step per token.
 
     Returns:
-      The state after the prompts, and the logits of the tokens that follow, [B, V].
+      The state, and hidden states [B, N, D], or of the last token alone [B, 1, D]. In the latter case first columns
+      in which every row has PAD cost nothing.
     """
 
-    def advance(carry: tuple[DecodeState, jax.Array], tokens_B: jax.Array) -> Any:
-        state, logits_BxV = decode.step(decoder, params, carry[0], tokens_B, use_memory=use_memory)
-        return (state, logits_BxV), None
+    def advance(state: DecodeState, tokens_B: jax.Array) -> tuple[DecodeState, jax.Array]:
+        return decode.advance(decoder, params, state, tokens_B, use_memory=use_memory)
 
-    logits = jax.eval_shape(lambda: decode.step(decoder, params, state, tokens_BxN[:, 0])[1])
-    carry = (state, jnp.zeros(logits.shape, logits.dtype))
-    (state, logits_BxV), _ = lax.scan(advance, carry, tokens_BxN.T)
-    return state, logits_BxV
+    if keep_hidden:
+        state, hidden_NxBxD = lax.scan(advance, state, tokens_BxN.T)
+        return state, hidden_NxBxD.swapaxes(0, 1)
+    first = jnp.argmax(jnp.any(tokens_BxN != PAD, axis=0))
+
+    def body(index: jax.Array, carry: tuple[DecodeState, jax.Array]) -> tuple[DecodeState, jax.Array]:
+        return advance(carry[0], lax.dynamic_index_in_dim(tokens_BxN, index, axis=1, keepdims=False))
+
+    hidden_BxD = jnp.zeros_like(state.memory_BxD)
+    state, hidden_BxD = lax.fori_loop(first, tokens_BxN.shape[1], body, (state, hidden_BxD))
+    return state, hidden_BxD[:, None]
+
+
+class _Guess(struct.PyTreeNode):
+    """One iterate of the fixed point: a forward's results, and what the next one needs to know."""
+
+    kv: Any
+    source_BxPxD: jax.Array
+    hidden_BxPxD: jax.Array
+    refinements_B: jax.Array
+    residual_B: jax.Array
+
+
+def fixed_point(
+    decoder: Decoder,
+    params: Any,
+    state: DecodeState,
+    tokens_BxP: jax.Array,
+    config: DecodeConfig,
+    *,
+    use_memory: bool = True,
+    keep_hidden: bool = True,
+    fresh: bool = False,
+) -> Prefilled:
+    """Prefill of one chunk by fixed-point refinement (method.md, "Decoding and evaluation").
+
+    A forward with zero memory, then full forwards fed the shifted source states, until no entry of any source state
+    changes by more than ``config.tolerance``. After k refinements the first k + 1 tokens are exact, so that at
+    tolerance 0 it ends, after at most P - 1, with what :func:`sequential` computes. A row that has converged stays
+    as it is while others go on, so its result does not depend on them. A row that has not converged after
+    ``config.max_refinements`` (0: P - 1) is computed sequentially.
+
+    Args:
+      decoder: the model.
+      params: its parameters.
+      state: before the chunk.
+      tokens_BxP: int32, PAD only on the left.
+      config: tolerance and most refinements.
+      use_memory: False zeroes the memory, so that one forward is exact.
+      keep_hidden: see :func:`run`, as the next.
+      fresh: there is nothing in the state's cache.
+    """
+    rows, length = tokens_BxP.shape
+    begun_BxP = tokens_BxP != PAD
+    # The memory of a row's first token here is known; a column's own is the source state of the column before.
+    first_BxP = begun_BxP & (jnp.cumsum(begun_BxP, axis=1) == 1)
+    wide = jnp.promote_types(state.memory_BxD.dtype, jnp.float32)
+
+    def run(memory_BxPxD: jax.Array | None) -> tuple[Any, jax.Array]:
+        return decode.forward(decoder, params, state, tokens_BxP, memory_BxPxD, fresh=fresh)
+
+    def shifted(source_BxPxD: jax.Array | None) -> jax.Array:
+        known_BxPxD = jnp.broadcast_to(state.memory_BxD[:, None], (rows, length, state.memory_BxD.shape[1]))
+        shape = ((0, 0), (1, 0), (0, 0))
+        guess_BxPxD = jnp.zeros_like(known_BxPxD) if source_BxPxD is None else jnp.pad(source_BxPxD[:, :-1], shape)
+        return jnp.where(first_BxP[:, :, None], known_BxPxD, guess_BxPxD)
+
+    recurrent = decoder.config.recurrent and use_memory
+    limit = min(config.max_refinements or length, max(length - 1, 0))
+    # In a fresh state the first memory is zero too.
+    out, positions_BxP = run(None if fresh or not recurrent else shifted(None))
+    none_B = jnp.zeros((rows,), jnp.int32)
+    # With nothing to refine, the first forward is exact.
+    open_B = jnp.any(begun_BxP[:, 1:] & begun_BxP[:, :-1], axis=1) & recurrent
+    residual_B = jnp.where(open_B, jnp.inf, 0.0).astype(wide)
+    guess = _Guess(out.buffer.kv, out.source_BxPxD, out.hidden_BxPxD, none_B, residual_B)
+
+    def unfinished(guess: _Guess) -> jax.Array:
+        return guess.residual_B > config.tolerance
+
+    def refine(guess: _Guess) -> _Guess:
+        out, _ = run(shifted(guess.source_BxPxD))
+        change_BxPxD = jnp.abs(out.source_BxPxD.astype(wide) - guess.source_BxPxD.astype(wide))
+        change_B = jnp.max(jnp.where(begun_BxP[:, :, None], change_BxPxD, 0.0), axis=(1, 2))
+        better = _Guess(out.buffer.kv, out.source_BxPxD, out.hidden_BxPxD, guess.refinements_B + 1, change_B)
+        return _choose(unfinished(guess), better, guess)
+
+    if limit and recurrent:
+        more = lambda guess: jnp.any(unfinished(guess) & (guess.refinements_B < limit))  # noqa: E731
+        guess = lax.while_loop(more, refine, guess)
+    # After P - 1 refinements every token is exact, whatever the last change was.
+    diverged_B = unfinished(guess) & (guess.refinements_B < length - 1)
+    out = out._replace(
+        buffer=out.buffer.replace(kv=guess.kv), source_BxPxD=guess.source_BxPxD, hidden_BxPxD=guess.hidden_BxPxD
+    )
+    after = decode.absorb(state, out, positions_BxP)
+    hidden_BxNxD = guess.hidden_BxPxD if keep_hidden else guess.hidden_BxPxD[:, -1:]
+    if limit < length - 1 and recurrent:
+
+        def exact() -> tuple[DecodeState, jax.Array]:
+            found = sequential(decoder, params, state, tokens_BxP, use_memory, keep_hidden)
+            return _choose(diverged_B, found, (after, hidden_BxNxD))
+
+        after, hidden_BxNxD = lax.cond(jnp.any(diverged_B), exact, lambda: (after, hidden_BxNxD))
+    return Prefilled(after, hidden_BxNxD, guess.refinements_B, guess.residual_B, diverged_B.astype(jnp.int32))
+
+
+def _choose(which_B: jax.Array, yes: Any, no: Any) -> Any:
+    """Row by row: every leaf's first axis is B."""
+    return jax.tree.map(lambda a, b: jnp.where(which_B.reshape(-1, *[1] * (a.ndim - 1)), a, b), yes, no)

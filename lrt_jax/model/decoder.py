@@ -13,10 +13,11 @@ from flax import linen as nn
 from flax import struct
 from jax import lax
 
-from lrt_jax.model import attention, layers, memory
+from lrt_jax.model import attention, cache, layers, memory
 from lrt_jax.model.backend import attends_in_blocks, compute_dtype
+from lrt_jax.model.cache import Cache
 from lrt_jax.model.memory import KV, Refreshable
-from lrt_jax.model.parameters import table
+from lrt_jax.model.parameters import table, unstack
 from lrt_jax.setup.config import ModelConfig
 
 # Slots are the third axis from the end in every leaf of a buffer's kv: [(L,) B, N, K, C].
@@ -87,8 +88,11 @@ class Decoder(nn.Module):
     def setup(self) -> None:
         """Declares every array of the parameter table, with its logical axes."""
         dtype = jnp.promote_types(jnp.float32, compute_dtype(self.config))
+        given = self.variables.get("params", {})
         self.parameters = {
-            name: self.param(name, nn.with_logical_partitioning(spec.init, spec.axes), spec.shape, dtype)
+            name: given[name]
+            if isinstance(given.get(name), tuple)  # as parameters.by_layer leaves them
+            else self.param(name, nn.with_logical_partitioning(spec.init, spec.axes), spec.shape, dtype)
             for name, spec in table(self.config).items()
         }
 
@@ -100,6 +104,7 @@ class Decoder(nn.Module):
         buffer: Buffer | None = None,
         slot: jax.Array | int = 0,
         *,
+        past: Cache | None = None,
         subsets: int | None = None,
         keep_refreshable: bool = False,
     ) -> Forward:
@@ -113,6 +118,8 @@ class Decoder(nn.Module):
           buffer: keys and values of other positions. This forward's own are written into it, in every
             layer, before its queries attend; None: the queries see just this forward's positions.
           slot: where in the buffer, of N slots, the P positions are written: slots ``slot`` to ``slot + P``.
+          past: instead of a buffer, the KV cache of the positions before these. The queries see it and each other;
+            nothing is written. Its layers differ in size, so it needs ``scan_layers`` off.
           subsets: S, where the positions are one strided subset of S, ascending, and the buffer's slots
             hold all S in order; 1: they are all positions. None: nothing is known of their order. Attention
             may then leave out what cannot be seen; the numbers are the same.
@@ -129,6 +136,8 @@ class Decoder(nn.Module):
         embedded = tokens_BxP if isinstance(tokens_BxP, Embedded) else self.embed(tokens_BxP)
         x0_BxPxD = embedded.x0_BxPxD
         _check_shapes(x0_BxPxD.shape[:2], positions_BxP, memory_BxPxD, buffer)
+        if past is not None and (buffer is not None or config.scan_layers or len(past.position_B) != len(x0_BxPxD)):
+            raise ValueError("a cache needs as many rows as there are tokens, no buffer, and scan_layers off")
         if memory_BxPxD is not None:
             memory_BxPxD = memory_BxPxD.astype(dtype) if config.recurrent else None
         positions_BxN = positions_BxP
@@ -148,7 +157,7 @@ class Decoder(nn.Module):
             keep_refreshable=keep_refreshable,
         )
         own = _per_layer(config, arrays, embedded.values_ExBxPxKxC)
-        kv = None if buffer is None else buffer.kv
+        kv = cache.held(past) if past is not None else None if buffer is None else buffer.kv
         x_BxPxD, source_BxPxD, kv, refreshable = _run_layers(context, x0_BxPxD, own, kv)
         hidden_BxPxD = layers.rms_norm(x_BxPxD)
         return Forward(hidden_BxPxD, layers.rms_norm(source_BxPxD), Buffer(kv, positions_BxN), refreshable)
@@ -178,7 +187,7 @@ class Decoder(nn.Module):
 
         if config.scan_layers:
             return jax.vmap(one)(refreshable, arrays["memory_key"], arrays["memory_value"])
-        own = _unstack({name: arrays[name] for name in ("memory_key", "memory_value")}, config.layers)
+        own = unstack({name: arrays[name] for name in ("memory_key", "memory_value")}, config.layers)
         return tuple(
             one(stale, layer["memory_key"], layer["memory_value"])
             for stale, layer in zip(refreshable, own, strict=True)
@@ -251,13 +260,19 @@ def _per_layer(
     if values_ExBxPxKxC is not None:
         for name, array in (("value_embedding", values_ExBxPxKxC), ("value_gate", arrays["value_gate"])):
             # Layers without a table get zeros, which add exactly nothing, so that all layers are alike.
-            absent = jnp.zeros((config.layers, *array.shape[1:]), array.dtype)
-            own[name] = array if len(owners) == config.layers else absent.at[jnp.asarray(owners)].set(array)
+            if not isinstance(array, tuple) and len(owners) < config.layers:
+                absent = jnp.zeros((config.layers, *array.shape[1:]), array.dtype)
+                array = absent.at[jnp.asarray(owners)].set(array)
+            own[name] = array
     return own
 
 
 def _layer(
-    context: _Context, x_BxPxD: jax.Array, own: dict[str, jax.Array], kv: KV | None, farthest: int | None = None
+    context: _Context,
+    x_BxPxD: jax.Array,
+    own: dict[str, jax.Array],
+    kv: KV | cache.Held | None,
+    farthest: int | None = None,
 ) -> tuple[jax.Array, KV, Refreshable | None]:
     """One layer: its output, the keys and values that it leaves in the buffer, and, if asked for, its refreshable.
 
@@ -281,19 +296,19 @@ def _layer(
         refreshable = Refreshable(fresh.k, fresh.v, memory_gate)
     q_BxPxHxC = layers.rms_norm(layers.rope(q_BxPxHxC, *context.rope))
     fresh = KV(layers.rms_norm(layers.rope(fresh.k, *context.rope)), fresh.v)
-    if kv is None:
-        kv = fresh
-    else:
-        kv = jax.tree.map(lambda old, new: lax.dynamic_update_slice_in_dim(old, new, context.slot, SLOTS), kv, fresh)
     attend = attention.attend
+    if isinstance(kv, cache.Held):
+        attend = functools.partial(cache.attend, held=kv)
+    if isinstance(kv, KV):
+        fresh = jax.tree.map(lambda old, new: lax.dynamic_update_slice_in_dim(old, new, context.slot, SLOTS), kv, fresh)
     if context.subsets is not None:
         # The window is traced where layers are scanned; the widest of all layers is known.
         farthest = max(config.windows) if farthest is None else farthest
         attend = functools.partial(attention.attend_in_blocks, subsets=context.subsets, farthest=farthest)
-    mixed_BxPxHxC = attend(q_BxPxHxC, kv.k, kv.v, context.queries_BxP, context.keys_BxN, own["window"])
+    mixed_BxPxHxC = attend(q_BxPxHxC, *fresh, context.queries_BxP, context.keys_BxN, own["window"])
     x_BxPxD = x_BxPxD + layers.linear(mixed_BxPxHxC, own["output"], inputs=2)
     x_BxPxD = x_BxPxD + layers.mlp(layers.rms_norm(x_BxPxD), own["mlp_in"], own["mlp_out"])
-    return x_BxPxD, kv, refreshable
+    return x_BxPxD, fresh, refreshable
 
 
 def _run_layers(
@@ -304,7 +319,7 @@ def _run_layers(
 
     def body(
         carry: tuple[jax.Array, jax.Array],
-        layer: tuple[dict[str, jax.Array], KV | None],
+        layer: tuple[dict[str, jax.Array], KV | cache.Held | None],
         farthest: int | None = None,
     ) -> Any:
         x_BxPxD, source_BxPxD = carry
@@ -321,15 +336,9 @@ def _run_layers(
         carry, (kv, refreshable) = lax.scan(step_of(None), carry, (own, kv))
     else:
         produced = []
-        for index, layer_own in enumerate(_unstack(own, config.layers)):
+        for index, layer_own in enumerate(unstack(own, config.layers)):
             layer = (layer_own, None if kv is None else kv[index])
             carry, layer_produced = step_of(config.windows[index])(carry, layer)
             produced.append(layer_produced)
         kv, refreshable = zip(*produced, strict=True)
     return *carry, kv, refreshable
-
-
-def _unstack(stacked: dict[str, jax.Array], layers: int) -> list[dict[str, jax.Array]]:
-    """One tree per layer. ``lax.split``'s gradient is one concatenation; indexing's would be L padded sums."""
-    pieces = {name: lax.split(array, [1] * layers, axis=0) for name, array in stacked.items()}
-    return [{name: jnp.squeeze(parts[index], axis=0) for name, parts in pieces.items()} for index in range(layers)]

@@ -8,10 +8,11 @@ owns are stacked on a leading ``layers`` axis, so a checkpoint does not depend o
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from lrt_jax.setup.config import ModelConfig
 
@@ -113,3 +114,37 @@ def _memory_table(config: ModelConfig, fan_in: Initializer) -> dict[str, Paramet
             memory=True,
         )
     return parameters
+
+
+def by_layer(config: ModelConfig, params: dict[str, Any], dtype: jnp.dtype) -> dict[str, Any]:
+    """The parameters as decoding wants them: every stack as a tuple of one array per layer, matrices in ``dtype``.
+
+    A step for one token reads each weight once, so cutting them out of a stack, or casting them, in every step would
+    cost as much as the step. The decoder takes either form.
+    """
+    spec = table(config)
+    ready: dict[str, Any] = {}
+    for name, array in params.items():
+        if isinstance(array, tuple):
+            return params  # they are so already
+        matrix = spec[name].group in ("matrix", "embedding", "head")
+        array = array.astype(dtype) if matrix else array
+        if spec[name].axes[0] == "layers" and name != "value_embedding":  # which is looked up for all layers at once
+            array = tuple(array[index] for index in range(len(array)))
+        ready[name] = array
+    if "value_gate" in ready:  # layers without a table get zeros
+        gates = dict(zip(config.value_embedding_layers, ready["value_gate"], strict=True))
+        absent = jnp.zeros_like(ready["value_gate"][0])
+        ready["value_gate"] = tuple(gates.get(layer, absent) for layer in range(config.layers))
+    return ready
+
+
+def unstack(stacks: dict[str, Any], layers: int) -> list[dict[str, jax.Array]]:
+    """One tree per layer. ``lax.split``'s gradient is one concatenation; indexing's would be L padded sums."""
+    pieces = {
+        name: stack
+        if isinstance(stack, tuple)
+        else [jnp.squeeze(part, axis=0) for part in lax.split(stack, [1] * layers, axis=0)]
+        for name, stack in stacks.items()
+    }
+    return [{name: parts[index] for name, parts in pieces.items()} for index in range(layers)]

@@ -22,6 +22,7 @@ from lrt_jax.setup.validation import FINAL, validate
 Memory = Literal["shared", "layerwise", "none"]
 ValueEmbeddings = Literal["all", "alternate", "none"]
 Dtype = Literal["auto", "float32", "bfloat16", "float64"]
+Prefill = Literal["sequential", "fixed_point"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -243,9 +244,20 @@ class EvalConfig:
     batch_size: int = 32
     rows: int = 64  # rows scored at intervals
     final_rows: int = 256  # rows scored at the end and by ``lrt_jax.evaluate``
+    scoring: Prefill = "sequential"  # how val/bpb_sequential is computed
     prompt: str = "def "
     sample_tokens: int = 128  # 0 = no sample
     temperature: float = 0.8
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodeConfig:
+    """How given tokens are read before others are generated or scored (method.md, "Decoding and evaluation")."""
+
+    prefill: Prefill = "sequential"  # of prompts: exact, token by token, or by full forwards until they agree
+    tolerance: float = 1e-2  # of fixed_point: the largest change of a source state's entry that counts as none
+    max_refinements: int = 32  # fixed_point falls back to sequential after so many forwards; 0 = never
+    chunk: int = 512  # fixed_point reads so many tokens at once; more are read in chunks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -268,6 +280,7 @@ class Config:
     schedule: ScheduleConfig = ScheduleConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     eval: EvalConfig = EvalConfig()
+    decode: DecodeConfig = DecodeConfig()
     mesh: MeshConfig = MeshConfig()
     seed: int = 0
 

@@ -4,10 +4,11 @@ import sys
 import typing
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from absl import app, flags, logging
 
-from lrt_jax.setup.config import ConfigError, field_type
+from lrt_jax.setup.config import ConfigError, Prefill, field_type
 from lrt_jax.setup.errors import UserError
 
 PREFIX = "--config."
@@ -61,6 +62,25 @@ def parse(arguments: list[str]) -> list[str]:
     except flags.Error as error:
         raise ConfigError(str(error)) from None
     return rest
+
+
+def define_decode_flags(name: str, about: str) -> None:
+    """Declares how given tokens are read: the flag ``name``, and those of :func:`decode_flags`."""
+    flags.DEFINE_enum(name, None, typing.get_args(Prefill), about)
+    flags.DEFINE_float("tolerance", None, "Of fixed_point; default: config.decode.tolerance.", lower_bound=0.0)
+    flags.DEFINE_integer(
+        "max_refinements",
+        None,
+        "fixed_point falls back to sequential after so many, 0 = never; default: config.decode.max_refinements.",
+        lower_bound=0,
+    )
+    flags.DEFINE_integer("chunk", None, "Tokens read at once; default: config.decode.chunk.", lower_bound=1)
+
+
+def decode_flags() -> dict[str, Any]:
+    """The fields of ``config.decode`` that were given by flags."""
+    given = {name: getattr(flags.FLAGS, name) for name in ("tolerance", "max_refinements", "chunk")}
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def _overrides(argument: str) -> bool:

@@ -31,6 +31,7 @@ def _validate_ranges(config: "Config") -> None:
         "optimizer": ("eps",),
         "train": ("batch_size", "accumulation", "log_every", "keep"),
         "eval": ("batch_size", "rows", "final_rows"),
+        "decode": ("chunk",),
     }
     not_negative = {
         "data": ("shuffle_rows",),
@@ -47,6 +48,7 @@ def _validate_ranges(config: "Config") -> None:
         ),
         "train": ("steps", "tokens", "tokens_per_parameter", "eval_every", "save_every"),
         "eval": ("sample_tokens", "temperature"),
+        "decode": ("tolerance", "max_refinements"),
     }
     shares = {"optimizer": ("b1", "b2", "beta_b1", "momentum", "momentum_start", "warmup", "warmdown", "final_lr")}
     for group, names in positive.items():

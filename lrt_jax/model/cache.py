@@ -1,0 +1,136 @@
+"""The KV cache of decoding: for each layer a ring of the keys and values that later queries can still see.
+
+A forward over new positions reads the cache and leaves it as it is; what it computed itself is written by
+:func:`write` afterwards. So a forward over the same positions can be repeated, as fixed-point prefill does.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from lrt_jax.model.attention import EMPTY, MASKED, visible
+from lrt_jax.model.backend import compute_dtype
+from lrt_jax.model.memory import KV
+from lrt_jax.setup.config import ModelConfig
+
+
+class Cache(struct.PyTreeNode):
+    """Keys and values, after gates, RoPE and QK norm, of the positions before each row's next token.
+
+    Position t is in slot t mod N. A layer with a window of T/2 has N = T/2 slots: those are all that a query sees
+    beside itself. Rows may be at different positions.
+
+    Attributes:
+      kv: a tuple of L :class:`KV` with leaves [B, K, N, C], where N is the layer's own.
+      position_B: int32, the position of each row's next token: so many tokens the row has had.
+    """
+
+    kv: tuple[KV, ...]
+    position_B: jax.Array
+
+
+def empty_cache(config: ModelConfig, rows: int, slots: int) -> Cache:
+    """A cache with nothing in it, for B = ``rows`` sequences of up to ``slots`` tokens each."""
+
+    def zeros(window: int) -> KV:  # two arrays, not one twice: a cache can be donated
+        shape = (rows, config.kv_heads, min(window, slots), config.head_width)
+        return KV(*(jnp.zeros(shape, compute_dtype(config)) for _ in range(2)))
+
+    return Cache(tuple(zeros(window) for window in config.windows), jnp.zeros((rows,), jnp.int32))
+
+
+class Held(NamedTuple):
+    """What one layer's attention reads of a cache.
+
+    Attributes:
+      kv: keys and values, [B, K, N, C] each.
+      positions_BxN: int32, the position in each slot, EMPTY where there is none.
+    """
+
+    kv: KV
+    positions_BxN: jax.Array
+
+
+def held(cache: Cache) -> list[Held]:
+    """The cache, layer by layer."""
+    newest_Bx1 = cache.position_B[:, None] - 1
+
+    def positions(slots: int) -> jax.Array:
+        held_BxN = newest_Bx1 - (newest_Bx1 - jnp.arange(slots)[None]) % slots
+        return jnp.where(held_BxN >= 0, held_BxN, EMPTY)
+
+    sizes = [ring.k.shape[2] for ring in cache.kv]
+    by_size = {size: positions(size) for size in set(sizes)}
+    return [Held(ring, by_size[size]) for ring, size in zip(cache.kv, sizes, strict=True)]
+
+
+def write(cache: Cache, fresh: tuple[KV, ...], positions_BxP: jax.Array) -> Cache:
+    """The cache after P more positions.
+
+    Args:
+      cache: before them.
+      fresh: a tuple of L :class:`KV` with leaves [B, P, K, C], as a forward returns them.
+      positions_BxP: int32, each row's next positions, ascending; EMPTY in columns where a row rests.
+    """
+    after_B = cache.position_B + jnp.sum(positions_BxP != EMPTY, axis=1, dtype=jnp.int32)
+    rows_Bx1 = jnp.arange(len(after_B))[:, None]
+    columns_1xP = jnp.arange(positions_BxP.shape[1])[None]
+
+    def put(ring: KV, new: KV) -> KV:
+        slots = ring.k.shape[2]
+        kept_BxP = (positions_BxP < after_B[:, None]) & (positions_BxP >= after_B[:, None] - slots)
+        # Slots beyond the last are dropped; they differ, so that all indices are unique.
+        slot_BxP = jnp.where(kept_BxP, positions_BxP % slots, slots + columns_1xP)
+        return KV(
+            *(
+                old.at[rows_Bx1, :, slot_BxP].set(array, mode="drop", unique_indices=True)
+                for old, array in zip(ring, new, strict=True)
+            )
+        )
+
+    return Cache(tuple(put(ring, new) for ring, new in zip(cache.kv, fresh, strict=True)), after_B)
+
+
+def attend(
+    q_BxPxHxC: jax.Array,
+    k_BxPxKxC: jax.Array,
+    v_BxPxKxC: jax.Array,
+    queries_BxP: jax.Array,
+    keys_BxP: jax.Array,
+    window: jax.Array | int,
+    *,
+    held: Held,
+) -> jax.Array:
+    """Softmax attention of P new positions over a cache and over each other; softmax in float32 or wider.
+
+    Args:
+      q_BxPxHxC: queries, H heads.
+      k_BxPxKxC: their own keys.
+      v_BxPxKxC: their own values.
+      queries_BxP: int32 positions; EMPTY where a row rests, whose result means nothing.
+      keys_BxP: the same.
+      window: how many positions before itself a query sees.
+      held: the cache.
+
+    Returns:
+      [B, P, H, C].
+    """
+    rows, length, heads, width = q_BxPxHxC.shape
+    kv_heads, slots = held.kv.k.shape[1:3]
+    wide = jnp.promote_types(q_BxPxHxC.dtype, jnp.float32)
+    q = (q_BxPxHxC * width**-0.5).reshape(rows, length, kv_heads, heads // kv_heads, width)
+
+    def scores(equation: str, keys: jax.Array, positions: jax.Array) -> jax.Array:
+        found = jnp.einsum(equation, q, keys, preferred_element_type=wide)
+        return jnp.where(visible(queries_BxP, positions, window)[:, None, None], found, MASKED)
+
+    past, own = (
+        scores("bpkgc,bknc->bkgpn", held.kv.k, held.positions_BxN),
+        scores("bpkgc,bnkc->bkgpn", k_BxPxKxC, keys_BxP),
+    )
+    weights = jax.nn.softmax(jnp.concatenate([past, own], axis=-1), axis=-1).astype(q.dtype)
+    mixed = jnp.einsum("bkgpn,bknc->bpkgc", weights[..., :slots], held.kv.v)
+    mixed += jnp.einsum("bkgpn,bnkc->bpkgc", weights[..., slots:], v_BxPxKxC)
+    return mixed.reshape(rows, length, heads, width)
