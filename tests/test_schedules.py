@@ -74,7 +74,7 @@ def test_detached_forwards_learn_nothing_from_later_ones(tiny, random_params, ra
     memory = jnp.pad(first[:, :-1], ((0, 0), (1, 0), (0, 0)))
 
     def second(params):
-        embedded = forwards.embed(Decoder(config), params, batch[0])
+        (embedded,) = forwards.embed(Decoder(config), params, batch[0])
         out = forwards.forward(Decoder(config), params, embedded, jnp.arange(8), memory, None, 0)
         return jnp.mean(forwards.token_losses(Decoder(config), params, out.hidden_BxPxD, batch[1]))
 

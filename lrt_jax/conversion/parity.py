@@ -188,7 +188,7 @@ class _Runs:
 
     def _plain_logits(self) -> jax.Array:
         def logits(params: Any) -> jax.Array:
-            embedded = forwards.embed(self._decoder, params, self._batch[0])
+            (embedded,) = forwards.embed(self._decoder, params, self._batch[0])
             out = forwards.initialization(self._decoder, params, embedded)
             return self._decoder.apply({"params": params}, out.hidden_BxPxD, method=Decoder.logits)
 

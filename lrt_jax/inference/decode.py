@@ -106,7 +106,7 @@ def absorb(state: DecodeState, out: Forward, positions_BxP: jax.Array) -> Decode
     """The state after the tokens of a :func:`forward`; rows whose last column is PAD keep their memory."""
     last_Bx1 = positions_BxP[:, -1:] != EMPTY
     return DecodeState(
-        cache=caches.write(state.cache, out.buffer.kv, positions_BxP),
+        cache=caches.write(state.cache, out.buffer.pieces[0], positions_BxP),
         memory_BxD=jnp.where(last_Bx1, out.source_BxPxD[:, -1], state.memory_BxD),
         key_B=state.key_B,
     )

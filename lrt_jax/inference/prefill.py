@@ -203,7 +203,7 @@ def fixed_point(
     # With nothing to refine, the first forward is exact.
     open_B = jnp.any(begun_BxP[:, 1:] & begun_BxP[:, :-1], axis=1) & recurrent
     residual_B = jnp.where(open_B, jnp.inf, 0.0).astype(wide)
-    guess = _Guess(out.buffer.kv, out.source_BxPxD, out.hidden_BxPxD, none_B, residual_B)
+    guess = _Guess(out.buffer.pieces[0], out.source_BxPxD, out.hidden_BxPxD, none_B, residual_B)
 
     def unfinished(guess: _Guess) -> jax.Array:
         return guess.residual_B > config.tolerance
@@ -212,7 +212,7 @@ def fixed_point(
         out, _ = run(shifted(guess.source_BxPxD))
         change_BxPxD = jnp.abs(out.source_BxPxD.astype(wide) - guess.source_BxPxD.astype(wide))
         change_B = jnp.max(jnp.where(begun_BxP[:, :, None], change_BxPxD, 0.0), axis=(1, 2))
-        better = _Guess(out.buffer.kv, out.source_BxPxD, out.hidden_BxPxD, guess.refinements_B + 1, change_B)
+        better = _Guess(out.buffer.pieces[0], out.source_BxPxD, out.hidden_BxPxD, guess.refinements_B + 1, change_B)
         return _choose(unfinished(guess), better, guess)
 
     if limit and recurrent:
@@ -221,7 +221,7 @@ def fixed_point(
     # After P - 1 refinements every token is exact, whatever the last change was.
     diverged_B = unfinished(guess) & (guess.refinements_B < length - 1)
     out = out._replace(
-        buffer=out.buffer.replace(kv=guess.kv), source_BxPxD=guess.source_BxPxD, hidden_BxPxD=guess.hidden_BxPxD
+        buffer=out.buffer.replace(pieces=(guess.kv,)), source_BxPxD=guess.source_BxPxD, hidden_BxPxD=guess.hidden_BxPxD
     )
     after = decode.absorb(state, out, positions_BxP)
     hidden_BxNxD = guess.hidden_BxPxD if keep_hidden else guess.hidden_BxPxD[:, -1:]

@@ -3,10 +3,14 @@
 Keys may lie in any order, and slots may be empty: what a query sees is decided by positions alone. :func:`attend`
 needs no more than that. :func:`attend_in_blocks` gives the same numbers where the order of queries and keys is
 known: it leaves out the keys that causality and the window hide from a whole block of queries.
+
+Keys and values have heads before positions, [B, K, N, C], in the buffer too: products over them are plain batched
+matrix products, and no subset forward transposes the whole buffer again.
 """
 
 import functools
 import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -17,8 +21,8 @@ import numpy as np
 EMPTY = np.iinfo(np.int32).max
 # The score of a key that a query does not see: finite, so that a query that sees none gives no NaN.
 MASKED = -1e30
-# Queries in a block, about: on 2 CPU cores 128 was fastest at T 512 (docs/LOG.md).
-BLOCK = 128
+# Queries in a block, about: on 2 CPU cores 64 was fastest, or as good as 32 and 128, for S = 1 to 8 (docs/LOG.md).
+BLOCK = 64
 
 
 def visible(queries_BxP: jax.Array, keys_BxN: jax.Array, window: jax.Array | int) -> jax.Array:
@@ -29,8 +33,8 @@ def visible(queries_BxP: jax.Array, keys_BxN: jax.Array, window: jax.Array | int
 
 def attend(
     q_BxPxHxC: jax.Array,
-    k_BxNxKxC: jax.Array,
-    v_BxNxKxC: jax.Array,
+    k_BxKxNxC: jax.Array,
+    v_BxKxNxC: jax.Array,
     queries_BxP: jax.Array,
     keys_BxN: jax.Array,
     window: jax.Array | int,
@@ -39,8 +43,8 @@ def attend(
 
     Args:
       q_BxPxHxC: queries, H heads.
-      k_BxNxKxC: keys, K heads; each serves H / K query heads.
-      v_BxNxKxC: values.
+      k_BxKxNxC: keys, K heads; each serves H / K query heads.
+      v_BxKxNxC: values.
       queries_BxP: position of each query; the first axis may be 1, for all rows alike.
       keys_BxN: position of each key, EMPTY where there is none; the first axis may be 1.
       window: how many positions before itself a query sees.
@@ -48,17 +52,17 @@ def attend(
     Returns:
       [B, P, H, C].
     """
-    length, dtype = q_BxPxHxC.shape[1], q_BxPxHxC.dtype
-    q_BxKxGPxC, k_BxKxNxC, v_BxKxNxC = _heads_first(q_BxPxHxC, k_BxNxKxC, v_BxNxKxC)
-    scores_BxKxGPxN = _scores(q_BxKxGPxC, k_BxKxNxC, visible(queries_BxP, keys_BxN, window))
-    weights_BxKxGPxN = jax.nn.softmax(scores_BxKxGPxN, axis=-1).astype(dtype)
-    return _ungrouped(jnp.einsum("bkqn,bknc->bkqc", weights_BxKxGPxN, v_BxKxNxC), length)
+    q_BxKxGxPxC = _grouped(q_BxPxHxC, k_BxKxNxC.shape[1])
+    scores_BxKxGPxN = _scores(q_BxKxGxPxC, k_BxKxNxC, visible(queries_BxP, keys_BxN, window))
+    weights_BxKxGPxN = jax.nn.softmax(scores_BxKxGPxN, axis=-1).astype(q_BxPxHxC.dtype)
+    mixed_BxKxGPxC = jnp.einsum("bkqn,bknc->bkqc", weights_BxKxGPxN, v_BxKxNxC)
+    return _ungrouped(mixed_BxKxGPxC.reshape(q_BxKxGxPxC.shape))
 
 
 def attend_in_blocks(
     q_BxPxHxC: jax.Array,
-    k_BxNxKxC: jax.Array,
-    v_BxNxKxC: jax.Array,
+    k_BxKxNxC: Sequence[jax.Array],
+    v_BxKxNxC: Sequence[jax.Array],
     queries_BxP: jax.Array,
     keys_BxN: jax.Array,
     window: jax.Array | int,
@@ -72,12 +76,13 @@ def attend_in_blocks(
     The queries are one subset of S, in ascending order, and the N = S P keys are in slot order (slot r P + j holds
     position j S + r). A block of queries a to b sees nothing of the slots j ≥ b of any subset, nor of
     those farther back than the window: neither is computed, which halves the work. Scores are computed again in the
-    backward pass instead of being kept, so memory does not grow with P N.
+    backward pass instead of being kept, so memory does not grow with P N; keys and values are kept as they came,
+    so S forwards over the same pieces keep them once.
 
     Args:
-      q_BxPxHxC: as in :func:`attend`, as the next five.
-      k_BxNxKxC: keys.
-      v_BxNxKxC: values.
+      q_BxPxHxC: as in :func:`attend`.
+      k_BxKxNxC: keys, in one piece or in S pieces of P.
+      v_BxKxNxC: values, likewise.
       queries_BxP: position of each query.
       keys_BxN: position of each key.
       window: how many positions before itself a query sees; may be traced.
@@ -92,88 +97,102 @@ def attend_in_blocks(
     reach = -(-(farthest + subsets - 1) // subsets)
     blocks = max(1, length // (block or BLOCK))
     edges = [length * i // blocks for i in range(blocks + 1)]
-    in_subsets = [array.reshape(len(array), subsets, length, *array.shape[2:]) for array in (k_BxNxKxC, v_BxNxKxC)]
+    plan = tuple((max(0, begin - reach), begin, end) for begin, end in itertools.pairwise(edges))
+    k, v = (_in_subsets(pieces, subsets) for pieces in (k_BxKxNxC, v_BxKxNxC))
     keys_BxSxP = keys_BxN.reshape(-1, subsets, length)
-    mixed = []
-    for begin, end in itertools.pairwise(edges):
-        first = max(0, begin - reach)
-        k, v, keys = (
-            array[:, :, first:end].reshape(len(array), -1, *array.shape[3:]) for array in (*in_subsets, keys_BxSxP)
-        )
-        visible_BxPxN = visible(queries_BxP[:, begin:end], keys, window)
-        mixed.append(_recomputed(q_BxPxHxC[:, begin:end], k, v, visible_BxPxN))
-    return jnp.concatenate(mixed, axis=1)
+    return _ungrouped(_in_blocks(_grouped(q_BxPxHxC, k[0].shape[1]), k, v, (queries_BxP, keys_BxSxP, window), plan))
 
 
-@jax.custom_vjp
-def _recomputed(q_BxPxHxC: jax.Array, k_BxNxKxC: jax.Array, v_BxNxKxC: jax.Array, visible_BxPxN: jax.Array) -> Any:
+# A plan lists the blocks, each as (first key slot of every subset, first query, last query + 1).
+Plan = tuple[tuple[int, int, int], ...]
+# Positions of queries and keys, and the window.
+Where = tuple[jax.Array, jax.Array, jax.Array | int]
+Pieces = tuple[jax.Array, ...]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _in_blocks(q_BxKxGxPxC: jax.Array, k_BxKxPxC: Pieces, v_BxKxPxC: Pieces, where: Where, plan: Plan) -> jax.Array:
     """Softmax attention that keeps just the logarithm of each query's sum for its backward pass."""
-    return _recomputed_forward(q_BxPxHxC, k_BxNxKxC, v_BxNxKxC, visible_BxPxN)[0]
+    return _in_blocks_forward(q_BxKxGxPxC, k_BxKxPxC, v_BxKxPxC, where, plan)[0]
 
 
-def _grouped(x_BxPxHxC: jax.Array, kv_heads: int) -> jax.Array:
-    """The queries of one KV head as one matrix: [B, K, G P, C]."""
-    rows, length, heads, width = x_BxPxHxC.shape
-    return (
-        x_BxPxHxC.reshape(rows, length, kv_heads, heads // kv_heads, width)
-        .transpose(0, 2, 3, 1, 4)
-        .reshape(rows, kv_heads, -1, width)
-    )
+def _in_blocks_forward(q: jax.Array, k: Pieces, v: Pieces, where: Where, plan: Plan) -> Any:
+    mixed, logsumexp = [], []
+    for block in plan:
+        q_BxKxGxpxC, k_BxKxnxC, v_BxKxnxC, visible_Bxpxn = _block(q, k, v, where, block)
+        scores = _scores(q_BxKxGxpxC, k_BxKxnxC, visible_Bxpxn)
+        largest = jnp.max(scores, axis=-1, keepdims=True)
+        weights = jnp.exp(scores - largest)
+        total = jnp.sum(weights, axis=-1, keepdims=True)
+        product = jnp.einsum("bkqn,bknc->bkqc", weights.astype(q.dtype), v_BxKxnxC, preferred_element_type=total.dtype)
+        shape = q_BxKxGxpxC.shape
+        mixed.append((product / total).astype(q.dtype).reshape(shape))
+        logsumexp.append((largest + jnp.log(total)).reshape(*shape[:-1], 1))
+    out = jnp.concatenate(mixed, axis=3)
+    return out, (q, k, v, where, jnp.concatenate(logsumexp, axis=3), out)
 
 
-def _ungrouped(x_BxKxGPxC: jax.Array, length: int) -> jax.Array:
-    """The inverse of :func:`_grouped`."""
-    rows, kv_heads, _, width = x_BxKxGPxC.shape
-    return (
-        x_BxKxGPxC.reshape(rows, kv_heads, -1, length, width).transpose(0, 3, 1, 2, 4).reshape(rows, length, -1, width)
-    )
-
-
-def _heads_first(
-    q_BxPxHxC: jax.Array, k_BxNxKxC: jax.Array, v_BxNxKxC: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Scaled queries [B, K, G P, C], keys and values [B, K, N, C].
-
-    Heads before positions: plain batched matrix products, forward and backward, which the CPU backend runs
-    without transposed copies.
-    """
-    grouped = _grouped(q_BxPxHxC, k_BxNxKxC.shape[2]) * (q_BxPxHxC.shape[-1] ** -0.5)
-    return grouped, k_BxNxKxC.transpose(0, 2, 1, 3), v_BxNxKxC.transpose(0, 2, 1, 3)
-
-
-def _scores(q_BxKxGPxC: jax.Array, k_BxKxNxC: jax.Array, visible_BxPxN: jax.Array) -> jax.Array:
-    """[B, K, G P, N], float32 or wider, MASKED where not visible."""
-    wide = jnp.promote_types(q_BxKxGPxC.dtype, jnp.float32)
-    scores = jnp.einsum("bkqc,bknc->bkqn", q_BxKxGPxC, k_BxKxNxC, preferred_element_type=wide)
-    copies = q_BxKxGPxC.shape[2] // visible_BxPxN.shape[1]
-    return jnp.where(jnp.tile(visible_BxPxN, (1, copies, 1))[:, None], scores, MASKED)
-
-
-def _recomputed_forward(q: jax.Array, k: jax.Array, v: jax.Array, visible_BxPxN: jax.Array) -> Any:
-    length, dtype = q.shape[1], q.dtype
-    q, k, v = _heads_first(q, k, v)
-    scores = _scores(q, k, visible_BxPxN)
-    largest = jnp.max(scores, axis=-1, keepdims=True)
-    weights = jnp.exp(scores - largest)
-    total = jnp.sum(weights, axis=-1, keepdims=True)
-    mixed = jnp.einsum("bkqn,bknc->bkqc", weights.astype(dtype), v, preferred_element_type=total.dtype) / total
-    return _ungrouped(mixed.astype(dtype), length), (q, k, v, visible_BxPxN, largest + jnp.log(total), mixed)
-
-
-def _recomputed_backward(kept: Any, d_mixed: jax.Array) -> Any:
-    q, k, v, visible_BxPxN, logsumexp, mixed = kept
-    dtype, length = q.dtype, d_mixed.shape[1]
-    d_mixed = _grouped(d_mixed, k.shape[1])
+def _in_blocks_backward(plan: Plan, kept: Any, d_out: jax.Array) -> Any:
+    q, k, v, where, logsumexp, out = kept
     product = functools.partial(jnp.einsum, preferred_element_type=logsumexp.dtype)
-    weights = jnp.exp(_scores(q, k, visible_BxPxN) - logsumexp)
-    d_v = product("bkqn,bkqc->bknc", weights.astype(dtype), d_mixed)
-    d_weights = product("bkqc,bknc->bkqn", d_mixed, v)
-    d_scores = weights * (d_weights - jnp.sum(d_mixed * mixed, axis=-1, keepdims=True))
-    d_scores = d_scores.astype(dtype)
-    d_q = product("bkqn,bknc->bkqc", d_scores, k) * (q.shape[-1] ** -0.5)
-    d_k = product("bkqn,bkqc->bknc", d_scores, q)
-    d_k, d_v = (array.astype(dtype).transpose(0, 2, 1, 3) for array in (d_k, d_v))
-    return _ungrouped(d_q.astype(dtype), length), d_k, d_v, None
+    # The part of the softmax's gradient that is the same for all keys.
+    common = jnp.sum(d_out.astype(logsumexp.dtype) * out, axis=-1, keepdims=True)
+    d_q: list[jax.Array] = []
+    d_k: list[Any] = [0.0] * len(k)
+    d_v: list[Any] = [0.0] * len(v)
+    for block in plan:
+        first, begin, end = block
+        q_BxKxGxpxC, k_BxKxnxC, v_BxKxnxC, visible_Bxpxn = _block(q, k, v, where, block)
+        d_out_b, logsumexp_b, common_b = (_flat(array[:, :, :, begin:end]) for array in (d_out, logsumexp, common))
+        weights = jnp.exp(_scores(q_BxKxGxpxC, k_BxKxnxC, visible_Bxpxn) - logsumexp_b)
+        d_weights = product("bkqc,bknc->bkqn", d_out_b, v_BxKxnxC)
+        d_scores = (weights * (d_weights - common_b)).astype(q.dtype)
+        d_q.append(product("bkqn,bknc->bkqc", d_scores, k_BxKxnxC).reshape(q_BxKxGxpxC.shape))
+        d_k_block = product("bkqn,bkqc->bknc", d_scores, _flat(q_BxKxGxpxC))
+        d_v_block = product("bkqn,bkqc->bknc", weights.astype(q.dtype), d_out_b)
+        for total, part in ((d_k, d_k_block), (d_v, d_v_block)):
+            for index, piece in enumerate(jnp.split(part, len(k), axis=2)):
+                total[index] += jnp.pad(piece, ((0, 0), (0, 0), (first, k[0].shape[2] - end), (0, 0)))
+    d_kv = (tuple(array.astype(q.dtype) for array in pieces) for pieces in (d_k, d_v))
+    return jnp.concatenate(d_q, axis=3).astype(q.dtype), *d_kv, (None, None, None)
 
 
-_recomputed.defvjp(_recomputed_forward, _recomputed_backward)
+_in_blocks.defvjp(_in_blocks_forward, _in_blocks_backward)
+
+
+def _block(q: jax.Array, k: Pieces, v: Pieces, where: Where, block: tuple[int, int, int]) -> Any:
+    """A block's queries, the keys and values it may see, and which of them it does."""
+    (first, begin, end), (queries_BxP, keys_BxSxP, window) = block, where
+    k_BxKxnxC, v_BxKxnxC = (jnp.concatenate([piece[:, :, first:end] for piece in pieces], 2) for pieces in (k, v))
+    keys_Bxn = keys_BxSxP[:, :, first:end].reshape(len(keys_BxSxP), -1)
+    return q[:, :, :, begin:end], k_BxKxnxC, v_BxKxnxC, visible(queries_BxP[:, begin:end], keys_Bxn, window)
+
+
+def _in_subsets(pieces: Sequence[jax.Array], subsets: int) -> Pieces:
+    """Keys or values as S pieces."""
+    return tuple(jnp.split(pieces[0], subsets, axis=2)) if len(pieces) == 1 else tuple(pieces)
+
+
+def _grouped(q_BxPxHxC: jax.Array, kv_heads: int) -> jax.Array:
+    """Queries by the KV head that serves them, scaled by 1/√C: [B, K, G, P, C]."""
+    rows, length, heads, width = q_BxPxHxC.shape
+    in_groups = q_BxPxHxC.reshape(rows, length, kv_heads, heads // kv_heads, width)
+    return in_groups.transpose(0, 2, 3, 1, 4) * (width**-0.5)
+
+
+def _ungrouped(x_BxKxGxPxC: jax.Array) -> jax.Array:
+    """[B, P, H, C]."""
+    rows, kv_heads, groups, length, width = x_BxKxGxPxC.shape
+    return x_BxKxGxPxC.transpose(0, 3, 1, 2, 4).reshape(rows, length, kv_heads * groups, width)
+
+
+def _flat(x_BxKxGxPxC: jax.Array) -> jax.Array:
+    """The queries of one KV head as one matrix: [B, K, G P, C]."""
+    return x_BxKxGxPxC.reshape(*x_BxKxGxPxC.shape[:2], -1, x_BxKxGxPxC.shape[-1])
+
+
+def _scores(q_BxKxGxPxC: jax.Array, k_BxKxNxC: jax.Array, visible_BxPxN: jax.Array) -> jax.Array:
+    """[B, K, G P, N], float32 or wider, MASKED where not visible."""
+    wide = jnp.promote_types(q_BxKxGxPxC.dtype, jnp.float32)
+    scores = jnp.einsum("bkqc,bknc->bkqn", _flat(q_BxKxGxPxC), k_BxKxNxC, preferred_element_type=wide)
+    return jnp.where(jnp.tile(visible_BxPxN, (1, q_BxKxGxPxC.shape[2], 1))[:, None], scores, MASKED)

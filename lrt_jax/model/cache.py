@@ -71,7 +71,7 @@ def write(cache: Cache, fresh: tuple[KV, ...], positions_BxP: jax.Array) -> Cach
 
     Args:
       cache: before them.
-      fresh: a tuple of L :class:`KV` with leaves [B, P, K, C], as a forward returns them.
+      fresh: a tuple of L :class:`KV` with leaves [B, K, P, C], as a forward returns them.
       positions_BxP: int32, each row's next positions, ascending; EMPTY in columns where a row rests.
     """
     after_B = cache.position_B + jnp.sum(positions_BxP != EMPTY, axis=1, dtype=jnp.int32)
@@ -85,7 +85,7 @@ def write(cache: Cache, fresh: tuple[KV, ...], positions_BxP: jax.Array) -> Cach
         slot_BxP = jnp.where(kept_BxP, positions_BxP % slots, slots + columns_1xP)
         return KV(
             *(
-                old.at[rows_Bx1, :, slot_BxP].set(array, mode="drop", unique_indices=True)
+                old.at[rows_Bx1, :, slot_BxP].set(jnp.swapaxes(array, 1, 2), mode="drop", unique_indices=True)
                 for old, array in zip(ring, new, strict=True)
             )
         )
@@ -95,8 +95,8 @@ def write(cache: Cache, fresh: tuple[KV, ...], positions_BxP: jax.Array) -> Cach
 
 def attend(
     q_BxPxHxC: jax.Array,
-    k_BxPxKxC: jax.Array,
-    v_BxPxKxC: jax.Array,
+    k_BxKxPxC: jax.Array,
+    v_BxKxPxC: jax.Array,
     queries_BxP: jax.Array,
     keys_BxP: jax.Array,
     window: jax.Array | int,
@@ -107,8 +107,8 @@ def attend(
 
     Args:
       q_BxPxHxC: queries, H heads.
-      k_BxPxKxC: their own keys.
-      v_BxPxKxC: their own values.
+      k_BxKxPxC: their own keys.
+      v_BxKxPxC: their own values.
       queries_BxP: int32 positions; EMPTY where a row rests, whose result means nothing.
       keys_BxP: the same.
       window: how many positions before itself a query sees.
@@ -128,9 +128,9 @@ def attend(
 
     past, own = (
         scores("bpkgc,bknc->bkgpn", held.kv.k, held.positions_BxN),
-        scores("bpkgc,bnkc->bkgpn", k_BxPxKxC, keys_BxP),
+        scores("bpkgc,bknc->bkgpn", k_BxKxPxC, keys_BxP),
     )
     weights = jax.nn.softmax(jnp.concatenate([past, own], axis=-1), axis=-1).astype(q.dtype)
     mixed = jnp.einsum("bkgpn,bknc->bpkgc", weights[..., :slots], held.kv.v)
-    mixed += jnp.einsum("bkgpn,bnkc->bpkgc", weights[..., slots:], v_BxPxKxC)
+    mixed += jnp.einsum("bkgpn,bknc->bpkgc", weights[..., slots:], v_BxKxPxC)
     return mixed.reshape(rows, length, heads, width)

@@ -20,21 +20,22 @@ from lrt_jax.model.memory import KV, Refreshable
 from lrt_jax.model.parameters import table, unstack
 from lrt_jax.setup.config import ModelConfig
 
-# Slots are the third axis from the end in every leaf of a buffer's kv: [(L,) B, N, K, C].
-SLOTS = -3
+# Slots are the last axis but one in every leaf of a buffer's pieces: [(L,) B, K, N, C].
+SLOTS = -2
 
 
 class Buffer(struct.PyTreeNode):
     """Keys and values of every layer, after gates, RoPE and QK norm: the shared buffer, or a KV cache.
 
     Attributes:
-      kv: a tuple of L :class:`KV` with leaves [B, N, K, C]; with ``scan_layers`` one KV with leaves
-        [L, B, N, K, C].
+      pieces: its N slots, in one piece or in several of the same size. A piece is a tuple of L :class:`KV` with
+        leaves [B, K, N, C], or with ``scan_layers`` one KV with leaves [L, B, K, N, C]. A forward that fills a
+        whole piece takes its place, where within a piece it would have to copy what others still need.
       positions_BxN: int32, the position each slot holds, ``attention.EMPTY`` where none; the first axis
         is 1 where all rows are alike.
     """
 
-    kv: Any
+    pieces: tuple[Any, ...]
     positions_BxN: jax.Array
 
 
@@ -43,11 +44,11 @@ class Embedded(NamedTuple):
 
     Attributes:
       x0_BxPxD: x⁰ = norm(E[token]).
-      values_ExBxPxKxC: VE[token] of the E layers that have a table; None without value embeddings.
+      values_ExBxPxKxC: VE[token] of the E layers that have a table, stacked or a tuple; None without value embeddings.
     """
 
     x0_BxPxD: jax.Array
-    values_ExBxPxKxC: jax.Array | None
+    values_ExBxPxKxC: Any
 
 
 class Forward(NamedTuple):
@@ -59,7 +60,7 @@ class Forward(NamedTuple):
       buffer: the buffer given with this forward's keys and values written in, or, where none was given,
         just these.
       refreshable: where asked for, what :meth:`Decoder.refresh` starts from: a tuple of L
-        :class:`Refreshable`, or one stacked as the buffer's kv.
+        :class:`Refreshable`, or one stacked as the buffer's pieces.
     """
 
     hidden_BxPxD: jax.Array
@@ -70,14 +71,14 @@ class Forward(NamedTuple):
 
 def empty_buffer(config: ModelConfig, rows: int, slots: int) -> Buffer:
     """A buffer with nothing in it: N = ``slots`` for each of B = ``rows`` sequences."""
-    shape = (rows, slots, config.kv_heads, config.head_width)
+    shape = (rows, config.kv_heads, slots, config.head_width)
     positions_BxN = jnp.full((rows, slots), attention.EMPTY, jnp.int32)
 
     def zeros(*layers: int) -> KV:  # two arrays, not one twice: a buffer can be donated
         return KV(*(jnp.zeros((*layers, *shape), compute_dtype(config)) for _ in range(2)))
 
     kv = zeros(config.layers) if config.scan_layers else tuple(zeros() for _ in range(config.layers))
-    return Buffer(kv, positions_BxN)
+    return Buffer((kv,), positions_BxN)
 
 
 class Decoder(nn.Module):
@@ -157,10 +158,16 @@ class Decoder(nn.Module):
             keep_refreshable=keep_refreshable,
         )
         own = _per_layer(config, arrays, embedded.values_ExBxPxKxC)
-        kv = cache.held(past) if past is not None else None if buffer is None else buffer.kv
-        x_BxPxD, source_BxPxD, kv, refreshable = _run_layers(context, x0_BxPxD, own, kv)
+        pieces = None if buffer is None else buffer.pieces
+        before: Any = pieces  # by layer, or stacked where layers are scanned
+        if past is not None:
+            before = cache.held(past)
+        elif pieces is not None and not config.scan_layers:
+            before = list(zip(*pieces, strict=True))
+        x_BxPxD, source_BxPxD, fresh, refreshable = _run_layers(context, x0_BxPxD, own, before)
         hidden_BxPxD = layers.rms_norm(x_BxPxD)
-        return Forward(hidden_BxPxD, layers.rms_norm(source_BxPxD), Buffer(kv, positions_BxN), refreshable)
+        written = Buffer((fresh,) if pieces is None else _write(pieces, fresh, slot), positions_BxN)
+        return Forward(hidden_BxPxD, layers.rms_norm(source_BxPxD), written, refreshable)
 
     def refresh(self, refreshable: Any, memory_BxPxD: jax.Array, positions_BxP: jax.Array) -> Any:
         """Keys and values of every layer under the latest memory (method.md, "KV refresh").
@@ -171,7 +178,7 @@ class Decoder(nn.Module):
           positions_BxP: int32; the first axis may be 1.
 
         Returns:
-          A buffer's ``kv``.
+          A piece of a buffer.
         """
         config, arrays = self.config, self.parameters
         dtype = compute_dtype(config)
@@ -245,9 +252,7 @@ def _shared_projection(config: ModelConfig, memory_BxPxD: jax.Array | None, arra
     return memory.project(memory_BxPxD, arrays["memory_key"], arrays["memory_value"])
 
 
-def _per_layer(
-    config: ModelConfig, arrays: dict[str, jax.Array], values_ExBxPxKxC: jax.Array | None
-) -> dict[str, jax.Array]:
+def _per_layer(config: ModelConfig, arrays: dict[str, Any], values_ExBxPxKxC: Any) -> dict[str, jax.Array]:
     """What each layer has of its own, every array with a leading layer axis."""
     own = {
         name: arrays[name]
@@ -260,21 +265,36 @@ def _per_layer(
     if values_ExBxPxKxC is not None:
         for name, array in (("value_embedding", values_ExBxPxKxC), ("value_gate", arrays["value_gate"])):
             # Layers without a table get zeros, which add exactly nothing, so that all layers are alike.
-            if not isinstance(array, tuple) and len(owners) < config.layers:
+            if len(array) < config.layers and isinstance(array, tuple):
+                given, absent = dict(zip(owners, array, strict=True)), jnp.zeros_like(array[0])
+                array = tuple(given.get(layer, absent) for layer in range(config.layers))
+            elif len(array) < config.layers:
                 absent = jnp.zeros((config.layers, *array.shape[1:]), array.dtype)
                 array = absent.at[jnp.asarray(owners)].set(array)
             own[name] = array
     return own
 
 
+def _write(pieces: tuple[Any, ...], fresh: Any, slot: jax.Array | int) -> tuple[Any, ...]:
+    """The pieces with P fresh positions at ``slot``: within the only piece, or, of several, in place of one."""
+    length = jax.tree.leaves(fresh)[0].shape[SLOTS]
+    if len(pieces) == 1:
+        put = functools.partial(lax.dynamic_update_slice_in_dim, start_index=slot, axis=SLOTS)
+        return (jax.tree.map(put, pieces[0], fresh),)
+    return tuple(
+        jax.tree.map(lambda old, new, here=slot == index * length: jnp.where(here, new, old), piece, fresh)
+        for index, piece in enumerate(pieces)
+    )
+
+
 def _layer(
     context: _Context,
     x_BxPxD: jax.Array,
     own: dict[str, jax.Array],
-    kv: KV | cache.Held | None,
+    before: tuple[KV, ...] | cache.Held | None,
     farthest: int | None = None,
 ) -> tuple[jax.Array, KV, Refreshable | None]:
-    """One layer: its output, the keys and values that it leaves in the buffer, and, if asked for, its refreshable.
+    """One layer: its output, its keys and values for the buffer, and, if asked for, its refreshable.
 
     ``farthest`` is the layer's window, where it is known while tracing.
     """
@@ -295,37 +315,41 @@ def _layer(
     if context.keep_refreshable and memory_gate is not None:
         refreshable = Refreshable(fresh.k, fresh.v, memory_gate)
     q_BxPxHxC = layers.rms_norm(layers.rope(q_BxPxHxC, *context.rope))
-    fresh = KV(layers.rms_norm(layers.rope(fresh.k, *context.rope)), fresh.v)
-    attend = attention.attend
-    if isinstance(kv, cache.Held):
-        attend = functools.partial(cache.attend, held=kv)
-    if isinstance(kv, KV):
-        fresh = jax.tree.map(lambda old, new: lax.dynamic_update_slice_in_dim(old, new, context.slot, SLOTS), kv, fresh)
+    fresh = KV(layers.rms_norm(layers.rope(fresh.k, *context.rope)), fresh.v).heads_first
+    held = before if isinstance(before, cache.Held) else None
+    seen = (fresh,) if before is None or held is not None else _write(before, fresh, context.slot)
+    k, v = (tuple(getattr(piece, name) for piece in seen) for name in KV._fields)
+    where = (context.queries_BxP, context.keys_BxN, own["window"])
     if context.subsets is not None:
         # The window is traced where layers are scanned; the widest of all layers is known.
         farthest = max(config.windows) if farthest is None else farthest
-        attend = functools.partial(attention.attend_in_blocks, subsets=context.subsets, farthest=farthest)
-    mixed_BxPxHxC = attend(q_BxPxHxC, *fresh, context.queries_BxP, context.keys_BxN, own["window"])
+        mixed_BxPxHxC = attention.attend_in_blocks(q_BxPxHxC, k, v, *where, subsets=context.subsets, farthest=farthest)
+    else:
+        attend = attention.attend if held is None else functools.partial(cache.attend, held=held)
+        mixed_BxPxHxC = attend(q_BxPxHxC, *(jnp.concatenate(parts, axis=SLOTS) for parts in (k, v)), *where)
     x_BxPxD = x_BxPxD + layers.linear(mixed_BxPxHxC, own["output"], inputs=2)
     x_BxPxD = x_BxPxD + layers.mlp(layers.rms_norm(x_BxPxD), own["mlp_in"], own["mlp_out"])
     return x_BxPxD, fresh, refreshable
 
 
 def _run_layers(
-    context: _Context, x_BxPxD: jax.Array, own: dict[str, jax.Array], kv: Any
+    context: _Context, x_BxPxD: jax.Array, own: dict[str, jax.Array], before: Any
 ) -> tuple[jax.Array, jax.Array, Any, Any]:
-    """All layers in turn, scanned or unrolled: last output, source layer's output, the buffer's kv, refreshable."""
+    """All layers in turn, scanned or unrolled: last output, source layer's output, fresh piece, refreshable.
+
+    ``before`` is what each layer has of other positions: a list of L, or stacked where layers are scanned.
+    """
     config = context.config
 
     def body(
         carry: tuple[jax.Array, jax.Array],
-        layer: tuple[dict[str, jax.Array], KV | cache.Held | None],
+        layer: tuple[dict[str, jax.Array], tuple[KV, ...] | cache.Held | None],
         farthest: int | None = None,
     ) -> Any:
         x_BxPxD, source_BxPxD = carry
-        x_BxPxD, kv, refreshable = _layer(context, x_BxPxD, *layer, farthest)
+        x_BxPxD, fresh, refreshable = _layer(context, x_BxPxD, *layer, farthest)
         source_BxPxD = jnp.where(layer[0]["index"] == config.source_index, x_BxPxD, source_BxPxD)
-        return (x_BxPxD, source_BxPxD), (kv, refreshable)
+        return (x_BxPxD, source_BxPxD), (fresh, refreshable)
 
     def step_of(farthest: int | None) -> Any:
         bound = functools.partial(body, farthest=farthest)
@@ -333,12 +357,12 @@ def _run_layers(
 
     carry = (x_BxPxD, jnp.zeros_like(x_BxPxD))
     if config.scan_layers:
-        carry, (kv, refreshable) = lax.scan(step_of(None), carry, (own, kv))
+        carry, (fresh, refreshable) = lax.scan(step_of(None), carry, (own, before))
     else:
         produced = []
         for index, layer_own in enumerate(unstack(own, config.layers)):
-            layer = (layer_own, None if kv is None else kv[index])
+            layer = (layer_own, None if before is None else before[index])
             carry, layer_produced = step_of(config.windows[index])(carry, layer)
             produced.append(layer_produced)
-        kv, refreshable = zip(*produced, strict=True)
-    return *carry, kv, refreshable
+        fresh, refreshable = zip(*produced, strict=True)
+    return *carry, fresh, refreshable

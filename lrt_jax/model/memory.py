@@ -13,10 +13,16 @@ from lrt_jax.model.layers import linear, rms_norm, rope
 
 
 class KV(NamedTuple):
-    """Keys and values of one layer (or of all, stacked): [..., B, N, K, C] each."""
+    """Keys and values of one layer (or of all, stacked): [..., B, K, N, C] each in a buffer, and where they are
+    made, positions before heads, [B, P, K, C]."""
 
     k: jax.Array
     v: jax.Array
+
+    @property
+    def heads_first(self) -> "KV":
+        """[B, P, K, C] as [B, K, P, C]."""
+        return KV(jnp.swapaxes(self.k, -3, -2), jnp.swapaxes(self.v, -3, -2))
 
 
 class Refreshable(NamedTuple):
@@ -114,7 +120,7 @@ def refresh(stale: Refreshable, projected: KV, rope_tables: tuple[jax.Array, jax
     """KV refresh (method.md): keys and values under the latest memory, the layer not recomputed.
 
     Both are linear in the memory, so g_mem ⊙ U m is added to what they were under zero memory; k then passes
-    RoPE and QK norm again.
+    RoPE and QK norm again. The result is heads first, as a buffer holds it.
     """
     k = rms_norm(rope(stale.k + stale.gate * projected.k, *rope_tables))
-    return KV(k, stale.v + stale.gate * projected.v)
+    return KV(k, stale.v + stale.gate * projected.v).heads_first

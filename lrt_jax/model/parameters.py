@@ -116,35 +116,32 @@ def _memory_table(config: ModelConfig, fan_in: Initializer) -> dict[str, Paramet
     return parameters
 
 
-def by_layer(config: ModelConfig, params: dict[str, Any], dtype: jnp.dtype) -> dict[str, Any]:
-    """The parameters as decoding wants them: every stack as a tuple of one array per layer, matrices in ``dtype``.
+def by_layer(config: ModelConfig, params: dict[str, Any], dtype: jnp.dtype | None = None) -> dict[str, Any]:
+    """The parameters with every stack as a tuple of one array per layer; with ``dtype``, matrices cast to it.
 
-    A step for one token reads each weight once, so cutting them out of a stack, or casting them, in every step would
-    cost as much as the step. The decoder takes either form.
+    The decoder takes either form. A step of decoding reads each weight once, so cutting them out of a stack, or casting
+    them, in every step would cost as much as the step; and forwards that share what was cut out add up its
+    gradients layer by layer, where each would fill a stack.
     """
     spec = table(config)
+    if any(isinstance(array, tuple) for array in params.values()):
+        return params  # they are so already
     ready: dict[str, Any] = {}
     for name, array in params.items():
-        if isinstance(array, tuple):
-            return params  # they are so already
         matrix = spec[name].group in ("matrix", "embedding", "head")
-        array = array.astype(dtype) if matrix else array
+        array = array.astype(dtype) if matrix and dtype is not None else array
         if spec[name].axes[0] == "layers" and name != "value_embedding":  # which is looked up for all layers at once
-            array = tuple(array[index] for index in range(len(array)))
+            array = cut(array)
         ready[name] = array
-    if "value_gate" in ready:  # layers without a table get zeros
-        gates = dict(zip(config.value_embedding_layers, ready["value_gate"], strict=True))
-        absent = jnp.zeros_like(ready["value_gate"][0])
-        ready["value_gate"] = tuple(gates.get(layer, absent) for layer in range(config.layers))
     return ready
 
 
+def cut(stack: jax.Array) -> tuple[jax.Array, ...]:
+    """One array per layer. ``lax.split``'s gradient is one concatenation; indexing's would be L padded sums."""
+    return tuple(jnp.squeeze(part, axis=0) for part in lax.split(stack, [1] * len(stack), axis=0))
+
+
 def unstack(stacks: dict[str, Any], layers: int) -> list[dict[str, jax.Array]]:
-    """One tree per layer. ``lax.split``'s gradient is one concatenation; indexing's would be L padded sums."""
-    pieces = {
-        name: stack
-        if isinstance(stack, tuple)
-        else [jnp.squeeze(part, axis=0) for part in lax.split(stack, [1] * layers, axis=0)]
-        for name, stack in stacks.items()
-    }
+    """One tree per layer."""
+    pieces = {name: stack if isinstance(stack, tuple) else cut(stack) for name, stack in stacks.items()}
     return [{name: parts[index] for name, parts in pieces.items()} for index in range(layers)]

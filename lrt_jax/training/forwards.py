@@ -4,11 +4,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
+from lrt_jax.model import parameters
 from lrt_jax.model.attention import EMPTY
 from lrt_jax.model.backend import compute_dtype
-from lrt_jax.model.decoder import Buffer, Decoder, Embedded, Forward, empty_buffer
+from lrt_jax.model.decoder import SLOTS, Buffer, Decoder, Embedded, Forward, empty_buffer
 from lrt_jax.model.head import cross_entropy
 from lrt_jax.training.partitions import Partition, Strided
 
@@ -44,15 +46,38 @@ def forward(
     )
 
 
-def embed(decoder: Decoder, params: Any, tokens_BxT: jax.Array) -> Embedded:
-    """The tokens looked up, for all forwards of a schedule."""
-    return decoder.apply({"params": params}, tokens_BxT, method=Decoder.embed)
+def by_layer(decoder: Decoder, params: Any) -> Any:
+    """The parameters as several forwards should share them: cut up once, unless layers are scanned."""
+    return params if decoder.config.scan_layers else parameters.by_layer(decoder.config, params)
+
+
+def embed(decoder: Decoder, params: Any, *tokens_BxT: jax.Array) -> list[Embedded]:
+    """Rows of tokens, as many as a schedule's forwards want, all looked up at once."""
+    looked_up = decoder.apply({"params": params}, jnp.concatenate(tokens_BxT, axis=1), method=Decoder.embed)
+    if not decoder.config.scan_layers and looked_up.values_ExBxPxKxC is not None:
+        looked_up = looked_up._replace(values_ExBxPxKxC=parameters.cut(looked_up.values_ExBxPxKxC))
+    edges = np.cumsum([rows.shape[1] for rows in tokens_BxT])[:-1]
+    leaves, structure = jax.tree.flatten(looked_up)
+    cut = [jnp.split(leaf, edges, axis=_positions_axis(leaf)) for leaf in leaves]
+    return [jax.tree.unflatten(structure, parts) for parts in zip(*cut, strict=True)]
+
+
+def _positions_axis(embedded: jax.Array) -> int:
+    """x⁰ is [B, P, D], value embeddings are [(E,) B, P, K, C]."""
+    return 1 if embedded.ndim == 3 else embedded.ndim - 3
 
 
 def initialization(decoder: Decoder, params: Any, embedded: Embedded, *, keep_refreshable: bool = False) -> Forward:
     """The full forward with zero memory."""
     positions_T = jnp.arange(embedded.x0_BxPxD.shape[1])
     return forward(decoder, params, embedded, positions_T, None, None, 0, subsets=1, keep_refreshable=keep_refreshable)
+
+
+def in_pieces(piece: Any, count: int) -> tuple[Any, ...]:
+    """A buffer's only piece cut into ``count`` of the same size, along its slots."""
+    leaves, structure = jax.tree.flatten(piece)
+    cut = [jnp.split(leaf, count, axis=SLOTS) for leaf in leaves]
+    return tuple(jax.tree.unflatten(structure, parts) for parts in zip(*cut, strict=True))
 
 
 def subset_forwards(
@@ -72,10 +97,10 @@ def subset_forwards(
     Args:
       decoder: the model.
       params: its parameters.
-      embedded: the inputs, looked up.
+      embedded: the inputs, looked up, in slot order.
       targets_BxT: int targets.
       partition: the subsets.
-      shared: the buffer, in slot order; it may be empty.
+      shared: the buffer, in slot order, in one piece or one for each subset; it may be empty.
       sources_BxTxD: source states, in slot order; 0 where there is none yet.
       refreshable: for KV refresh, in slot order.
       unroll: unroll the scan.
@@ -98,14 +123,18 @@ def subset_forwards(
         refreshed = decoder.apply(
             {"params": params}, refreshable, memory_BxTxD, positions_T[None], method=Decoder.refresh
         )
-        visited_Tx1x1 = (jnp.arange(len(positions_T)) < slot)[:, None, None]
+        visited_Tx1 = (jnp.arange(len(positions_T)) < slot)[:, None]
+        visited, latest = (in_pieces(array, len(buffer.pieces)) for array in (visited_Tx1, refreshed))
         # The mask has as many axes as a buffer's leaf, whatever that is: nothing is broadcast by rank.
-        kv = jax.tree.map(
-            lambda old, new: jnp.where(visited_Tx1x1.reshape((1,) * (old.ndim - 3) + visited_Tx1x1.shape), old, new),
-            buffer.kv,
-            refreshed,
+        pieces = tuple(
+            jax.tree.map(
+                lambda old, new, mask=mask: jnp.where(mask.reshape((1,) * (old.ndim - 2) + mask.shape), old, new),
+                piece,
+                fresh,
+            )
+            for piece, fresh, mask in zip(buffer.pieces, latest, visited, strict=True)
         )
-        return Buffer(kv, buffer.positions_BxN)
+        return Buffer(pieces, buffer.positions_BxN)
 
     def subset_forward(carry: tuple[Buffer, jax.Array], xs: dict[str, Any]) -> Any:
         buffer, sources_BxTxD = carry
@@ -126,13 +155,11 @@ def subset_forwards(
         losses_BxP = token_losses(decoder, params, out.hidden_BxPxD, xs["targets_BxP"])
         return (out.buffer, sources_BxTxD), losses_BxP
 
+    def by_subset(array: jax.Array) -> jax.Array:
+        return jnp.stack(jnp.split(array, partition.subsets, axis=_positions_axis(array)))
+
     xs = {
-        "embedded": Embedded(
-            jnp.moveaxis(partition.split(embedded.x0_BxPxD, 1), 1, 0),
-            None
-            if embedded.values_ExBxPxKxC is None
-            else jnp.moveaxis(partition.split(embedded.values_ExBxPxKxC, 2), 2, 0),
-        ),
+        "embedded": jax.tree.map(by_subset, embedded),
         "targets_BxP": jnp.moveaxis(partition.split(targets_BxT, 1), 1, 0),
         "positions_P": jnp.asarray(partition.positions_SxP),
         "previous_slots_P": jnp.asarray(partition.previous_slots_SxP),
@@ -154,7 +181,9 @@ def subset_forwards_alone(
 ) -> tuple[jax.Array, jax.Array]:
     """Subset forwards without an initialization forward: the buffer and the memory begin empty."""
     config, (rows, length) = decoder.config, tokens_BxT.shape
-    empty = Buffer(empty_buffer(config, rows, length).kv, jnp.full((1, length), EMPTY, jnp.int32))
+    (whole,) = empty_buffer(config, rows, length).pieces
+    empty = Buffer(in_pieces(whole, partition.subsets if unroll else 1), jnp.full((1, length), EMPTY, jnp.int32))
     sources_BxTxD = jnp.zeros((rows, length, config.width), compute_dtype(config))
-    embedded = embed(decoder, params, tokens_BxT)
+    params = by_layer(decoder, params)
+    (embedded,) = embed(decoder, params, partition.in_slots(tokens_BxT, 1))
     return subset_forwards(decoder, params, embedded, targets_BxT, partition, empty, sources_BxTxD, unroll=unroll)

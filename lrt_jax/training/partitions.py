@@ -49,6 +49,10 @@ class Partition:
         shape = (*array.shape[:axis], *self.positions_SxP.shape, *array.shape[axis + 1 :])
         return jnp.take(array, self.positions_SxP.reshape(-1), axis=axis).reshape(shape)
 
+    def in_slots(self, array: jax.Array, axis: int) -> jax.Array:
+        """The same array with the T positions of ``axis`` in slot order."""
+        return self.split(array, axis).reshape(array.shape)
+
     def merge(self, array: jax.Array, axis: int) -> jax.Array:
         """Turns the axes S (at ``axis``) and P (the next) back into T positions in natural order."""
         axis %= array.ndim

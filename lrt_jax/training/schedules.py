@@ -92,7 +92,7 @@ def plain(
     weights: tuple[float, ...] = (),
 ) -> Outcome:
     """One forward with zero memory: the baseline, and the initialization forward of other schedules."""
-    forward = forwards.initialization(decoder, params, forwards.embed(decoder, params, tokens_BxT))
+    forward = forwards.initialization(decoder, params, forwards.embed(decoder, params, tokens_BxT)[0])
     losses_BxT = forwards.token_losses(decoder, params, forward.hidden_BxPxD, targets_BxT)
     return _outcome(losses_BxT[None], jnp.ones((1, tokens_BxT.shape[1]), bool), forward.source_BxPxD, weights)
 
@@ -125,24 +125,26 @@ def interleaved(
       unroll: unroll the scan over subsets; the same numbers, compiled longer and run faster.
       weights: of the 1 + S forwards' losses; empty for equal.
     """
-    embedded = forwards.embed(decoder, params, tokens_BxT)
-    first = forwards.initialization(decoder, params, embedded, keep_refreshable=kv_refresh)
+    params = forwards.by_layer(decoder, params)
+    # Both orders are looked up at once: reordering what was looked up would copy far more than ids.
+    natural, in_slots = forwards.embed(decoder, params, tokens_BxT, partition.in_slots(tokens_BxT, 1))
+    first = forwards.initialization(decoder, params, natural, keep_refreshable=kv_refresh)
     init_losses_BxT = forwards.token_losses(decoder, params, first.hidden_BxPxD, targets_BxT)
 
-    def slot_order(array: jax.Array, axis: int) -> jax.Array:
-        return partition.split(array, axis).reshape(array.shape)
-
-    positions_1xT = jnp.asarray(partition.positions_SxP.reshape(1, -1))
-    shared = Buffer(jax.tree.map(lambda x: slot_order(x, SLOTS), first.buffer.kv), positions_1xT)
-    refreshable = jax.tree.map(lambda x: slot_order(x, SLOTS), first.refreshable)
+    (computed,) = first.buffer.pieces
+    whole = jax.tree.map(lambda x: partition.in_slots(x, SLOTS), computed)
+    # Unrolled, a subset's keys and values take the place of a piece, and nothing of the buffer is copied.
+    pieces = forwards.in_pieces(whole, partition.subsets if unroll else 1)
+    # Positions come before heads in what keys and values are refreshed from.
+    refreshable = jax.tree.map(lambda x: partition.in_slots(x, -3), first.refreshable)
     losses_BxT, sources_BxTxD = forwards.subset_forwards(
         decoder,
         params,
-        embedded,
+        in_slots,
         targets_BxT,
         partition,
-        shared,
-        slot_order(first.source_BxPxD, 1),
+        Buffer(pieces, jnp.asarray(partition.positions_SxP.reshape(1, -1))),
+        partition.in_slots(first.source_BxPxD, 1),
         refreshable=refreshable if kv_refresh else None,
         unroll=unroll,
     )
@@ -178,7 +180,8 @@ def multi_refinement(
       weights: of the K + 1 forwards' losses; empty for equal.
     """
     positions_T = jnp.arange(tokens_BxT.shape[1])
-    embedded = forwards.embed(decoder, params, tokens_BxT)
+    params = forwards.by_layer(decoder, params)
+    (embedded,) = forwards.embed(decoder, params, tokens_BxT)
     first = forwards.initialization(decoder, params, embedded)
     init_losses_BxT = forwards.token_losses(decoder, params, first.hidden_BxPxD, targets_BxT)
 
