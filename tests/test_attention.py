@@ -53,8 +53,8 @@ def test_blocks_that_are_hidden_are_not_computed():
         return attention.attend_in_blocks(q, [k], [v], queries, keys, 6, subsets=1, farthest=6, block=6)
 
     shapes = [eqn.outvars[0].aval.shape for eqn in products(jax.make_jaxpr(run)(q, k, v).jaxpr)]
-    # Of 24 keys, each block of 6 queries meets its own 6 and, but for the first block, the 6 before.
-    assert shapes[::2] == [(2, 2, 6, 6), (2, 2, 6, 12), (2, 2, 6, 12), (2, 2, 6, 12)]
+    # Of 24 keys, each block of 6 queries meets its own 6 and, but for the first block, the 6 before: 7 of 16 tiles.
+    assert shapes.count((2, 2, 6, 6)) == 7 and len(shapes) == 14
 
 
 def products(jaxpr):

@@ -8,9 +8,10 @@ Keys and values have heads before positions, [B, K, N, C], in the buffer too: pr
 matrix products, and no subset forward transposes the whole buffer again.
 """
 
+import collections
 import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -21,8 +22,10 @@ import numpy as np
 EMPTY = np.iinfo(np.int32).max
 # The score of a key that a query does not see: finite, so that a query that sees none gives no NaN.
 MASKED = -1e30
-# Queries in a block, about: on 2 CPU cores 64 was fastest, or as good as 32 and 128, for S = 1 to 8 (docs/LOG.md).
-BLOCK = 64
+# A block has about this many queries, or more where there would be too many blocks to compile: on 2 CPU cores 128 was
+# as fast as 64 at T 512, with less memory (docs/LOG.md).
+BLOCK = 128
+MOST_BLOCKS = 4
 
 
 def visible(queries_BxP: jax.Array, keys_BxN: jax.Array, window: jax.Array | int) -> jax.Array:
@@ -95,16 +98,20 @@ def attend_in_blocks(
     """
     length = q_BxPxHxC.shape[1]
     reach = -(-(farthest + subsets - 1) // subsets)
-    blocks = max(1, length // (block or BLOCK))
+    blocks = min(max(1, length // (block or BLOCK)), MOST_BLOCKS)
     edges = [length * i // blocks for i in range(blocks + 1)]
-    plan = tuple((max(0, begin - reach), begin, end) for begin, end in itertools.pairwise(edges))
+    stretches = list(itertools.pairwise(edges))
+    plan = tuple(
+        (begin, end, tuple(tile for tile in stretches[: number + 1] if tile[1] > begin - reach))
+        for number, (begin, end) in enumerate(stretches)
+    )
     k, v = (_in_subsets(pieces, subsets) for pieces in (k_BxKxNxC, v_BxKxNxC))
     keys_BxSxP = keys_BxN.reshape(-1, subsets, length)
     return _ungrouped(_in_blocks(_grouped(q_BxPxHxC, k[0].shape[1]), k, v, (queries_BxP, keys_BxSxP, window), plan))
 
 
-# A plan lists the blocks, each as (first key slot of every subset, first query, last query + 1).
-Plan = tuple[tuple[int, int, int], ...]
+# The blocks of queries, each as (its first, its last + 1, the stretches of every piece's keys that it may see).
+Plan = tuple[tuple[int, int, tuple[tuple[int, int], ...]], ...]
 # Positions of queries and keys, and the window.
 Where = tuple[jax.Array, jax.Array, jax.Array | int]
 Pieces = tuple[jax.Array, ...]
@@ -112,22 +119,28 @@ Pieces = tuple[jax.Array, ...]
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _in_blocks(q_BxKxGxPxC: jax.Array, k_BxKxPxC: Pieces, v_BxKxPxC: Pieces, where: Where, plan: Plan) -> jax.Array:
-    """Softmax attention that keeps just the logarithm of each query's sum for its backward pass."""
+    """Softmax attention that keeps just the logarithm of each query's sum for its backward pass.
+
+    A block of queries meets stretch by stretch of keys, each a product of its own: nothing is concatenated.
+    """
     return _in_blocks_forward(q_BxKxGxPxC, k_BxKxPxC, v_BxKxPxC, where, plan)[0]
 
 
 def _in_blocks_forward(q: jax.Array, k: Pieces, v: Pieces, where: Where, plan: Plan) -> Any:
     mixed, logsumexp = [], []
-    for block in plan:
-        q_BxKxGxpxC, k_BxKxnxC, v_BxKxnxC, visible_Bxpxn = _block(q, k, v, where, block)
-        scores = _scores(q_BxKxGxpxC, k_BxKxnxC, visible_Bxpxn)
-        largest = jnp.max(scores, axis=-1, keepdims=True)
-        weights = jnp.exp(scores - largest)
-        total = jnp.sum(weights, axis=-1, keepdims=True)
-        product = jnp.einsum("bkqn,bknc->bkqc", weights.astype(q.dtype), v_BxKxnxC, preferred_element_type=total.dtype)
-        shape = q_BxKxGxpxC.shape
-        mixed.append((product / total).astype(q.dtype).reshape(shape))
-        logsumexp.append((largest + jnp.log(total)).reshape(*shape[:-1], 1))
+    for begin, end, stretches in plan:
+        q_b = q[:, :, :, begin:end]
+        tiles = [(piece, *stretch) for piece in range(len(k)) for stretch in stretches]
+        scores = [_tile_scores(q_b, k, where, (begin, end), tile) for tile in tiles]
+        largest = functools.reduce(jnp.maximum, (jnp.max(part, axis=-1, keepdims=True) for part in scores))
+        weights = [jnp.exp(part - largest) for part in scores]
+        total = _add(jnp.sum(part, axis=-1, keepdims=True) for part in weights)
+        product = _add(
+            jnp.einsum("bkqn,bknc->bkqc", part.astype(q.dtype), v[piece][:, :, a:b], preferred_element_type=total.dtype)
+            for part, (piece, a, b) in zip(weights, tiles, strict=True)
+        )
+        mixed.append((product / total).astype(q.dtype).reshape(q_b.shape))
+        logsumexp.append((largest + jnp.log(total)).reshape(*q_b.shape[:-1], 1))
     out = jnp.concatenate(mixed, axis=3)
     return out, (q, k, v, where, jnp.concatenate(logsumexp, axis=3), out)
 
@@ -137,35 +150,46 @@ def _in_blocks_backward(plan: Plan, kept: Any, d_out: jax.Array) -> Any:
     product = functools.partial(jnp.einsum, preferred_element_type=logsumexp.dtype)
     # The part of the softmax's gradient that is the same for all keys.
     common = jnp.sum(d_out.astype(logsumexp.dtype) * out, axis=-1, keepdims=True)
-    d_q: list[jax.Array] = []
-    d_k: list[Any] = [0.0] * len(k)
-    d_v: list[Any] = [0.0] * len(v)
-    for block in plan:
-        first, begin, end = block
-        q_BxKxGxpxC, k_BxKxnxC, v_BxKxnxC, visible_Bxpxn = _block(q, k, v, where, block)
+    d_q = []
+    d_k: dict[tuple[int, int, int], list[jax.Array]] = collections.defaultdict(list)
+    d_v: dict[tuple[int, int, int], list[jax.Array]] = collections.defaultdict(list)
+    for begin, end, stretches in plan:
+        q_b = q[:, :, :, begin:end]
         d_out_b, logsumexp_b, common_b = (_flat(array[:, :, :, begin:end]) for array in (d_out, logsumexp, common))
-        weights = jnp.exp(_scores(q_BxKxGxpxC, k_BxKxnxC, visible_Bxpxn) - logsumexp_b)
-        d_weights = product("bkqc,bknc->bkqn", d_out_b, v_BxKxnxC)
-        d_scores = (weights * (d_weights - common_b)).astype(q.dtype)
-        d_q.append(product("bkqn,bknc->bkqc", d_scores, k_BxKxnxC).reshape(q_BxKxGxpxC.shape))
-        d_k_block = product("bkqn,bkqc->bknc", d_scores, _flat(q_BxKxGxpxC))
-        d_v_block = product("bkqn,bkqc->bknc", weights.astype(q.dtype), d_out_b)
-        for total, part in ((d_k, d_k_block), (d_v, d_v_block)):
-            for index, piece in enumerate(jnp.split(part, len(k), axis=2)):
-                total[index] += jnp.pad(piece, ((0, 0), (0, 0), (first, k[0].shape[2] - end), (0, 0)))
-    d_kv = (tuple(array.astype(q.dtype) for array in pieces) for pieces in (d_k, d_v))
+        d_q_b = []
+        for tile in ((piece, *stretch) for piece in range(len(k)) for stretch in stretches):
+            k_t, v_t = (pieces[tile[0]][:, :, tile[1] : tile[2]] for pieces in (k, v))
+            weights = jnp.exp(_tile_scores(q_b, k, where, (begin, end), tile) - logsumexp_b)
+            d_scores = (weights * (product("bkqc,bknc->bkqn", d_out_b, v_t) - common_b)).astype(q.dtype)
+            d_q_b.append(product("bkqn,bknc->bkqc", d_scores, k_t))
+            d_k[tile].append(product("bkqn,bkqc->bknc", d_scores, _flat(q_b)))
+            d_v[tile].append(product("bkqn,bkqc->bknc", weights.astype(q.dtype), d_out_b))
+        d_q.append(_add(d_q_b).reshape(q_b.shape))
+    # Every stretch is seen by the block of its own queries.
+    d_kv = (
+        tuple(
+            jnp.concatenate([_add(parts[piece, begin, end]) for begin, end, _ in plan], axis=2).astype(q.dtype)
+            for piece in range(len(k))
+        )
+        for parts in (d_k, d_v)
+    )
     return jnp.concatenate(d_q, axis=3).astype(q.dtype), *d_kv, (None, None, None)
 
 
 _in_blocks.defvjp(_in_blocks_forward, _in_blocks_backward)
 
 
-def _block(q: jax.Array, k: Pieces, v: Pieces, where: Where, block: tuple[int, int, int]) -> Any:
-    """A block's queries, the keys and values it may see, and which of them it does."""
-    (first, begin, end), (queries_BxP, keys_BxSxP, window) = block, where
-    k_BxKxnxC, v_BxKxnxC = (jnp.concatenate([piece[:, :, first:end] for piece in pieces], 2) for pieces in (k, v))
-    keys_Bxn = keys_BxSxP[:, :, first:end].reshape(len(keys_BxSxP), -1)
-    return q[:, :, :, begin:end], k_BxKxnxC, v_BxKxnxC, visible(queries_BxP[:, begin:end], keys_Bxn, window)
+def _tile_scores(
+    q_BxKxGxpxC: jax.Array, k: Pieces, where: Where, block: tuple[int, int], tile: tuple[int, int, int]
+) -> jax.Array:
+    """The scores of a block of queries under a stretch of one piece's keys."""
+    (queries_BxP, keys_BxSxP, window), (piece, begin, end) = where, tile
+    seen_Bxpxn = visible(queries_BxP[:, slice(*block)], keys_BxSxP[:, piece, begin:end], window)
+    return _scores(q_BxKxGxpxC, k[piece][:, :, begin:end], seen_Bxpxn)
+
+
+def _add(parts: Iterable[jax.Array]) -> jax.Array:
+    return functools.reduce(jnp.add, parts)
 
 
 def _in_subsets(pieces: Sequence[jax.Array], subsets: int) -> Pieces:

@@ -118,7 +118,8 @@ class Decoder(nn.Module):
           memory_BxPxD: m_{t-1} for each position; None is zero memory.
           buffer: keys and values of other positions. This forward's own are written into it, in every
             layer, before its queries attend; None: the queries see just this forward's positions.
-          slot: where in the buffer, of N slots, the P positions are written: slots ``slot`` to ``slot + P``.
+          slot: where in the buffer, of N slots, the P positions are written: slots ``slot`` to ``slot + P``. In a
+            buffer of several pieces it is a plain int, the first slot of one of them.
           past: instead of a buffer, the KV cache of the positions before these. The queries see it and each other;
             nothing is written. Its layers differ in size, so it needs ``scan_layers`` off.
           subsets: S, where the positions are one strided subset of S, ascending, and the buffer's slots
@@ -277,14 +278,11 @@ def _per_layer(config: ModelConfig, arrays: dict[str, Any], values_ExBxPxKxC: An
 
 def _write(pieces: tuple[Any, ...], fresh: Any, slot: jax.Array | int) -> tuple[Any, ...]:
     """The pieces with P fresh positions at ``slot``: within the only piece, or, of several, in place of one."""
-    length = jax.tree.leaves(fresh)[0].shape[SLOTS]
     if len(pieces) == 1:
         put = functools.partial(lax.dynamic_update_slice_in_dim, start_index=slot, axis=SLOTS)
         return (jax.tree.map(put, pieces[0], fresh),)
-    return tuple(
-        jax.tree.map(lambda old, new, here=slot == index * length: jnp.where(here, new, old), piece, fresh)
-        for index, piece in enumerate(pieces)
-    )
+    index = int(slot) // jax.tree.leaves(fresh)[0].shape[SLOTS]  # known while tracing
+    return (*pieces[:index], fresh, *pieces[index + 1 :])
 
 
 def _layer(
@@ -319,14 +317,17 @@ def _layer(
     held = before if isinstance(before, cache.Held) else None
     seen = (fresh,) if before is None or held is not None else _write(before, fresh, context.slot)
     k, v = (tuple(getattr(piece, name) for piece in seen) for name in KV._fields)
-    where = (context.queries_BxP, context.keys_BxN, own["window"])
+    queries_BxP, keys_BxN, window = context.queries_BxP, context.keys_BxN, own["window"]
     if context.subsets is not None:
         # The window is traced where layers are scanned; the widest of all layers is known.
         farthest = max(config.windows) if farthest is None else farthest
-        mixed_BxPxHxC = attention.attend_in_blocks(q_BxPxHxC, k, v, *where, subsets=context.subsets, farthest=farthest)
+        mixed_BxPxHxC = attention.attend_in_blocks(
+            q_BxPxHxC, k, v, queries_BxP, keys_BxN, window, subsets=context.subsets, farthest=farthest
+        )
     else:
         attend = attention.attend if held is None else functools.partial(cache.attend, held=held)
-        mixed_BxPxHxC = attend(q_BxPxHxC, *(jnp.concatenate(parts, axis=SLOTS) for parts in (k, v)), *where)
+        k_BxKxNxC, v_BxKxNxC = (jnp.concatenate(parts, axis=SLOTS) for parts in (k, v))
+        mixed_BxPxHxC = attend(q_BxPxHxC, k_BxKxNxC, v_BxKxNxC, queries_BxP, keys_BxN, window)
     x_BxPxD = x_BxPxD + layers.linear(mixed_BxPxHxC, own["output"], inputs=2)
     x_BxPxD = x_BxPxD + layers.mlp(layers.rms_norm(x_BxPxD), own["mlp_in"], own["mlp_out"])
     return x_BxPxD, fresh, refreshable

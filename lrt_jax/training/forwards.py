@@ -1,6 +1,6 @@
 """The forwards that schedules are made of, and their losses: the initialization forward, and subset forwards."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -80,6 +80,35 @@ def in_pieces(piece: Any, count: int) -> tuple[Any, ...]:
     return tuple(jax.tree.unflatten(structure, parts) for parts in zip(*cut, strict=True))
 
 
+class Subset(NamedTuple):
+    """What one subset forward computes; in a scan all have a leading S axis.
+
+    Attributes:
+      embedded: its inputs.
+      targets_BxP: int targets.
+      positions_P: its positions, ascending.
+      previous_slots_P: the slot of the position before each.
+      slot: its own first slot.
+    """
+
+    embedded: Embedded
+    targets_BxP: jax.Array
+    positions_P: Any
+    previous_slots_P: Any
+    slot: Any
+
+
+def _scan(body: Any, carry: Any, subsets: list[Subset], unroll: bool) -> tuple[Any, jax.Array]:
+    """``lax.scan`` of ``body`` over the subsets; unrolled, each subset's positions and slot are known while tracing."""
+    if not unroll:
+        return lax.scan(body, carry, jax.tree.map(lambda *leaves: jnp.stack(leaves), *subsets))
+    outputs = []
+    for subset in subsets:
+        carry, output = body(carry, subset)
+        outputs.append(output)
+    return carry, jnp.stack(outputs)
+
+
 def subset_forwards(
     decoder: Decoder,
     params: Any,
@@ -136,36 +165,45 @@ def subset_forwards(
         )
         return Buffer(pieces, buffer.positions_BxN)
 
-    def subset_forward(carry: tuple[Buffer, jax.Array], xs: dict[str, Any]) -> Any:
+    def subset_forward(carry: tuple[Buffer, jax.Array], subset: Subset) -> Any:
         buffer, sources_BxTxD = carry
         if refreshable is not None:
-            buffer = up_to_date(buffer, sources_BxTxD, xs["slot"])
-        memory_BxPxD = memory_of(sources_BxTxD, xs["positions_P"], xs["previous_slots_P"])
+            buffer = up_to_date(buffer, sources_BxTxD, subset.slot)
+        positions_P, previous_slots_P = jnp.asarray(subset.positions_P), jnp.asarray(subset.previous_slots_P)
+        memory_BxPxD = memory_of(sources_BxTxD, positions_P, previous_slots_P)
         out = forward(
             decoder,
             params,
-            xs["embedded"],
-            xs["positions_P"],
+            subset.embedded,
+            positions_P,
             memory_BxPxD,
             buffer,
-            xs["slot"],
+            subset.slot,
             subsets=partition.subsets if isinstance(partition, Strided) else None,
         )
-        sources_BxTxD = lax.dynamic_update_slice_in_dim(sources_BxTxD, out.source_BxPxD, xs["slot"], axis=1)
-        losses_BxP = token_losses(decoder, params, out.hidden_BxPxD, xs["targets_BxP"])
+        sources_BxTxD = lax.dynamic_update_slice_in_dim(sources_BxTxD, out.source_BxPxD, subset.slot, axis=1)
+        losses_BxP = token_losses(decoder, params, out.hidden_BxPxD, subset.targets_BxP)
         return (out.buffer, sources_BxTxD), losses_BxP
 
-    def by_subset(array: jax.Array) -> jax.Array:
-        return jnp.stack(jnp.split(array, partition.subsets, axis=_positions_axis(array)))
+    def parts(array: jax.Array) -> list[jax.Array]:
+        return jnp.split(array, partition.subsets, axis=_positions_axis(array))
 
-    xs = {
-        "embedded": jax.tree.map(by_subset, embedded),
-        "targets_BxP": jnp.moveaxis(partition.split(targets_BxT, 1), 1, 0),
-        "positions_P": jnp.asarray(partition.positions_SxP),
-        "previous_slots_P": jnp.asarray(partition.previous_slots_SxP),
-        "slot": jnp.arange(partition.subsets) * subset_length,
-    }
-    (_, sources_BxTxD), losses_SxBxP = lax.scan(subset_forward, (shared, sources_BxTxD), xs, unroll=unroll)
+    leaves, structure = jax.tree.flatten(embedded)
+    subsets = [
+        Subset(jax.tree.unflatten(structure, mine), targets_BxP, *known)
+        for *mine, targets_BxP, known in zip(
+            *map(parts, leaves),
+            jnp.split(partition.in_slots(targets_BxT, 1), partition.subsets, axis=1),
+            zip(
+                partition.positions_SxP,
+                partition.previous_slots_SxP,
+                range(0, targets_BxT.shape[1], subset_length),
+                strict=True,
+            ),
+            strict=True,
+        )
+    ]
+    (_, sources_BxTxD), losses_SxBxP = _scan(subset_forward, (shared, sources_BxTxD), subsets, unroll)
     split_sources = sources_BxTxD.reshape(sources_BxTxD.shape[0], partition.subsets, subset_length, -1)
     return partition.merge(jnp.moveaxis(losses_SxBxP, 0, 1), 1), partition.merge(split_sources, 1)
 

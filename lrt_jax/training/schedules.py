@@ -135,6 +135,8 @@ def interleaved(
     whole = jax.tree.map(lambda x: partition.in_slots(x, SLOTS), computed)
     # Unrolled, a subset's keys and values take the place of a piece, and nothing of the buffer is copied.
     pieces = forwards.in_pieces(whole, partition.subsets if unroll else 1)
+    # Reordered once: without the barrier every subset forward would gather from the natural order again.
+    pieces = lax.optimization_barrier(pieces)
     # Positions come before heads in what keys and values are refreshed from.
     refreshable = jax.tree.map(lambda x: partition.in_slots(x, -3), first.refreshable)
     losses_BxT, sources_BxTxD = forwards.subset_forwards(
