@@ -17,7 +17,7 @@ from lrt_jax.model import attention, cache, layers, memory
 from lrt_jax.model.backend import attends_in_blocks, compute_dtype
 from lrt_jax.model.cache import Cache
 from lrt_jax.model.memory import KV, Refreshable
-from lrt_jax.model.parameters import table, unstack
+from lrt_jax.model.parameters import is_by_layer, table, unstack
 from lrt_jax.setup.config import ModelConfig
 
 # Slots are the last axis but one in every leaf of a buffer's pieces: [(L,) B, K, N, C].
@@ -87,13 +87,14 @@ class Decoder(nn.Module):
     config: ModelConfig
 
     def setup(self) -> None:
-        """Declares every array of the parameter table, with its logical axes."""
-        dtype = jnp.promote_types(jnp.float32, compute_dtype(self.config))
+        """Declares the arrays of the parameter table, with logical axes; or takes what ``by_layer`` made of them."""
         given = self.variables.get("params", {})
+        if is_by_layer(given):
+            self.parameters = dict(given)
+            return
+        dtype = jnp.promote_types(jnp.float32, compute_dtype(self.config))
         self.parameters = {
-            name: given[name]
-            if isinstance(given.get(name), tuple)  # as parameters.by_layer leaves them
-            else self.param(name, nn.with_logical_partitioning(spec.init, spec.axes), spec.shape, dtype)
+            name: self.param(name, nn.with_logical_partitioning(spec.init, spec.axes), spec.shape, dtype)
             for name, spec in table(self.config).items()
         }
 
@@ -255,11 +256,8 @@ def _shared_projection(config: ModelConfig, memory_BxPxD: jax.Array | None, arra
 
 def _per_layer(config: ModelConfig, arrays: dict[str, Any], values_ExBxPxKxC: Any) -> dict[str, jax.Array]:
     """What each layer has of its own, every array with a leading layer axis."""
-    own = {
-        name: arrays[name]
-        for name, spec in table(config).items()
-        if spec.axes[0] == "layers" and name not in ("value_embedding", "value_gate")
-    }
+    stacked = {name for name, spec in table(config).items() if spec.axes[0] == "layers"} | {"attention_in"}
+    own = {name: array for name, array in arrays.items() if name in stacked - {"value_embedding", "value_gate"}}
     own["index"] = jnp.arange(config.layers)
     own["window"] = jnp.asarray(config.windows, jnp.int32)
     owners = config.value_embedding_layers
@@ -301,8 +299,7 @@ def _layer(
         x_BxPxD, context.x0_BxPxD, context.memory_BxPxD, own.get("alpha"), own.get("beta"), own.get("gamma")
     )
     h_BxPxD = layers.rms_norm(x_BxPxD)
-    q_BxPxHxC = layers.linear(h_BxPxD, own["query"])
-    fresh = KV(layers.linear(h_BxPxD, own["key"]), layers.linear(h_BxPxD, own["value"]))
+    q_BxPxHxC, fresh = _queries_keys_values(h_BxPxD, own)
     projected = context.projected
     if config.memory == "layerwise" and context.memory_BxPxD is not None:
         projected = memory.project(context.memory_BxPxD, own["memory_key"], own["memory_value"])
@@ -331,6 +328,18 @@ def _layer(
     x_BxPxD = x_BxPxD + layers.linear(mixed_BxPxHxC, own["output"], inputs=2)
     x_BxPxD = x_BxPxD + layers.mlp(layers.rms_norm(x_BxPxD), own["mlp_in"], own["mlp_out"])
     return x_BxPxD, fresh, refreshable
+
+
+def _queries_keys_values(h_BxPxD: jax.Array, own: dict[str, jax.Array]) -> tuple[jax.Array, KV]:
+    """q [B, P, H, C], and k and v [B, P, K, C], in one product where the parameters come as ``by_layer`` has them."""
+    if "attention_in" not in own:
+        q, k, v = (layers.linear(h_BxPxD, own[name]) for name in ("query", "key", "value"))
+        return q, KV(k, v)
+    q_BxPxKxGxC, k_BxPxKx1xC, v_BxPxKx1xC = lax.split(
+        layers.linear(h_BxPxD, own["attention_in"]), (own["attention_in"].shape[2] - 2, 1, 1), axis=3
+    )
+    k, v = (jnp.squeeze(array, axis=3) for array in (k_BxPxKx1xC, v_BxPxKx1xC))
+    return q_BxPxKxGxC.reshape(*k.shape[:2], -1, k.shape[-1]), KV(k, v)
 
 
 def _run_layers(

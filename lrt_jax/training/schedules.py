@@ -92,7 +92,9 @@ def plain(
     weights: tuple[float, ...] = (),
 ) -> Outcome:
     """One forward with zero memory: the baseline, and the initialization forward of other schedules."""
-    forward = forwards.initialization(decoder, params, forwards.embed(decoder, params, tokens_BxT)[0])
+    params = forwards.by_layer(decoder, params)
+    (embedded,) = forwards.embed(decoder, params, tokens_BxT)
+    forward = forwards.initialization(decoder, params, embedded)
     losses_BxT = forwards.token_losses(decoder, params, forward.hidden_BxPxD, targets_BxT)
     return _outcome(losses_BxT[None], jnp.ones((1, tokens_BxT.shape[1]), bool), forward.source_BxPxD, weights)
 
