@@ -28,7 +28,6 @@ def get_config(variant: str = "") -> ConfigDict:
     config.train.steps = 1000
     config.train.eval_every = 500
     config.train.save_every = 500
-    config.data.shuffle_rows = 1024
     # At the end, all that is held out of the standard library.
     config.eval.update(batch_size=64, rows=64, final_rows=1000, prompt="    def __init__(self")
     # For batches of 1,024 tokens and a model of width 128 (docs/LOG.md has the search): the defaults suit 2¹⁹ tokens.

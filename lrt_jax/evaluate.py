@@ -12,6 +12,7 @@ from lrt_jax.evaluation.bits_per_byte import Evaluator
 from lrt_jax.inference import load
 from lrt_jax.setup import flags as command_line
 from lrt_jax.setup import mesh as meshes
+from lrt_jax.setup import processes
 from lrt_jax.setup.config import ConfigError, Prefill
 
 
@@ -21,12 +22,14 @@ def define_flags() -> None:
     flags.DEFINE_integer("step", None, "The checkpoint's step; default: the newest.", lower_bound=0)
     flags.DEFINE_integer("rows", None, "Held-out rows; default: config.eval.final_rows.", lower_bound=1)
     command_line.define_decode_flags("scoring", "How true recurrence is computed; default: config.eval.scoring.")
+    processes.define_flags()
 
 
 def main() -> None:
     """Prints the metrics of the checkpoint that the flags name, as one JSON object."""
     if flags.FLAGS.workdir is None:
         raise ConfigError("--workdir is not set; it must be a run's work dir")
+    processes.start()
     found = evaluate(
         Path(flags.FLAGS.workdir),
         flags.FLAGS.step,
@@ -34,7 +37,7 @@ def main() -> None:
         scoring=flags.FLAGS.scoring,
         **command_line.decode_flags(),
     )
-    print(json.dumps(found, indent=2))
+    processes.say(json.dumps(found, indent=2))
 
 
 def evaluate(

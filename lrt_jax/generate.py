@@ -5,6 +5,7 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 from absl import flags
 
 from lrt_jax.inference import load, text
@@ -13,6 +14,7 @@ from lrt_jax.inference.load import Trained
 from lrt_jax.inference.sampling import Sampling
 from lrt_jax.setup import flags as command_line
 from lrt_jax.setup import mesh as meshes
+from lrt_jax.setup import processes
 from lrt_jax.setup.config import ConfigError
 from lrt_jax.setup.errors import UserError
 
@@ -37,6 +39,7 @@ def define_flags() -> None:
     flags.DEFINE_bool("memory", True, "--nomemory zeroes the recurrent memory: for ablations.")
     flags.DEFINE_bool("stats", False, "Print how fast it was, and how likely the model thought it, to standard error.")
     command_line.define_decode_flags("prefill", "How the prompt is read; default: config.decode.prefill.")
+    processes.define_flags()
 
 
 def main() -> None:
@@ -58,6 +61,9 @@ def main() -> None:
         flags.FLAGS.min_p,
     )
     prompt = None if flags.FLAGS.interactive else _prompt()
+    processes.start()
+    if flags.FLAGS.interactive and jax.process_count() > 1:
+        raise ConfigError("--interactive needs one process, which can ask; give several --prompt or --file")
     trained = load.load(Path(flags.FLAGS.workdir), flags.FLAGS.step)
     meshes.cache_compilations(Path(flags.FLAGS.workdir))
     changes = command_line.decode_flags()
@@ -86,10 +92,10 @@ def write(trained: Trained, prompt: str, method: Method) -> None:
     if samples == 1 and not flags.FLAGS.stats:
         pieces = text.stream(trained, prompt, tokens=tokens, method=method, seed=seed, stop_strings=stop)
         first = next(pieces, "")  # so that an error is all that is printed
-        print(prompt + first, end="", flush=True)
+        processes.say(prompt + first, end="")
         for piece in pieces:
-            print(piece, end="", flush=True)
-        print(flush=True)
+            processes.say(piece, end="")
+        processes.say()
         return
     seeds = [seed + index for index in range(samples)]
     began = time.perf_counter()
@@ -99,15 +105,15 @@ def write(trained: Trained, prompt: str, method: Method) -> None:
     seconds = time.perf_counter() - began
     for index, completion in enumerate(completions):
         if samples > 1:
-            print(f"--- sample {index + 1} of {samples}, seed {seeds[index]}")
-        print(prompt + completion.text, flush=True)
+            processes.say(f"--- sample {index + 1} of {samples}, seed {seeds[index]}")
+        processes.say(prompt + completion.text)
         if flags.FLAGS.stats:
             count = len(completion.tokens)
             mean = completion.log_probabilities.mean() if count else 0.0
-            print(f"[{count} tokens, {mean:.3f} nats each on average, {completion.ended_by}]", file=sys.stderr)
+            processes.say(f"[{count} tokens, {mean:.3f} nats each on average, {completion.ended_by}]", file=sys.stderr)
     if flags.FLAGS.stats:
         total = sum(len(completion.tokens) for completion in completions)
-        print(f"[{total / seconds:,.0f} tokens/s, prefill and compilation included]", file=sys.stderr)
+        processes.say(f"[{total / seconds:,.0f} tokens/s, prefill and compilation included]", file=sys.stderr)
 
 
 def _prompt() -> str:

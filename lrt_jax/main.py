@@ -10,7 +10,7 @@ import optax
 from absl import flags
 from ml_collections import config_flags
 
-from lrt_jax.data import corpus, pipeline, tokenizer
+from lrt_jax.data import corpus, pipeline, records, tokenizer
 from lrt_jax.evaluation.bits_per_byte import Evaluator
 from lrt_jax.inference import load, text
 from lrt_jax.inference.generate import Method
@@ -21,7 +21,7 @@ from lrt_jax.model.decoder import Decoder
 from lrt_jax.model.parameters import table
 from lrt_jax.setup import config as configs
 from lrt_jax.setup import flags as command_line
-from lrt_jax.setup import hardware
+from lrt_jax.setup import hardware, processes
 from lrt_jax.setup import mesh as meshes
 from lrt_jax.training import checkpoint, loop, metrics, optimizer, schedules, state, step
 
@@ -30,6 +30,7 @@ def define_flags() -> None:
     """Declares the command's flags: only where it runs, so that commands can be imported side by side."""
     config_flags.DEFINE_config_file("config", None, "The config file, with its argument after a colon.")
     flags.DEFINE_string("workdir", None, "Where the run lives; default: runs/<config name>.")
+    processes.define_flags()
 
 
 def main() -> int | None:
@@ -38,6 +39,7 @@ def main() -> int | None:
         raise configs.ConfigError("--config is not set; for the default run: --config=configs/base.py")
     config = configs.from_config_dict(flags.FLAGS.config)
     name = config_flags.get_config_filename(flags.FLAGS["config"])
+    processes.start()
     run(config, Path(flags.FLAGS.workdir or default_workdir(name)))
     return None
 
@@ -50,6 +52,8 @@ def default_workdir(config_file: str) -> Path:
 
 def run(config: configs.Config, workdir: Path) -> dict[str, float]:
     """Trains to the end, or to an interruption; scores and samples the result.
+
+    Of several processes, which share the work dir, all compute and read, and the first writes and prints.
 
     Args:
       config: the run.
@@ -69,8 +73,9 @@ def run(config: configs.Config, workdir: Path) -> dict[str, float]:
 
     texts = corpus.open_corpus(config.data)
     checkpoint.check_tokenizer(config, workdir)
-    tokens = tokenizer.load_or_train(config, texts, workdir)
-    batches = pipeline.training_batches(config, texts, tokens)
+    tokens = tokenizer.Tokenizer(processes.from_first(lambda: tokenizer.load_or_train(config, texts, workdir).model))
+    rows = records.prepare(config, texts, tokens, workdir)
+    batches = pipeline.training_batches(config, rows, meshes.local_rows(mesh, config.train.batch_size))
     held_out = pipeline.held_out_rows(config, texts, tokens, config.eval.final_rows)
 
     decoder = Decoder(config.model)
@@ -90,9 +95,10 @@ def run(config: configs.Config, workdir: Path) -> dict[str, float]:
             params = checkpoints.restore_params(state.abstract_params(decoder, mesh), start or 0)
             train_state = train_state.replace(params=params)
     # Only now, so that a mistake in the config leaves nothing behind that binds the work dir to it.
-    tokenizer.keep(tokens, workdir)
-    checkpoint.write_config(config, workdir)
-    writer = metrics.Writer(workdir, start or 0, steps)
+    if processes.is_first():
+        tokenizer.keep(tokens, workdir)
+        checkpoint.write_config(config, workdir)
+    writer = metrics.Writer(workdir, start or 0, steps) if processes.is_first() else metrics.Silent()
     begins = f"going on from step {start:,}" if start is not None else "beginning at step 0"
     begins = "beginning at step 0 with the parameters imported into it" if imported else begins
     for line in _opening(config, counts, steps, [*changes, f"{workdir}: {begins}"]):
@@ -105,7 +111,7 @@ def run(config: configs.Config, workdir: Path) -> dict[str, float]:
         checkpoints=checkpoints,
         writer=writer,
         evaluate=lambda params: evaluator(params, config.eval.rows),
-        peak_flops=hardware.peak_flops(mesh.devices.flat[0]) * mesh.size,
+        peak_flops=hardware.peak_flops(mesh.local_devices[0]) * mesh.size,
     )
     try:
         train_state, complete = loop.train(config, parts, train_state)
@@ -119,14 +125,14 @@ def run(config: configs.Config, workdir: Path) -> dict[str, float]:
         batches.close()
         checkpoints.close()
     for line in _closing(config, scores, evaluator, parts, time.perf_counter() - began):
-        print(line)
+        processes.say(line)
     if config.eval.sample_tokens:
-        print(f"\nA sample, decoded with the memory, after {config.eval.prompt!r}:\n")
+        processes.say(f"\nA sample, decoded with the memory, after {config.eval.prompt!r}:\n")
         trained = load.Trained(config, decoder, train_state.params, tokens, mesh, steps)
         method = Method(Sampling(temperature=config.eval.temperature), config.decode)
         for piece in text.stream(trained, config.eval.prompt, tokens=config.eval.sample_tokens, method=method):
-            print(piece, end="", flush=True)
-        print(flush=True)
+            processes.say(piece, end="")
+        processes.say()
     return scores
 
 

@@ -1,18 +1,18 @@
+import dataclasses
 import gzip
 import itertools
 import json
 from collections import Counter
 from pathlib import Path
 
-import grain
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
 
 from lrt_jax.data.corpus import DataError, is_held_out, open_corpus
 from lrt_jax.data.pipeline import Batch, held_out_rows, training_batches
+from lrt_jax.data.records import Records, prepare
 from lrt_jax.data.tokenizer import Tokenizer, train
-from lrt_jax.setup.config import Config, ConfigError, DataConfig, ModelConfig, TrainConfig
+from lrt_jax.setup.config import Config, DataConfig, ModelConfig, TrainConfig
 
 WORDS = ["alpha", "beta", "gamma\n", "delta", "été", "😀", "def f(x):\n", "    return x\n"]
 TEXTS = [f"document {i}: " + " ".join(WORDS[(i * k) % 8] for k in range(1, 3 + i * 7 % 40)) for i in range(60)]
@@ -36,29 +36,35 @@ def folder(tmp_path) -> Path:
 
 def config_of(folder: Path, seed=0, batch_size=4, **data) -> Config:
     model = ModelConfig(layers=1, width=8, heads=1, kv_heads=1, sequence_length=T, vocab_size=320)
-    data = {"corpus": str(folder), "held_out": SHARE, "shuffle_window": 16, "shuffle_rows": 0, "prefetch": 2} | data
+    data = {"corpus": str(folder), "held_out": SHARE, "prefetch": 2} | data
     return Config(model, TrainConfig(batch_size=batch_size, steps=1), DataConfig(**data), seed=seed)
 
 
-def batches_of(config: Config, *processes: int):
-    return training_batches(config, open_corpus(config.data), TOKENIZER, *processes)
+def records_of(config: Config, workdir: Path) -> Records:
+    return prepare(config, open_corpus(config.data), TOKENIZER, workdir)
+
+
+@pytest.fixture
+def batches_of(tmp_path):
+    """Makes iterators over batches, and closes them."""
+    opened = []
+
+    def make(config: Config, here=None):
+        opened.append(training_batches(config, records_of(config, tmp_path / "run"), here))
+        return opened[-1]
+
+    yield make
+    for iterator in opened:
+        iterator.close()
 
 
 def take(iterator, count: int) -> list[Batch]:
     return list(itertools.islice(iterator, count))
 
 
-def stream_of(batches: list[Batch]) -> np.ndarray:
-    """The tokens of consecutive rows, end to end."""
-    rows = [np.concatenate([batch.tokens_BxT, batch.targets_BxT[:, -1:]], axis=1) for batch in batches]
-    return np.concatenate(rows).reshape(-1)
-
-
-def documents_of(stream: np.ndarray) -> list[str]:
-    """The whole documents of a stream that begins with one; what follows the last BOS may be cut and is left out."""
-    starts = np.flatnonzero(stream == TOKENIZER.bos_id)
-    assert starts[0] == 0
-    return [TOKENIZER.decode(stream[a:b]) for a, b in itertools.pairwise(starts)]
+def rows_of(batches: list[Batch]) -> np.ndarray:
+    """The rows of T + 1 tokens."""
+    return np.concatenate([np.concatenate([b.tokens_BxT, b.targets_BxT[:, -1:]], axis=1) for b in batches])
 
 
 def assert_equal(left: list[Batch], right: list[Batch]) -> None:
@@ -68,134 +74,129 @@ def assert_equal(left: list[Batch], right: list[Batch]) -> None:
         np.testing.assert_array_equal(a.targets_BxT, b.targets_BxT)
 
 
-def test_batches_have_shifted_targets(folder):
-    iterator = batches_of(config_of(folder))
-    batch = next(iterator)
+def test_records_are_the_training_documents_in_order_and_go_round(folder, tmp_path):
+    records = records_of(config_of(folder), tmp_path / "run")
+    expected = np.concatenate([np.append(TOKENIZER.bos_id, TOKENIZER.encode(text)) for text in TRAINING])
+    assert records.tokens == len(expected) and len(records) == -(-len(expected) // T)
+    for row in (0, 1, len(records) - 2, len(records) - 1):
+        wanted = expected[(row * T + np.arange(T + 1)) % len(expected)]
+        assert records[row].dtype == np.int32
+        np.testing.assert_array_equal(records[row], wanted)
+
+
+def test_records_are_written_once_and_named_by_what_makes_them(folder, tmp_path):
+    config, workdir = config_of(folder), tmp_path / "run"
+    before = records_of(config, workdir)
+    (folder / "00.jsonl").write_text(json.dumps({"text": "something else"}))  # not read again
+    again = records_of(config, workdir)
+    assert again.name == before.name and again.tokens == before.tokens
+    (folder / "12.jsonl").write_text(json.dumps({"text": "more"}))
+    assert records_of(config, workdir).name != before.name
+    assert records_of(config_of(folder, held_out=0.3), workdir).name != before.name
+
+
+def test_unfinished_records_are_completed(folder, tmp_path):
+    config = config_of(folder)
+    whole, cut = (records_of(config, tmp_path / name) for name in ("whole", "cut"))
+    rows = [whole[row] for row in range(len(whole))]
+    files = tmp_path / "cut" / "tokens" / cut.name
+    (files / "index.json").unlink()  # written last
+    (files / "00003.bin").rename(files / "00003.bin.tmp")
+    again = records_of(config, tmp_path / "cut")
+    np.testing.assert_array_equal([again[row] for row in range(len(again))], rows)
+    assert not list(files.glob("*.tmp"))
+
+
+def test_large_vocabularies_and_every_unicode_survive(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(TOKENIZER, "vocab_size", 2**16 + 1)
+    records = records_of(config_of(folder), tmp_path / "run")
+    index = json.loads((tmp_path / "run" / "tokens" / records.name / "index.json").read_text())
+    assert index["dtype"] == "uint32"
+    texts = ["a \u2581 b", "", "\u2581", "c"]
+    assert [TOKENIZER.decode(ids) for ids in TOKENIZER.encode_all(texts)] == texts
+
+
+def test_batches_have_shifted_targets(folder, batches_of):
+    batch = next(batches_of(config_of(folder)))
     assert isinstance(batch, Batch)
     assert batch.tokens_BxT.shape == batch.targets_BxT.shape == (4, T)
     assert batch.tokens_BxT.dtype == batch.targets_BxT.dtype == np.int32
     np.testing.assert_array_equal(batch.tokens_BxT[:, 1:], batch.targets_BxT[:, :-1])
-    iterator.close()
 
 
-@pytest.mark.parametrize("window", [1, 7, 1000])
-def test_packing_loses_and_adds_nothing(folder, window):
-    iterator = batches_of(config_of(folder, shuffle_window=window))
-    found = documents_of(stream_of(take(iterator, 60)))
-    iterator.close()
-    assert len(found) > 2 * len(TRAINING)
-    assert set(found) == set(TRAINING)  # each of them whole, and none held out
-    epochs = len(found) // len(TRAINING)
-    slack = 0 if window != 7 else 1  # a window that straddles two epochs mixes them
-    counts = Counter(found[: epochs * len(TRAINING)])
-    assert set(counts.values()) <= set(range(epochs - slack, epochs + slack + 1))
+def test_every_epoch_has_every_row_once_in_another_order(folder, tmp_path, batches_of):
+    records = records_of(config_of(folder), tmp_path / "run")
+    n = len(records)
+    everything = Counter(records[row].tobytes() for row in range(n))
 
-
-@pytest.mark.parametrize("window", [1, 1000])
-def test_epochs_and_seeds_differ_and_repeat(folder, window):
     def epochs(seed):
-        iterator = batches_of(config_of(folder, seed, shuffle_window=window))
-        found = documents_of(stream_of(take(iterator, 60)))
-        iterator.close()
-        n = len(TRAINING)
-        return found[:n], found[n : 2 * n]
+        rows = [row.tobytes() for row in rows_of(take(batches_of(config_of(folder, seed)), n // 2 + 1))]
+        return rows[:n], rows[n : 2 * n]
 
     first, second = epochs(seed=3)
-    assert first != second
-    assert Counter(first) == Counter(second) == Counter(TRAINING)
+    assert Counter(first) == Counter(second) == everything
+    assert first != second and first != list(everything)
     assert epochs(seed=3) == (first, second)
     assert epochs(seed=-4)[0] != first
-    assert first != TRAINING
 
 
-def test_rows_are_shuffled_within_their_window(folder):
-    def rows(shuffle_rows):
-        iterator = batches_of(config_of(folder, shuffle_rows=shuffle_rows))
-        found = [row.tobytes() for batch in take(iterator, 20) for row in batch.tokens_BxT]
-        iterator.close()
-        return found
-
-    ordered, shuffled = rows(0), rows(16)
-    assert shuffled != ordered
-    for begin in range(0, 80, 16):
-        assert Counter(shuffled[begin : begin + 16]) == Counter(ordered[begin : begin + 16])
+def test_the_global_stream_is_the_same_whoever_reads_it(folder, batches_of):
+    config = config_of(folder)
+    whole = take(batches_of(config), 40)
+    for shares in ([(0, 1), (2, 3)], [(0,), (1,), (2,), (3,)], [(0, 2), (1, 3)], [(0, 1, 2), (2, 3)]):
+        for here in shares:
+            iterator = batches_of(config, here)
+            for expected, found in zip(whole, take(iterator, 40), strict=True):
+                np.testing.assert_array_equal(found.tokens_BxT, expected.tokens_BxT[list(here)])
+                np.testing.assert_array_equal(found.targets_BxT, expected.targets_BxT[list(here)])
 
 
-@pytest.mark.parametrize(("window", "rows"), [(1, 0), (16, 0), (16, 7), (1000, 0), (1000, 64)])
-def test_state_restores_exactly_anywhere(folder, window, rows):
-    config = config_of(folder, batch_size=2, shuffle_window=window, shuffle_rows=rows)
+def test_state_is_a_global_index_and_restores_exactly_anywhere(folder, batches_of):
+    config = config_of(folder, batch_size=2)
     iterator = batches_of(config)
     states, batches = [json.dumps(iterator.get_state())], []
-    for _ in range(70):  # over two epochs and many windows
+    for _ in range(70):  # over several epochs
         batches.append(next(iterator))
         states.append(json.dumps(iterator.get_state()))
-    iterator.close()
-    assert max(map(len, states)) < 1000
-    fresh = batches_of(config)
-    for step in [*range(0, 60, 3), 59, 17]:
+    assert [json.loads(state)["next_row"] for state in states] == list(range(0, 142, 2))
+    fresh, half = batches_of(config), batches_of(config, (1,))
+    for step in [*range(0, 60, 7), 59, 17]:
         fresh.set_state(json.loads(states[step]))
         assert_equal(take(fresh, 8), batches[step : step + 8])
-    fresh.close()
+        half.set_state(json.loads(states[step]))  # saved where all rows were, restored where one is
+        np.testing.assert_array_equal(next(half).tokens_BxT, batches[step].tokens_BxT[1:])
 
 
-def test_state_travels_through_orbax(folder, tmp_path):
-    config = config_of(folder)
-    iterator = batches_of(config)
-    with ocp.CheckpointManager(tmp_path / "checkpoints") as manager:
-        take(iterator, 9)
-        manager.save(9, args=ocp.args.Composite(data=grain.checkpoint.CheckpointSave(iterator)))
-        manager.wait_until_finished()
-        expected = take(iterator, 6)
-        fresh = batches_of(config)
-        take(fresh, 2)
-        manager.restore(9, args=ocp.args.Composite(data=grain.checkpoint.CheckpointRestore(fresh)))
-        assert_equal(take(fresh, 6), expected)
-    iterator.close()
-    fresh.close()
+def test_a_place_in_other_data_is_refused(folder, batches_of):
+    state = batches_of(config_of(folder)).get_state()
+    (folder / "12.jsonl").write_text(json.dumps({"text": "more"}))
+    with pytest.raises(DataError, match=r"config\.data\.corpus has other files than when this run began"):
+        batches_of(config_of(folder)).set_state(state)
 
 
-def test_processes_share_the_batch_and_the_documents(folder):
-    config = config_of(folder)
-    found = []
-    for process in range(2):
-        iterator = batches_of(config, process, 2)
-        batches = take(iterator, 60)
-        iterator.close()
-        assert batches[0].tokens_BxT.shape == (2, T)
-        found.append(set(documents_of(stream_of(batches))))
-    assert found[0].isdisjoint(found[1])
-    assert found[0] | found[1] == set(TRAINING)
+def test_a_corpus_smaller_than_a_row_goes_round(tmp_path, batches_of):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "a.txt").write_text("tiny")
+    tiny = np.append(TOKENIZER.bos_id, TOKENIZER.encode("tiny"))
+    iterator = batches_of(config_of(tmp_path / "data", held_out=1e-9))
+    for row in rows_of(take(iterator, 3)):
+        np.testing.assert_array_equal(row, np.resize(tiny, T + 1))
 
 
-def test_a_corpus_smaller_than_a_batch_goes_round(tmp_path):
-    (tmp_path / "a.txt").write_text("tiny")
-    iterator = batches_of(config_of(tmp_path, held_out=1e-9, shuffle_window=2048))
-    assert set(documents_of(stream_of(take(iterator, 3)))) == {"tiny"}
-    iterator.close()
+def test_the_standard_library_makes_records(tmp_path):
+    config = config_of(Path("stdlib"))
+    corpus = open_corpus(config.data)
+    some = dataclasses.replace(corpus, shards=corpus.shards[:300])  # in 256 files, some of two shards
+    records = prepare(config, some, TOKENIZER, tmp_path)
+    assert "def " in TOKENIZER.decode(np.concatenate([records[row] for row in range(200)]))
 
 
-def test_the_standard_library_makes_batches():
-    iterator = batches_of(config_of(Path("stdlib"), shuffle_window=8))
-    assert "def " in TOKENIZER.decode(stream_of(take(iterator, 200)))
-    iterator.close()
-
-
-def test_what_cannot_be_shared_or_trained_on_is_said(folder):
-    config = config_of(folder)
-    with pytest.raises(ConfigError, match=r"config\.train\.batch_size is 4; .* number of processes, 3"):
-        batches_of(config, 0, 3)
-    with pytest.raises(ConfigError, match=r"has 12 shards .* 13 processes need one each"):
-        batches_of(config_of(folder, batch_size=13), 12, 13)
+def test_what_cannot_be_trained_on_is_said(folder, tmp_path):
     with pytest.raises(DataError, match=r"config\.data\.held_out = 0\.99999"):
-        batches_of(config_of(folder, held_out=0.99999))
-
-
-def test_an_error_in_the_reading_thread_reaches_the_caller(folder):
+        records_of(config_of(folder, held_out=0.99999), tmp_path / "run")
     (folder / "11.jsonl").write_text('{"text": "fine"}\n{"text": ')
-    iterator = batches_of(config_of(folder, shuffle_window=1))
     with pytest.raises(DataError, match=r"11\.jsonl:2 is not valid JSON"):
-        take(iterator, 1000)
-    iterator.close()
+        records_of(config_of(folder), tmp_path / "run")
 
 
 def held_out_of(config: Config, rows: int):
@@ -209,7 +210,9 @@ def test_held_out_rows_cover_the_held_out_text_once(folder):
     assert held.tokens_NxT.dtype == held.targets_NxT.dtype == np.int32
     stream = np.append(held.tokens_NxT.reshape(-1), held.targets_NxT[-1, -1])
     np.testing.assert_array_equal(held.targets_NxT.reshape(-1), stream[1:])
-    found = documents_of(stream)
+    starts = np.flatnonzero(stream == TOKENIZER.bos_id)
+    assert starts[0] == 0  # what follows the last BOS may be cut and is left out
+    found = [TOKENIZER.decode(stream[a:b]) for a, b in itertools.pairwise(starts)]
     assert len(found) > 1
     assert set(found) < set(HELD_OUT)
     whole = sum(len(TOKENIZER.encode(text)) + 1 for text in HELD_OUT)

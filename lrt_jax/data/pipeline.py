@@ -1,19 +1,21 @@
-"""From documents to rows of tokens: Grain for training, a fixed selection for evaluation."""
+"""From rows of tokens to batches: Grain for training, a fixed selection for evaluation."""
 
 import dataclasses
 import hashlib
-import itertools
+import sys
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import grain
 import numpy as np
 
-from lrt_jax.data.corpus import Corpus, DataError, Shard, is_held_out, training_documents
+from lrt_jax.data.corpus import Corpus, DataError, is_held_out
+from lrt_jax.data.records import Records
 from lrt_jax.data.tokenizer import Tokenizer
-from lrt_jax.setup.config import Config, ConfigError
+from lrt_jax.setup.config import Config
 
-# Shards read ahead by threads: enough to hide a bucket's latency, and few, since each is held whole.
-READ_OPTIONS = grain.ReadOptions(num_threads=2, prefetch_buffer_size=2)
+# Batches read at once: enough to hide a bucket's latency.
+THREADS = 4
 
 
 class Batch(NamedTuple):
@@ -38,86 +40,61 @@ class HeldOut:
 
 
 @dataclasses.dataclass(frozen=True)
-class _TrainingDocuments(grain.experimental.FlatMapTransform):
-    """The documents of a shard that are not held out."""
+class _Steps:
+    """The rows of every step on this process, by the step's number: what Grain reads from."""
 
-    held_out: float
+    rows: grain.MapDataset[np.ndarray]
+    batch_size: int
+    here: tuple[int, ...]
 
-    def flat_map(self, element: list[str]) -> list[str]:
-        return [text for text in element if not is_held_out(text, self.held_out)]
+    def __len__(self) -> int:
+        return sys.maxsize // self.batch_size
 
-
-class _Tokens(grain.IterDataset):
-    """The token rows of a packed dataset, whose state survives JSON.
-
-    Grain's packing keeps slices in its state and compares them with a tuple, while a checkpoint returns a list:
-    restored as it is, it drops the document that begins where a row began.
-    """
-
-    def __iter__(self) -> grain.DatasetIterator:
-        return _TokensIterator(iter(self._parent))
+    def __getitem__(self, step: int) -> Batch:
+        rows = np.stack([self.rows[step * self.batch_size + row] for row in self.here])
+        return Batch(rows[:, :-1], rows[:, 1:])
 
 
-class _TokensIterator(grain.DatasetIterator):
-    def __next__(self) -> np.ndarray:
-        return next(self._parent)["tokens"]
+class _Batches(grain.DatasetIterator[Batch]):
+    """Batches whose state is the same on every process: the records' name and the number of the next row."""
+
+    def __init__(self, parent: grain.DatasetIterator[Batch], name: str, batch_size: int):
+        super().__init__(parent)
+        self._name, self._batch_size = name, batch_size
+
+    def __next__(self) -> Batch:
+        return next(self._parent)
 
     def get_state(self) -> dict[str, Any]:
-        return self._parent.get_state()
+        return {"records": self._name, "next_row": self._parent.get_state()["next_index"] * self._batch_size}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        slices = {feature: tuple(slice_) for feature, slice_ in state["remainder_slices"].items()}
-        self._parent.set_state(state | {"remainder_slices": slices})
+        if state["records"] != self._name:
+            raise DataError(
+                f"config.data.corpus has other files than when this run began (its tokens were {state['records']}, now "
+                f"{self._name}); the run goes on only with the same files, or begins anew in another --workdir"
+            )
+        self._parent.set_state({"next_index": state["next_row"] // self._batch_size})
 
 
 def training_batches(
-    config: Config, corpus: Corpus, tokenizer: Tokenizer, process_index: int = 0, process_count: int = 1
+    config: Config, records: Records, here: Sequence[int] | None = None
 ) -> grain.DatasetIterator[Batch]:
-    """This process's batches, without end: every epoch has the same documents in another order.
+    """Batches without end: every epoch has all rows, in another order.
 
-    Documents, each with BOS in front, are concatenated and cut into rows of T + 1 tokens: nothing is lost
-    and nothing padded. The rows are then shuffled too, so that a small batch is not all of one document. The
-    iterator's state is a few numbers and restores exactly, on the same corpus.
+    The global stream is rows of the records, shuffled anew each epoch; batch k holds its rows k B to k B + B - 1,
+    whoever reads them. The iterator's state is the number of the next row, the same on every process.
 
     Args:
       config: the run.
-      corpus: its documents.
-      tokenizer: its tokens.
-      process_index: which process this is, 0 to ``process_count`` - 1; it reads every ``process_count``-th shard.
-      process_count: how many processes share a batch of ``config.train.batch_size`` rows.
-
-    Raises:
-      ConfigError: the batch or the corpus cannot be shared by so many processes.
-      DataError: there is no document to train on; later, from ``next``, a shard is unusable.
+      records: its tokens.
+      here: which rows of a batch, from 0 to B - 1, this process needs; None: all.
     """
-    rows_here, rest = divmod(config.train.batch_size, process_count)
-    if rest:
-        raise ConfigError(
-            f"config.train.batch_size is {config.train.batch_size}; it must be a multiple of the number of processes, "
-            f"{process_count}"
-        )
-    shards = corpus.shards[process_index::process_count]
-    if not shards:
-        raise ConfigError(
-            f"config.data.corpus is {corpus.source!r}, which has {len(corpus.shards)} shards (files, or row groups of "
-            f"Parquet); {process_count} processes need one each, so split it into more files"
-        )
-    # A corpus smaller than the window is shuffled whole, so that no document comes twice before another came once.
-    # Counting also raises where there is no document: the endless stream below would search forever.
-    window = sum(1 for _ in itertools.islice(training_documents(shards, config.data), config.data.shuffle_window))
-    seed = config.seed % 2**31
-    rows = grain.MapDataset.source(shards).shuffle(seed).repeat().map(Shard.documents).to_iter_dataset(READ_OPTIONS)
-    rows = grain.experimental.FlatMapIterDataset(rows, _TrainingDocuments(config.data.held_out))
-    rows = grain.experimental.WindowShuffleIterDataset(rows, window_size=window, seed=seed)
-    rows = rows.map(lambda text: {"tokens": _with_bos(text, tokenizer)})
-    rows = grain.experimental.ConcatThenSplitIterDataset(
-        rows, length_struct={"tokens": config.model.sequence_length + 1}
-    )
-    rows = _Tokens(rows)
-    if config.data.shuffle_rows > 1:
-        rows = grain.experimental.WindowShuffleIterDataset(rows, window_size=config.data.shuffle_rows, seed=seed)
-    batches = rows.batch(rows_here).map(_split)
-    return iter(grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=config.data.prefetch))
+    size = config.train.batch_size
+    rows = grain.MapDataset.source(records).shuffle(config.seed % 2**31).repeat()
+    steps = grain.MapDataset.source(_Steps(rows, size, tuple(range(size) if here is None else here)))
+    options = grain.ReadOptions(num_threads=THREADS, prefetch_buffer_size=max(config.data.prefetch, THREADS))
+    return _Batches(iter(steps.to_iter_dataset(options)), records.name, size)
 
 
 def held_out_rows(config: Config, corpus: Corpus, tokenizer: Tokenizer, rows: int) -> HeldOut:
@@ -154,8 +131,3 @@ def held_out_rows(config: Config, corpus: Corpus, tokenizer: Tokenizer, rows: in
 
 def _with_bos(text: str, tokenizer: Tokenizer) -> np.ndarray:
     return np.concatenate([np.array([tokenizer.bos_id], np.int32), tokenizer.encode(text)])
-
-
-def _split(rows: Any) -> Batch:
-    """Rows of T + 1 tokens as inputs and targets."""
-    return Batch(rows[:, :-1], rows[:, 1:])

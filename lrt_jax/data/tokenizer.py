@@ -54,12 +54,19 @@ class Tokenizer:
 
     def encode(self, text: str) -> np.ndarray:
         """Token ids, int32 [n], of ``text``, with no token for the beginning of a document."""
-        ids: list[int] = []
-        for i, part in enumerate(text.split(SPACE)):
-            if i:
-                ids += self._space_ids
-            ids += self._processor.encode(part)
-        return np.array(ids, np.int32)
+        return self.encode_all([text])[0]
+
+    def encode_all(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """:meth:`encode` of each text, on all cores."""
+        parts = [text.split(SPACE) for text in texts]
+        encoded = iter(self._processor.encode([part for split in parts for part in split], num_threads=-1))
+        rows = []
+        for split in parts:
+            ids: list[int] = list(next(encoded))
+            for _ in split[1:]:
+                ids += [*self._space_ids, *next(encoded)]
+            rows.append(np.array(ids, np.int32))
+        return rows
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """The text of ``ids`` (each 0 to V - 1); bytes that make no UTF-8 become U+FFFD."""

@@ -71,7 +71,10 @@ class Evaluator:
                 "fallbacks": jnp.sum(found.fallbacks_B * rows_B),
             }
 
-        self._parallel, self._sequential = jax.jit(parallel), jax.jit(sequential)
+        # Every process reads the sums, so every device has them.
+        everywhere = meshes.replicated(mesh)
+        self._parallel = jax.jit(parallel, out_shardings=everywhere)
+        self._sequential = jax.jit(sequential, out_shardings=everywhere)
 
     def __call__(self, params: Any, rows: int | None = None) -> dict[str, float]:
         """Metrics of the first ``rows`` rows (None: all).
@@ -122,7 +125,7 @@ class Evaluator:
             counted_BxT = self._token_bytes[targets_BxT] > 0
             missing = ((0, self._batch_size - len(tokens_BxT)), (0, 0))
             local = tuple(np.pad(array, missing) for array in (tokens_BxT, targets_BxT, counted_BxT))
-            yield meshes.shard_rows(self._mesh, local)
+            yield meshes.global_batch(self._mesh, local)
 
 
 def _bits_per_byte(nats: float, count: float) -> float:

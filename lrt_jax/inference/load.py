@@ -76,8 +76,9 @@ def load_params(workdir: Path, step: int | None = None) -> tuple[Config, dict[st
 
 
 def _mesh(config: Config) -> Mesh:
-    """The run's mesh; where the devices here do not make it up, the first device alone."""
+    """The run's mesh; where the devices here do not make it up, one device of each process alone."""
     try:
         return meshes.make_mesh(config.mesh)
     except ConfigError:
-        return meshes.make_mesh(MeshConfig(), jax.devices()[:1])
+        first = {device.process_index: device for device in reversed(jax.devices())}
+        return meshes.make_mesh(MeshConfig(), [first[process] for process in sorted(first)])

@@ -108,8 +108,6 @@ class DataConfig:
     text_field: str = "text"  # the field or column of JSONL and Parquet records
     tokenizer: str = ""  # a SentencePiece model to use; "" trains one and keeps it in the work dir
     tokenizer_bytes: int = 8_000_000  # how much text the tokenizer is trained on
-    shuffle_window: int = 2048  # documents shuffled together, after the files have been shuffled
-    shuffle_rows: int = 256  # packed rows shuffled together, so that a batch mixes documents; 0 = as they come
     prefetch: int = 16  # batches made ahead
 
 

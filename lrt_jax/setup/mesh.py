@@ -1,11 +1,13 @@
 """The device mesh, the rules from logical to mesh axes, and the shardings of state and batches."""
 
+import bisect
 import dataclasses
 import math
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from flax import linen as nn
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -67,8 +69,8 @@ def shardings_of(boxed: Any, mesh: Mesh) -> Any:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows of a batch over the ``data`` and ``fsdp`` axes."""
-    return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+    """Rows of a batch over the ``data`` and ``fsdp`` axes, positions over ``sequence``."""
+    return NamedSharding(mesh, PartitionSpec(("data", "fsdp"), "sequence"))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -76,15 +78,35 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def global_batch(mesh: Mesh, local: Any) -> Any:
-    """A tree of this process's rows as global arrays, sharded by row."""
+def local_rows(mesh: Mesh, rows: int) -> tuple[int, ...]:
+    """Which of a batch's ``rows`` this process's devices hold, ascending."""
+    slices = batch_sharding(mesh).addressable_devices_indices_map((rows, mesh.shape["sequence"])).values()
+    return tuple(sorted({row for index in slices if index for row in range(*index[0].indices(rows))}))
+
+
+def global_batch(mesh: Mesh, local: Any, rows: int | None = None) -> Any:
+    """A tree of this process's rows as global arrays.
+
+    Args:
+      mesh: where they go.
+      local: arrays [n, T, ...] of the n rows that :func:`local_rows` names.
+      rows: of the whole batch; None: all of them are here.
+    """
     sharding = batch_sharding(mesh)
-    return jax.tree.map(lambda rows: jax.make_array_from_process_local_data(sharding, rows), local)
 
+    def whole(array: np.ndarray) -> jax.Array:
+        count = len(array) if rows is None else rows
+        here = local_rows(mesh, count) if len(array) < count else range(count)
 
-def shard_rows(mesh: Mesh, whole: Any) -> Any:
-    """A tree of rows that every process holds whole, as global arrays sharded by row."""
-    return jax.device_put(whole, batch_sharding(mesh))
+        def part(index: tuple[slice, ...] | None) -> np.ndarray:
+            assert index is not None
+            begin, end, _ = index[0].indices(count)
+            first = bisect.bisect_left(here, begin)
+            return array[(slice(first, first + end - begin), *index[1:])]
+
+        return jax.make_array_from_callback((count, *array.shape[1:]), sharding, part)
+
+    return jax.tree.map(whole, local)
 
 
 def cache_compilations(workdir: Path) -> None:

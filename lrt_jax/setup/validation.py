@@ -27,14 +27,13 @@ def validate(config: "Config") -> "Config":
 
 def _validate_ranges(config: "Config") -> None:
     positive = {
-        "data": ("document_bytes", "tokenizer_bytes", "shuffle_window", "prefetch"),
+        "data": ("document_bytes", "tokenizer_bytes", "prefetch"),
         "optimizer": ("eps",),
         "train": ("batch_size", "accumulation", "log_every", "keep"),
         "eval": ("batch_size", "rows", "final_rows"),
         "decode": ("chunk",),
     }
     not_negative = {
-        "data": ("shuffle_rows",),
         "optimizer": (
             "muon_lr",
             "matrix_lr",

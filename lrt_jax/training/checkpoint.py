@@ -55,7 +55,7 @@ class Checkpoints:
             args=ocp.args.Composite(
                 params=ocp.args.StandardSave(state.params),
                 optimizer=ocp.args.StandardSave({"step": state.step, "opt_state": state.opt_state}),
-                data=grain.checkpoint.CheckpointSave(iterator),
+                data=ocp.args.JsonSave(iterator.get_state()),
                 config=ocp.args.JsonSave(dataclasses.asdict(config)),
             ),
         )
@@ -72,9 +72,10 @@ class Checkpoints:
             args=ocp.args.Composite(
                 params=ocp.args.StandardRestore(abstract.params),
                 optimizer=ocp.args.StandardRestore({"step": abstract.step, "opt_state": abstract.opt_state}),
-                data=grain.checkpoint.CheckpointRestore(iterator),
+                data=ocp.args.JsonRestore(),
             ),
         )
+        iterator.set_state(restored.data)
         return TrainState(restored.optimizer["step"], restored.params, restored.optimizer["opt_state"])
 
     def restore_params(self, abstract: dict[str, Any], step: int) -> dict[str, jax.Array]:
@@ -142,7 +143,7 @@ def holds_parameters_only(workdir: epath.PathLike) -> bool:
 
 
 def write_config(config: Config, workdir: epath.PathLike) -> None:
-    """Writes the config into the work dir, which binds the dir to it."""
+    """Writes the config into the work dir, which binds the dir to it; by the first process."""
     path = epath.Path(workdir) / CONFIG_FILE
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(path.name + ".tmp")

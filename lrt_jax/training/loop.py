@@ -99,7 +99,7 @@ def train(config: Config, parts: Parts, state: TrainState) -> tuple[TrainState, 
     running: Stage | None = None
     with _stop_requested() as stopped:
         while step < parts.steps and not stopped():
-            batch = meshes.global_batch(parts.mesh, next(parts.batches))
+            batch = meshes.global_batch(parts.mesh, next(parts.batches), config.train.batch_size)
             stage = parts.stage_of(step + 1)
             with contextlib.nullcontext() if stage is running else clock.paused():  # a stage's first step compiles it
                 state, metrics = stage.step(state, *batch)

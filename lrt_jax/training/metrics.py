@@ -66,3 +66,22 @@ class Writer:
         self._bar.close()
         self._tensorboard.close()
         self._jsonl.close()
+
+
+class Silent(Writer):
+    """The writer of every process but the first: it writes and says nothing."""
+
+    def __init__(self) -> None:
+        """Opens nothing."""
+
+    def write(self, step: int, metrics: dict[str, float]) -> None:
+        """Leaves metrics to the first process."""
+
+    def progress(self, step: int, loss: float, tokens_per_second: float, seconds_left: float) -> None:
+        """Shows nothing."""
+
+    def line(self, text: str) -> None:
+        """Prints nothing."""
+
+    def close(self) -> None:
+        """Has nothing to close."""

@@ -1,0 +1,144 @@
+"""The corpus as tokens, written once: fixed-length rows that any process can read by a global index.
+
+Documents, each with BOS in front, are concatenated in the corpus's order. Row r holds the T + 1 tokens from r T on,
+so that every token is a target once; the last row runs on into the first. Nothing depends on how many processes
+wrote the files or read them: a place in the data is one number.
+"""
+
+import bisect
+import hashlib
+import itertools
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+
+from lrt_jax.data.corpus import Corpus, DataError, Shard, is_held_out
+from lrt_jax.data.tokenizer import Tokenizer
+from lrt_jax.setup import processes
+from lrt_jax.setup.config import Config, DataConfig
+
+FOLDER = "tokens"  # in the work dir
+INDEX = "index.json"  # written last: where it lies, the files are complete
+# Files of a corpus with that many shards: few enough to open, enough for every process to write some.
+PARTS = 256
+
+
+class Records:
+    """Rows of T + 1 tokens, read where they lie. ``records[r]`` is int32 [T + 1].
+
+    Attributes:
+      name: a digest of corpus, tokenizer and what makes tokens of one with the other.
+      tokens: how many tokens there are.
+    """
+
+    def __init__(self, folder: epath.Path, index: dict[str, Any], sequence_length: int):
+        """Opens what :func:`prepare` wrote, of which ``index`` says what there is."""
+        self.name: str = index["name"]
+        self._length, self._dtype = sequence_length, np.dtype(index["dtype"])
+        self._files = [str(folder / _file(part)) for part in range(len(index["tokens"]))]
+        self._begins = [0, *itertools.accumulate(index["tokens"])]
+        self.tokens: int = self._begins[-1]
+        self._maps: dict[str, np.ndarray] = {}
+
+    def __len__(self) -> int:
+        return -(-self.tokens // self._length)
+
+    def __getitem__(self, row: int) -> np.ndarray:
+        begin, missing, pieces = (row % len(self)) * self._length, self._length + 1, []
+        while missing:
+            piece = self._read(begin % self.tokens, missing)
+            pieces.append(piece)
+            begin, missing = begin + len(piece), missing - len(piece)
+        return np.concatenate(pieces).astype(np.int32)
+
+    def _read(self, begin: int, count: int) -> np.ndarray:
+        """Up to ``count`` tokens from ``begin``, which end with their file."""
+        part = bisect.bisect_right(self._begins, begin) - 1
+        first = begin - self._begins[part]
+        count = min(count, self._begins[part + 1] - begin)
+        file = self._files[part]
+        if "://" not in file:
+            if file not in self._maps:
+                self._maps[file] = np.memmap(file, self._dtype, mode="r")
+            return self._maps[file][first : first + count]
+        with epath.Path(file).open("rb") as stream:  # a bucket: just the bytes asked for
+            stream.seek(first * self._dtype.itemsize)
+            return np.frombuffer(stream.read(count * self._dtype.itemsize), self._dtype)
+
+
+def prepare(config: Config, corpus: Corpus, tokenizer: Tokenizer, workdir: epath.PathLike) -> Records:
+    """The records of a work dir, written first where they are not complete; all processes share the writing.
+
+    Raises:
+      DataError: a shard is unusable, or there is no document to train on.
+    """
+    name = _name(config.data, corpus, tokenizer)
+    folder = epath.Path(workdir) / FOLDER / name
+    index = processes.from_first(lambda: (folder / INDEX).read_bytes() if (folder / INDEX).exists() else b"")
+    if not index:
+        dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
+        parts = [list(part) for part in np.array_split(np.arange(len(corpus.shards)), min(PARTS, len(corpus.shards)))]
+        processes.together(lambda: _write_share(folder, config.data, corpus, tokenizer, parts, dtype))
+        index = processes.from_first(lambda: _finish(folder, config.data, corpus, name, len(parts), dtype))
+    return Records(folder, json.loads(index), config.model.sequence_length)
+
+
+def _name(config: DataConfig, corpus: Corpus, tokenizer: Tokenizer) -> str:
+    """Whatever changes the tokens changes the name."""
+    parts = [hashlib.blake2b(tokenizer.model).hexdigest(), config.held_out, config.document_bytes, config.text_field]
+    text = json.dumps([*parts, [shard.name for shard in corpus.shards]])
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+def _file(part: int) -> str:
+    return f"{part:05}.bin"
+
+
+def _write_share(
+    folder: epath.Path,
+    config: DataConfig,
+    corpus: Corpus,
+    tokenizer: Tokenizer,
+    parts: list[list[int]],
+    dtype: np.dtype,
+) -> None:
+    """Writes this process's files; one that is there already is complete."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for part in range(jax.process_index(), len(parts), jax.process_count()):
+        path = folder / _file(part)
+        if path.exists():
+            continue
+        unfinished = path.with_name(path.name + ".tmp")
+        with unfinished.open("wb") as stream:
+            for tokens in _tokens([corpus.shards[i] for i in parts[part]], config, tokenizer):
+                stream.write(tokens.astype(dtype).tobytes())
+        unfinished.replace(path)
+
+
+def _tokens(shards: list[Shard], config: DataConfig, tokenizer: Tokenizer) -> Iterator[np.ndarray]:
+    """The tokens of documents that are not held out, in order, BOS in front of each."""
+    bos = np.array([tokenizer.bos_id], np.int32)
+    for shard in shards:
+        texts = [text for text in shard.documents() if not is_held_out(text, config.held_out)]
+        for ids in tokenizer.encode_all(texts):
+            yield bos
+            yield ids
+
+
+def _finish(folder: epath.Path, config: DataConfig, corpus: Corpus, name: str, parts: int, dtype: np.dtype) -> bytes:
+    """Writes and returns the index, which says that everything else is there."""
+    tokens = [(folder / _file(part)).stat().length // dtype.itemsize for part in range(parts)]
+    if not sum(tokens):
+        raise DataError(
+            f"config.data.corpus is {corpus.source!r}, where config.data.held_out = {config.held_out} leaves no "
+            "document to train on; lower it, lower config.data.document_bytes or add text"
+        )
+    index = json.dumps({"name": name, "dtype": dtype.name, "tokens": tokens}).encode()
+    unfinished = folder / (INDEX + ".tmp")
+    unfinished.write_bytes(index)
+    unfinished.replace(folder / INDEX)
+    return index
