@@ -81,7 +81,7 @@ def table(config: ModelConfig) -> dict[str, Parameter]:
         parameters["beta"] = Parameter((L,), ("layers",), constant(0.1), "beta")
     if config.value_embedding_layers:
         E, c = len(config.value_embedding_layers), config.gate_inputs
-        table_axes, gate_axes = ("layers", "vocab", "kv_heads", "head"), ("layers", "gate_inputs", "kv_heads")
+        table_axes, gate_axes = ("layers", "vocab", "kv_heads", "value"), ("layers", "gate_inputs", "kv_heads")
         parameters["value_embedding"] = Parameter((E, V, K, C), table_axes, fan_in, "embedding")
         parameters["value_gate"] = Parameter((E, c, K), gate_axes, zeros, "matrix", (1,))
     parameters |= _memory_table(config, fan_in)

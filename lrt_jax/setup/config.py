@@ -260,12 +260,13 @@ class DecodeConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Devices along each mesh axis; at most one may be -1, "the rest"."""
+    """Devices along each mesh axis; at most one may be -1, "the rest" (docs/SCALING.md has how to choose)."""
 
-    data: int = -1
-    fsdp: int = 1
-    tensor: int = 1
-    sequence: int = 1
+    data: int = -1  # copies of the parameters, each with rows of its own
+    fsdp: int = 1  # parameters, optimizer state and rows, sharded together
+    tensor: int = 1  # heads, MLP and vocabulary
+    sequence: int = 1  # positions: T of a full forward, P = T/S of a subset
+    slices: int = 1  # of a multi-slice TPU; a factor of data, the one axis that goes over them
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,47 +1,75 @@
 """The device mesh, the rules from logical to mesh axes, and the shardings of state and batches."""
 
 import bisect
-import dataclasses
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 from flax import linen as nn
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from lrt_jax.setup.config import Config, ConfigError, MeshConfig
 
-# Logical axis → mesh axis. Axes not named here are replicated.
-RULES = (
+# Logical axis → mesh axis, of parameters and activations. Axes not named here are replicated; where two axes of one
+# array want the same mesh axis, the first has it.
+RULES: tuple[tuple[str, str | tuple[str, ...]], ...] = (
     ("batch", ("data", "fsdp")),
+    ("sequence", "sequence"),
     ("embed", "fsdp"),
+    ("value", "fsdp"),  # the last axis of a value embedding: its vocabulary and heads are taken by tensor
     ("vocab", "tensor"),
     ("heads", "tensor"),
     ("kv_heads", "tensor"),
     ("mlp", "tensor"),
 )
+AXES = ("data", "fsdp", "tensor", "sequence")
 
 
-def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
-    """The mesh that ``config`` describes, over ``devices`` (default: all of them).
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh that ``config`` describes, over ``devices`` (default: all of them), neighbours on inner axes.
+
+    With several slices the ``data`` axis goes over them, outermost: only it crosses their slow network.
 
     Raises:
-      ConfigError: the axes' sizes do not multiply to the number of devices.
+      ConfigError: the axes' sizes do not multiply to the number of devices, or the slices are not those found.
     """
-    devices = jax.devices() if devices is None else devices
-    sizes = dataclasses.asdict(config)
+    devices = jax.devices() if devices is None else list(devices)
+    sizes = resolve(config, len(devices))
+    found = len({getattr(device, "slice_index", 0) for device in devices})
+    if found != config.slices and (found > 1 or devices[0].platform == "tpu"):
+        raise ConfigError(f"config.mesh.slices is {config.slices}; the devices found lie in {found}")
+    if found == 1:  # also where slices are only imagined: virtual devices lie in order
+        return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    within = (sizes["data"] // found, *(sizes[axis] for axis in AXES[1:]))
+    grid = mesh_utils.create_hybrid_device_mesh(within, (found, 1, 1, 1), devices, allow_split_physical_axes=True)
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def resolve(config: MeshConfig, devices: int) -> dict[str, int]:
+    """The size of each mesh axis on so many devices.
+
+    Raises:
+      ConfigError: the axes' sizes do not multiply to the number of devices, or the slices do not divide ``data``.
+    """
+    sizes = {axis: getattr(config, axis) for axis in AXES}
     fixed = math.prod(size for size in sizes.values() if size != -1)
     rest = [axis for axis, size in sizes.items() if size == -1]
-    if len(devices) % fixed or (not rest and fixed != len(devices)):
+    if devices % fixed or (not rest and fixed != devices):
         raise ConfigError(
-            f"config.mesh is {sizes}, which needs {'a multiple of ' if rest else ''}{fixed} devices; "
-            f"{len(devices)} found"
+            f"config.mesh is {sizes}, which needs {'a multiple of ' if rest else ''}{fixed} devices; {devices} found"
         )
     for axis in rest:
-        sizes[axis] = len(devices) // fixed
-    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes), devices=devices)
+        sizes[axis] = devices // fixed
+    if sizes["data"] % config.slices:
+        raise ConfigError(
+            f"config.mesh.slices is {config.slices}, which does not divide the data axis of {sizes['data']}: only the "
+            "data axis goes over slices"
+        )
+    return sizes
 
 
 def check_divisibility(config: Config, mesh: Mesh) -> None:
@@ -50,17 +78,50 @@ def check_divisibility(config: Config, mesh: Mesh) -> None:
     Raises:
       ConfigError: naming the mesh axis and the field that it does not divide.
     """
-    rows = config.train.batch_size // config.train.accumulation
-    for axes, field, size in (
-        (("data", "fsdp"), "train.batch_size / train.accumulation", rows),
+    model, train = config.model, config.train
+    checks: list[tuple[tuple[str, ...], str, int]] = [
+        (("data", "fsdp"), "train.batch_size / train.accumulation", train.batch_size // train.accumulation),
         (("data", "fsdp"), "eval.batch_size", config.eval.batch_size),
-        (("fsdp",), "model.width", config.model.width),
-        (("tensor",), "model.kv_heads", config.model.kv_heads),
-        (("tensor",), "model.vocab_size", config.model.vocab_size),
-    ):
+        (("fsdp",), "model.width", model.width),
+        (("tensor",), "model.heads", model.heads),
+        (("tensor",), "model.kv_heads", model.kv_heads),
+        (("tensor",), "model.mlp_width", model.mlp_width),
+        (("tensor",), "model.vocab_size", model.vocab_size),
+        (("sequence",), "model.sequence_length", model.sequence_length),
+    ]
+    if model.value_embedding_layers:
+        checks.append((("fsdp",), "model.head_width (of the value embeddings)", model.head_width))
+    for stage in config.schedule.in_stages:
+        for name, field in (("interleaved", "subsets"), ("chunked", "chunks")):
+            count = getattr(stage.schedule, field)
+            if stage.schedule.name == name:
+                positions = f"P = model.sequence_length / schedule.{field}"
+                checks.append((("sequence",), positions, model.sequence_length // count))
+    for axes, field, size in checks:
         ways = math.prod(mesh.shape[axis] for axis in axes)
         if size % ways:
             raise ConfigError(f"config.mesh: {' × '.join(axes)} = {ways} does not divide config.{field} = {size}")
+
+
+def constrain(mesh: Mesh | None, array: jax.Array, *axes: str | None) -> jax.Array:
+    """``array`` sharded by its logical axes, one for each dimension.
+
+    Without constraints the compiler may choose to replicate activations (docs/SCALING.md). A dimension that
+    the mesh does not divide, as in decoding of a few rows, is left to it.
+    """
+    if mesh is None or mesh.size == 1:
+        return array
+    spec = nn.logical_to_mesh_axes(axes, RULES)
+    fitting = (
+        names if size % _ways(mesh, names) == 0 else PartitionSpec.UNCONSTRAINED
+        for names, size in zip(spec, array.shape, strict=True)
+    )
+    return jax.lax.with_sharding_constraint(array, NamedSharding(mesh, PartitionSpec(*fitting)))
+
+
+def _ways(mesh: Mesh, names: str | tuple[str, ...] | None) -> int:
+    names = (names,) if isinstance(names, str) else names or ()
+    return math.prod(mesh.shape[name] for name in names)
 
 
 def shardings_of(boxed: Any, mesh: Mesh) -> Any:
