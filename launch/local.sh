@@ -1,16 +1,24 @@
 #!/bin/sh
 # Train on this machine, in the environment that `make train` or `make test` has set up:
 #   launch/local.sh [--config=configs/base.py] [--workdir=DIR] [--config.key=value …]
-#   launch/local.sh --dry-run …     print the command only
+#   launch/local.sh --dry-run …     print the command only, quoted for a shell
 set -eu
 cd "$(dirname "$0")/.."
-run=exec
+dry=
 if [ "${1:-}" = --dry-run ]; then
-    run=echo
+    dry=1
     shift
 fi
-case " $*" in
-    *" --config="*) ;;
-    *) set -- --config=configs/base.py "$@" ;;
-esac
-$run .venv/bin/python -m lrt_jax.main "$@"
+given=
+for argument in "$@"; do
+    case $argument in --config=*) given=1 ;; esac
+done
+[ -n "$given" ] || set -- --config=configs/base.py "$@"
+set -- .venv/bin/python -m lrt_jax.main "$@"
+if [ -z "$dry" ]; then
+    exec "$@"
+fi
+for word in "$@"; do
+    printf "'%s' " "$(printf %s "$word" | sed "s/'/'\\\\''/g")"
+done
+printf '\n'

@@ -1,0 +1,201 @@
+#!/usr/bin/env bash
+# Train on TPU VMs of Google Cloud, one slice or several, through a queued resource:
+#   launch/tpu_vm.sh [--dry-run] ACTION NAME [--zone=…] [--project=…] [--type=v5litepod-256] [--version=…] [--slices=N]
+#                    [--spot] [--bucket=BUCKET] [-- --config=… --workdir=… …]
+#   create   asks for the machines, and waits until they are there
+#   run      installs this checkout on every worker and starts training there; what follows -- is passed on
+#   logs     follows the log of the first worker
+#   delete   stops everything and gives the machines back
+#   up       create, run, and after a preemption both again, until training ends
+# The same command on every worker makes one run: lrt_jax.main finds the others by itself. The work dir must be one that
+# all workers share: with --bucket, the bucket is mounted at /mnt/lrt by gcsfuse, so --workdir=/mnt/lrt/runs/NAME.
+# --dry-run prints every command that would be run, quoted for a shell, and runs none.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+dry=
+if [[ ${1:-} == --dry-run ]]; then
+    dry=1
+    shift
+fi
+usage() {
+    sed -n '2,14s/^# \{0,1\}//p' "launch/$(basename "$0")" >&2
+    exit 2
+}
+[[ $# -ge 2 ]] || usage
+action=$1 name=$2
+shift 2
+
+zone="" project="" type="" version="" slices=1 spot="" bucket=""
+while [[ $# -gt 0 ]]; do
+    case $1 in
+        --zone=*) zone=${1#*=} ;;
+        --project=*) project=${1#*=} ;;
+        --type=*) type=${1#*=} ;;
+        --version=*) version=${1#*=} ;;
+        --slices=*) slices=${1#*=} ;;
+        --bucket=*) bucket=${1#*=} ;;
+        --spot) spot=1 ;;
+        --)
+            shift
+            break
+            ;;
+        *)
+            echo "error: $1 is not an option of launch/tpu_vm.sh; those of training come after --" >&2
+            exit 2
+            ;;
+    esac
+    shift
+done
+[[ $name =~ ^[a-z]([-a-z0-9]*[a-z0-9])?$ ]] || {
+    echo "error: the name is '$name'; it must be lower-case letters, digits and dashes" >&2
+    exit 2
+}
+[[ $slices =~ ^[1-9][0-9]*$ ]] || {
+    echo "error: --slices is '$slices'; it must be a number above 0" >&2
+    exit 2
+}
+
+where=()
+[[ -z $zone ]] || where+=("--zone=$zone")
+[[ -z $project ]] || where+=("--project=$project")
+
+# Runs a command, or with --dry-run prints it so that a shell would read it back as it is.
+do_() {
+    if [[ -n $dry ]]; then
+        printf '%q ' "$@"
+        printf '\n'
+    else
+        "$@"
+    fi
+}
+
+state() {
+    gcloud compute tpus queued-resources describe "$name" "${where[@]}" --format='value(state.state)'
+}
+
+create() {
+    [[ -n $type ]] || {
+        echo "error: --type is not set; for example --type=v5litepod-256, --type=v5p-128 or --type=v6e-256" >&2
+        exit 2
+    }
+    local runtime=$version
+    if [[ -z $runtime ]]; then
+        case $type in
+            v5litepod-*) runtime=v2-alpha-tpuv5-lite ;;
+            v5p-*) runtime=v2-alpha-tpuv5 ;;
+            v6e-*) runtime=v2-alpha-tpuv6e ;;
+            *)
+                echo "error: no runtime is known for --type=$type; name one with --version" >&2
+                exit 2
+                ;;
+        esac
+    fi
+    local request=(gcloud compute tpus queued-resources create "$name" "${where[@]}"
+        "--accelerator-type=$type" "--runtime-version=$runtime")
+    if [[ $slices -gt 1 ]]; then
+        request+=("--node-count=$slices" "--node-prefix=$name")
+    else
+        request+=("--node-id=$name")
+    fi
+    [[ -z $spot ]] || request+=(--spot)
+    do_ "${request[@]}"
+    if [[ -n $dry ]]; then
+        echo "# then waits until the state is ACTIVE"
+        return
+    fi
+    local now
+    while now=$(state) && [[ $now != ACTIVE ]]; do
+        case $now in FAILED | SUSPENDED | SUSPENDING)
+            echo "error: the queued resource $name is $now" >&2
+            return 1
+            ;;
+        esac
+        echo "$name is $now" >&2
+        sleep 30
+    done
+}
+
+# The TPU VMs of the queued resource: one for each slice.
+nodes() {
+    if [[ $slices -eq 1 ]]; then
+        echo "$name"
+    else
+        for ((i = 0; i < slices; i++)); do echo "$name-$i"; done
+    fi
+}
+
+# What every worker does, as one line of shell in which every argument is quoted.
+remote() {
+    local mount=
+    if [[ -n $bucket ]]; then
+        mount="sudo mkdir -p /mnt/lrt && sudo chown \"\$USER\" /mnt/lrt && (mountpoint -q /mnt/lrt || gcsfuse --implicit-dirs $(printf %q "$bucket") /mnt/lrt) && "
+    fi
+    printf '%s' "${mount}rm -rf lrt-jax && mkdir lrt-jax && tar -xzf lrt-jax.tar.gz -C lrt-jax && cd lrt-jax && " \
+        "python3 -m venv .venv && .venv/bin/pip install --quiet -e . 'jax[tpu]' && " \
+        ".venv/bin/python -m lrt_jax.main$(printf ' %q' "$@") >>\$HOME/lrt-jax.log 2>&1"
+}
+
+run() {
+    local archive pids=() failed=0 node
+    if [[ -n $dry ]]; then archive=lrt-jax.tar.gz; else archive=$(mktemp -d)/lrt-jax.tar.gz; fi
+    do_ git archive --format=tar.gz "--output=$archive" HEAD
+    while read -r node; do
+        do_ gcloud compute tpus tpu-vm scp "$archive" "$node:lrt-jax.tar.gz" "${where[@]}" --worker=all
+    done < <(nodes)
+    while read -r node; do
+        if [[ -n $dry ]]; then
+            do_ gcloud compute tpus tpu-vm ssh "$node" "${where[@]}" --worker=all "--command=$(remote "$@")"
+        else # all slices at once: none begins before the others are there
+            gcloud compute tpus tpu-vm ssh "$node" "${where[@]}" --worker=all "--command=$(remote "$@")" </dev/null &
+            pids+=($!)
+        fi
+    done < <(nodes)
+    for pid in "${pids[@]}"; do wait "$pid" || failed=1; done
+    return "$failed"
+}
+
+logs() {
+    local first
+    first=$(nodes | head -n 1)
+    # The log's path is for the worker's shell.
+    # shellcheck disable=SC2016
+    do_ gcloud compute tpus tpu-vm ssh "$first" "${where[@]}" --worker=0 '--command=tail -n +1 -F $HOME/lrt-jax.log'
+}
+
+delete() {
+    do_ gcloud compute tpus queued-resources delete "$name" "${where[@]}" --force --quiet
+}
+
+up() {
+    if [[ -n $dry ]]; then
+        create
+        run "$@"
+        echo "# after a preemption deletes, creates and runs again; the same command goes on from the last checkpoint"
+        delete
+        return
+    fi
+    while true; do
+        create
+        if run "$@"; then break; fi
+        if [[ $(state) == ACTIVE ]]; then
+            echo "error: training ended with an error and the machines are still there; see launch/tpu_vm.sh logs $name" >&2
+            return 1
+        fi
+        echo "$name was preempted; asking for it again" >&2
+        delete
+    done
+    delete
+}
+
+case $action in
+    create | logs | delete) "$action" ;;
+    run | up)
+        [[ $# -gt 0 ]] || {
+            echo "error: what to train is not set; for example: -- --config=configs/nanochat.py:depth=20 --workdir=/mnt/lrt/runs/d20" >&2
+            exit 2
+        }
+        "$action" "$@"
+        ;;
+    *) usage ;;
+esac

@@ -1,0 +1,147 @@
+"""Launch scripts: a dry run prints what a shell, sbatch or Kubernetes would run, whatever the arguments hold."""
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+LAUNCH = Path(__file__).parents[1] / "launch"
+SCRIPTS = sorted(LAUNCH.rglob("*.sh"))
+# Spaces, both quotes, dollars, backslashes, globs, line ends, and what the scripts themselves put in place.
+TRAINING = [
+    "--config=configs/base.py:debug",
+    "--workdir=/mnt/lrt/runs/my run",
+    '--config.eval.prompt=it\'s "$HOME" $(date) `id` \\n * ; | & @NAME@ # if spot',
+    "--config.data.corpus=/data/*.jsonl",
+    "--config.schedule.stages=plain:0.8, interleaved(2):0.2",
+    "two\nlines\tand a tab",
+]
+
+
+def run(script: str, *arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run([str(LAUNCH / script), *arguments], capture_output=True, text=True, cwd="/")
+
+
+def dry(script: str, *arguments: str) -> str:
+    done = run(script, "--dry-run", *arguments)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def read_by_bash(line: str) -> list[str]:
+    """The words that bash makes of a line of shell."""
+    program = f'set -f; show() {{ printf "%s\\0" "$@"; }}; show {line}'
+    done = subprocess.run(["bash", "-c", program], capture_output=True, text=True, check=True)
+    return done.stdout.split("\0")[:-1]
+
+
+def training_of(shell: str) -> list[str]:
+    """What follows ``-m lrt_jax.main`` in a line of shell, read by bash."""
+    return read_by_bash(shell.split("-m lrt_jax.main", 1)[1])
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: str(path.relative_to(LAUNCH)))
+def test_shellcheck_has_nothing_to_say(script):
+    shellcheck = Path(sys.executable).with_name("shellcheck")
+    done = subprocess.run([str(shellcheck), str(script)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert script.stat().st_mode & 0o111
+
+
+def test_all_scripts_are_tested_here():
+    assert [str(path.relative_to(LAUNCH)) for path in SCRIPTS] == ["gke/run.sh", "local.sh", "slurm.sh", "tpu_vm.sh"]
+
+
+def test_local():
+    words = read_by_bash(dry("local.sh", *TRAINING))
+    assert words == [".venv/bin/python", "-m", "lrt_jax.main", *TRAINING]
+    assert "--config=configs/base.py" in read_by_bash(dry("local.sh", "--workdir=x --config=y"))
+
+
+TPU = ["my-run", "--zone=us-west4-a", "--project=p", "--type=v5litepod-256"]
+
+
+def commands_of(out: str) -> list[list[str]]:
+    return [read_by_bash(line) for line in re.split(r"\n(?=gcloud|git|#)", out.strip()) if not line.startswith("#")]
+
+
+def test_tpu_vm_creates_runs_logs_and_deletes():
+    (create,) = commands_of(dry("tpu_vm.sh", "create", *TPU, "--spot"))
+    assert create == [
+        *["gcloud", "compute", "tpus", "queued-resources", "create", "my-run", "--zone=us-west4-a", "--project=p"],
+        *["--accelerator-type=v5litepod-256", "--runtime-version=v2-alpha-tpuv5-lite", "--node-id=my-run", "--spot"],
+    ]
+    archive, copy, start = commands_of(dry("tpu_vm.sh", "run", *TPU, "--", *TRAINING))
+    assert archive[:2] == ["git", "archive"]
+    assert copy[3:7] == ["tpu-vm", "scp", "lrt-jax.tar.gz", "my-run:lrt-jax.tar.gz"] and "--worker=all" in copy
+    assert start[3:6] == ["tpu-vm", "ssh", "my-run"] and "--worker=all" in start
+    assert training_of(start[-1].removesuffix(" >>$HOME/lrt-jax.log 2>&1")) == TRAINING
+    (logs,) = commands_of(dry("tpu_vm.sh", "logs", *TPU))
+    assert logs[3:6] == ["tpu-vm", "ssh", "my-run"] and logs[-1].startswith("--command=tail")
+    (delete,) = commands_of(dry("tpu_vm.sh", "delete", *TPU))
+    assert delete[3:6] == ["queued-resources", "delete", "my-run"] and "--force" in delete
+
+
+def test_tpu_vm_slices_share_one_run_and_a_bucket():
+    out = dry("tpu_vm.sh", "up", *TPU, "--slices=2", "--bucket=b", "--", *TRAINING)
+    create, _, *others, delete = commands_of(out)
+    assert "--node-count=2" in create and "--node-prefix=my-run" in create
+    assert [words[5].partition(":")[0] for words in others[2:]] == ["my-run-0", "my-run-1"]
+    assert all("gcsfuse --implicit-dirs b /mnt/lrt" in words[-1] for words in others[2:])
+    assert len({words[-1] for words in others[2:]}) == 1  # the same command everywhere
+    assert delete[4] == "delete" and "preemption" in out
+
+
+def test_slurm():
+    script = dry("slurm.sh", "--nodes=2", "--gpus=8", "--partition=a", "--", *TRAINING).partition("\n")[2]
+    subprocess.run(["bash", "-n"], input=script, text=True, check=True)
+    options = re.findall(r"^#SBATCH (.*)$", script, flags=re.MULTILINE)
+    assert {"--nodes=2", "--ntasks-per-node=8", "--gpus-per-node=8", "--requeue", "--partition=a"} <= set(options)
+    assert "gpus-per-task" not in script
+    (start,) = re.findall(r"^srun (.*?) &$", script, flags=re.MULTILINE | re.DOTALL)
+    assert training_of(start) == TRAINING
+
+
+def test_gke():
+    arguments = ["--image=gcr.io/p/i:1", "--accelerator=tpu-v5-lite-podslice", "--topology=16x16", "--hosts=64"]
+    script = "gke/run.sh"
+    manifest = dry(script, "my-run", *arguments, "--slices=2", "--spot", "--bucket=b", "--", *TRAINING)
+    (command,) = re.findall(r"^ *command: (\[.*\])$", manifest, flags=re.MULTILINE)
+    # Kubernetes takes $$( for $(, and what is no reference as it is.
+    words = [word.replace("$$(", "$(") for word in json.loads(command)]
+    assert words == ["python", "-m", "lrt_jax.main", *TRAINING]
+    rest = manifest.replace(command, "")
+    assert (
+        "replicas: 2" in rest and "completions: 64" in rest and 'gke-spot: "true"' in rest and "bucketName: b" in rest
+    )
+    assert not re.search(r"@[A-Z]+@|# if", rest)
+    plain = dry(script, "my-run", *arguments, "--", *TRAINING)
+    assert "gke-spot" not in plain and "gcsfuse" not in plain
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "message"),
+    [
+        ("tpu_vm.sh", ["create", "my-run"], "error: --type is not set"),
+        ("tpu_vm.sh", ["create", "my-run", "--type=v9-8"], "error: no runtime is known for --type=v9-8"),
+        ("tpu_vm.sh", ["create", "My Run"], "error: the name is 'My Run'"),
+        ("tpu_vm.sh", ["run", "my-run"], "error: what to train is not set"),
+        ("tpu_vm.sh", ["run", "my-run", "--config=x"], "error: --config=x is not an option"),
+        ("tpu_vm.sh", ["create", "my-run", "--slices=0"], "error: --slices is '0'"),
+        ("slurm.sh", ["--nodes=2", "--", "--config=x"], "error: --gpus is ''"),
+        ("slurm.sh", ["--nodes=2", "--gpus=8", "--partition=a b", "--", "x"], "error: '--partition=a b' cannot stand"),
+        ("gke/run.sh", ["my-run", "--hosts=64", "--", "x"], "error: --image is ''"),
+        ("gke/run.sh", ["my-run", "--hosts=64", "--image=a b", "--", "x"], "error: --image is 'a b'"),
+    ],
+)
+def test_what_is_wrong_is_said(script, arguments, message):
+    done = run(script, "--dry-run", *arguments)
+    assert done.returncode == 2 and message in done.stderr and not done.stdout
+
+
+def test_local_dry_run_reads_back_in_any_shell():
+    assert shlex.split(dry("local.sh", *TRAINING)) == [".venv/bin/python", "-m", "lrt_jax.main", *TRAINING]
