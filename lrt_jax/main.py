@@ -67,7 +67,7 @@ def run(config: configs.Config, workdir: Path) -> dict[str, float]:
     """
     began = time.perf_counter()
     mesh = meshes.make_mesh(config.mesh)
-    meshes.check_divisibility(config, mesh)
+    meshes.check_divisibility(config, mesh.shape)
     changes = checkpoint.check_config(config, workdir)
     meshes.cache_compilations(workdir)
 
@@ -78,7 +78,7 @@ def run(config: configs.Config, workdir: Path) -> dict[str, float]:
     batches = pipeline.training_batches(config, rows, meshes.local_rows(mesh, config.train.batch_size))
     held_out = pipeline.held_out_rows(config, texts, tokens, config.eval.final_rows)
 
-    decoder = Decoder(config.model)
+    decoder = Decoder(config.model, mesh)
     counts = costs.count_parameters(config.model)
     steps = configs.train_steps(config.train, config.model.sequence_length, counts.total)
     transformation = optimizer.build(config.optimizer, table(config.model), steps)

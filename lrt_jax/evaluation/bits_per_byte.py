@@ -47,34 +47,12 @@ class Evaluator:
           held_out: rows of tokens and targets.
           token_bytes: int [V], UTF-8 bytes of each token, 0 for special tokens.
         """
-        self._mesh, self.held_out, self._batch_size = mesh, held_out, config.eval.batch_size
-        self._decode = how = dataclasses.replace(config.decode, prefill=config.eval.scoring)
+        self._mesh, self.held_out = mesh, held_out
+        self._batch_size = meshes.whole_rows(mesh, config.eval.batch_size)
+        self._decode = dataclasses.replace(config.decode, prefill=config.eval.scoring)
         self._token_bytes = token_bytes
         self.rows = len(held_out.tokens_NxT)
-
-        last = config.schedule.in_stages[-1].schedule
-        forwards = schedules.build(last, decoder.config.sequence_length)
-        begins_with_init = schedules.forward_names(last)[0] == "init"
-
-        def parallel(params: Any, tokens_BxT: jax.Array, targets_BxT: jax.Array, counted_BxT: jax.Array) -> Any:
-            outcome = forwards(decoder, params, tokens_BxT, targets_BxT)
-            first = outcome if begins_with_init else schedules.plain(decoder, params, tokens_BxT, targets_BxT)
-            losses = {"init": first.token_losses_FxBxT[0], "merged": outcome.merged_losses_BxT}
-            return {name: jnp.sum(losses_BxT * counted_BxT, axis=0) for name, losses_BxT in losses.items()}
-
-        def sequential(params: Any, tokens_BxT: jax.Array, targets_BxT: jax.Array, counted_BxT: jax.Array) -> Any:
-            found = scoring.score(decoder, params, tokens_BxT, targets_BxT, how)
-            rows_B = jnp.any(counted_BxT, axis=1)  # the others fill up the last batch
-            return {
-                "sequential": jnp.sum(found.losses_BxT * counted_BxT, axis=0),
-                "refinements": jnp.sum(found.refinements_B * rows_B),
-                "fallbacks": jnp.sum(found.fallbacks_B * rows_B),
-            }
-
-        # Every process reads the sums, so every device has them.
-        everywhere = meshes.replicated(mesh)
-        self._parallel = jax.jit(parallel, out_shardings=everywhere)
-        self._sequential = jax.jit(sequential, out_shardings=everywhere)
+        self._parallel, self._sequential = programs(decoder, config, mesh)
 
     def __call__(self, params: Any, rows: int | None = None) -> dict[str, float]:
         """Metrics of the first ``rows`` rows (None: all).
@@ -126,6 +104,36 @@ class Evaluator:
             missing = ((0, self._batch_size - len(tokens_BxT)), (0, 0))
             local = tuple(np.pad(array, missing) for array in (tokens_BxT, targets_BxT, counted_BxT))
             yield meshes.global_batch(self._mesh, local)
+
+
+def programs(decoder: Decoder, config: Config, mesh: Mesh) -> tuple[Any, Any]:
+    """The jitted functions ``(params, tokens_BxT, targets_BxT, counted_BxT) -> sums by position``.
+
+    The first scores the forwards of the schedule in parallel, the second true recurrence.
+    """
+    how = dataclasses.replace(config.decode, prefill=config.eval.scoring)
+    last = config.schedule.in_stages[-1].schedule
+    forwards = schedules.build(last, decoder.config.sequence_length)
+    begins_with_init = schedules.forward_names(last)[0] == "init"
+
+    def parallel(params: Any, tokens_BxT: jax.Array, targets_BxT: jax.Array, counted_BxT: jax.Array) -> Any:
+        outcome = forwards(decoder, params, tokens_BxT, targets_BxT)
+        first = outcome if begins_with_init else schedules.plain(decoder, params, tokens_BxT, targets_BxT)
+        losses = {"init": first.token_losses_FxBxT[0], "merged": outcome.merged_losses_BxT}
+        return {name: jnp.sum(losses_BxT * counted_BxT, axis=0) for name, losses_BxT in losses.items()}
+
+    def sequential(params: Any, tokens_BxT: jax.Array, targets_BxT: jax.Array, counted_BxT: jax.Array) -> Any:
+        found = scoring.score(decoder, params, tokens_BxT, targets_BxT, how)
+        rows_B = jnp.any(counted_BxT, axis=1)  # the others fill up the last batch
+        return {
+            "sequential": jnp.sum(found.losses_BxT * counted_BxT, axis=0),
+            "refinements": jnp.sum(found.refinements_B * rows_B),
+            "fallbacks": jnp.sum(found.fallbacks_B * rows_B),
+        }
+
+    # Every process reads the sums, so every device has them.
+    everywhere = meshes.replicated(mesh)
+    return jax.jit(parallel, out_shardings=everywhere), jax.jit(sequential, out_shardings=everywhere)
 
 
 def _bits_per_byte(nats: float, count: float) -> float:

@@ -148,4 +148,4 @@ def step(
 @functools.lru_cache
 def unrolled(decoder: Decoder) -> Decoder:
     """The same model with its layers unrolled: their caches differ in size. Parameters do not depend on it."""
-    return Decoder(dataclasses.replace(decoder.config, scan_layers=False))
+    return Decoder(dataclasses.replace(decoder.config, scan_layers=False), decoder.mesh)

@@ -19,6 +19,7 @@ from lrt_jax.inference import decode, prefill, sampling
 from lrt_jax.inference.decode import PAD, DecodeState
 from lrt_jax.inference.sampling import DEFAULT, Sampling
 from lrt_jax.model.decoder import Decoder
+from lrt_jax.setup import mesh as meshes
 from lrt_jax.setup.config import DecodeConfig
 from lrt_jax.setup.errors import UserError
 
@@ -87,6 +88,9 @@ def programs(decoder: Decoder, method: Method) -> Programs:
             going_B &= tokens_B != stop
         newest_B = jnp.where(going_B, tokens_B, PAD)
         column = (0, carry.count)
+        # Every process reads them.
+        newest_B = meshes.constrain(decoder.mesh, newest_B, None)
+        log_probabilities_B = meshes.constrain(decoder.mesh, log_probabilities_B, None)
         seen_BxV = carry.seen_BxV
         if seen_BxV is not None:
             seen_BxV |= jnp.arange(seen_BxV.shape[1])[None] == newest_B[:, None]

@@ -51,7 +51,7 @@ def load(workdir: Path, step: int | None = None) -> Trained:
     """
     config, params, step = load_params(workdir, step)
     mesh = _mesh(config)
-    return Trained(config, Decoder(config.model), params, tokenizer.load(workdir, config), mesh, step)
+    return Trained(config, Decoder(config.model, mesh), params, tokenizer.load(workdir, config), mesh, step)
 
 
 def load_params(workdir: Path, step: int | None = None) -> tuple[Config, dict[str, Any], int]:

@@ -1,9 +1,30 @@
-"""What the config's ``auto`` means on the devices at hand."""
+"""What a config leaves to the machine: on the devices at hand, or on those that a program is compiled for."""
+
+import contextlib
+from collections.abc import Iterator
+from contextvars import ContextVar
 
 import jax
 import jax.numpy as jnp
 
 from lrt_jax.setup.config import ModelConfig
+
+_TARGET: ContextVar[jax.Device | None] = ContextVar("target", default=None)
+
+
+@contextlib.contextmanager
+def compiling_for(device: jax.Device) -> Iterator[None]:
+    """Within, what is traced is for machines of this kind (``lrt_jax.aot``), whatever machine this is."""
+    token = _TARGET.set(device)
+    try:
+        yield
+    finally:
+        _TARGET.reset(token)
+
+
+def target() -> jax.Device:
+    """A device like those that will run what is traced now."""
+    return _TARGET.get() or jax.devices()[0]
 
 
 def compute_dtype(config: ModelConfig) -> jnp.dtype:
@@ -14,7 +35,7 @@ def compute_dtype(config: ModelConfig) -> jnp.dtype:
     """
     if config.dtype != "auto":
         return jnp.dtype(config.dtype)
-    device = jax.devices()[0]
+    device = target()
     fast = device.platform == "tpu" or float(getattr(device, "compute_capability", 0)) >= 8
     return jnp.dtype("bfloat16" if fast else "float32")
 
@@ -22,5 +43,5 @@ def compute_dtype(config: ModelConfig) -> jnp.dtype:
 def attends_in_blocks(config: ModelConfig) -> bool:
     """Whether attention over whole subsets goes block by block; ``auto`` does on a CPU, where it was measured."""
     if config.attention == "auto":
-        return jax.default_backend() == "cpu"
+        return target().platform == "cpu"
     return config.attention == "blocked"

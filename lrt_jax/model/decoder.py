@@ -5,6 +5,7 @@ state that becomes recurrent memory, and the buffer of keys and values.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -12,12 +13,14 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax import struct
 from jax import lax
+from jax.sharding import Mesh
 
 from lrt_jax.model import attention, cache, layers, memory
 from lrt_jax.model.backend import attends_in_blocks, compute_dtype
 from lrt_jax.model.cache import Cache
 from lrt_jax.model.memory import KV, Refreshable
 from lrt_jax.model.parameters import is_by_layer, table, unstack
+from lrt_jax.setup import mesh as meshes
 from lrt_jax.setup.config import ModelConfig
 
 # Slots are the last axis but one in every leaf of a buffer's pieces: [(L,) B, K, N, C].
@@ -82,9 +85,15 @@ def empty_buffer(config: ModelConfig, rows: int, slots: int) -> Buffer:
 
 
 class Decoder(nn.Module):
-    """The Latent Recurrent Transformer, and with its memory off the plain baseline (method.md, "Backbone")."""
+    """The Latent Recurrent Transformer, and with its memory off the plain baseline (method.md, "Backbone").
+
+    Attributes:
+      config: its shape and switches.
+      mesh: where its activations lie, sharded by ``setup.mesh.RULES``; None: on one device.
+    """
 
     config: ModelConfig
+    mesh: Mesh | None = None
 
     def setup(self) -> None:
         """Declares the arrays of the parameter table, with logical axes; or takes what ``by_layer`` made of them."""
@@ -141,14 +150,19 @@ class Decoder(nn.Module):
         _check_shapes(x0_BxPxD.shape[:2], positions_BxP, memory_BxPxD, buffer)
         if past is not None and (buffer is not None or config.scan_layers or len(past.position_B) != len(x0_BxPxD)):
             raise ValueError("a cache needs as many rows as there are tokens, no buffer, and scan_layers off")
+        sharded = functools.partial(meshes.constrain, self.mesh)
+        x0_BxPxD = sharded(x0_BxPxD, "batch", "sequence", None)
         if memory_BxPxD is not None:
             memory_BxPxD = memory_BxPxD.astype(dtype) if config.recurrent else None
+        if memory_BxPxD is not None:
+            memory_BxPxD = sharded(memory_BxPxD, "batch", "sequence", None)
         positions_BxN = positions_BxP
         if buffer is not None:
             written_BxP = jnp.broadcast_to(positions_BxP, (buffer.positions_BxN.shape[0], positions_BxP.shape[1]))
             positions_BxN = lax.dynamic_update_slice_in_dim(buffer.positions_BxN, written_BxP, slot, axis=1)
         context = _Context(
             config=config,
+            sharded=sharded,
             x0_BxPxD=x0_BxPxD,
             memory_BxPxD=memory_BxPxD,
             projected=_shared_projection(config, memory_BxPxD, arrays),
@@ -159,7 +173,10 @@ class Decoder(nn.Module):
             subsets=subsets if attends_in_blocks(config) else None,
             keep_refreshable=keep_refreshable,
         )
-        own = _per_layer(config, arrays, embedded.values_ExBxPxKxC)
+        values = embedded.values_ExBxPxKxC
+        if values is not None:
+            values = sharded(values, None, "batch", "sequence", "kv_heads", None)
+        own = _per_layer(config, arrays, values)
         pieces = None if buffer is None else buffer.pieces
         before: Any = pieces  # by layer, or stacked where layers are scanned
         if past is not None:
@@ -205,23 +222,38 @@ class Decoder(nn.Module):
     def embed(self, tokens_BxP: jax.Array) -> Embedded:
         """x⁰ and the value embeddings of int tokens [B, P]."""
         dtype = compute_dtype(self.config)
-        arrays = self.parameters
-        x0_BxPxD = layers.rms_norm(jnp.take(arrays["embedding"], tokens_BxP, axis=0).astype(dtype))
+        sharded = functools.partial(meshes.constrain, self.mesh)
+
+        def look_up(name: str, axis: int, *axes: str | None) -> jax.Array:
+            # Where a table's last axis lies, all rows of the batch are looked up in that part of it, and only then
+            # do rows and columns change places: the table itself, and its gradient, never travel.
+            found = jnp.take(self.parameters[name], tokens_BxP, axis=axis).astype(dtype)
+            return sharded(found, *axes)
+
+        x0_BxPxD = look_up("embedding", 0, "looked_up", "sequence", "embed")
+        x0_BxPxD = layers.rms_norm(sharded(x0_BxPxD, "batch", "sequence", None))
         if not self.config.value_embedding_layers:
             return Embedded(x0_BxPxD, None)
-        return Embedded(x0_BxPxD, jnp.take(arrays["value_embedding"], tokens_BxP, axis=1).astype(dtype))
+        values_ExBxPxKxC = look_up("value_embedding", 1, None, "looked_up", "sequence", None, "value")
+        return Embedded(x0_BxPxD, sharded(values_ExBxPxKxC, None, "batch", "sequence", "kv_heads", None))
 
     def logits(self, hidden_BxPxD: jax.Array) -> jax.Array:
         """15 tanh(Whead h_final / 15), in float32 or wider: [B, P, V]."""
         raw_BxPxV = layers.linear(hidden_BxPxD, self.parameters["head"])
+        raw_BxPxV = meshes.constrain(self.mesh, raw_BxPxV, "batch", "sequence", "vocab")
         wide = jnp.promote_types(raw_BxPxV.dtype, jnp.float32)
         return self.config.softcap * jnp.tanh(raw_BxPxV.astype(wide) / self.config.softcap)
+
+
+# An array, and its dimensions' logical axes: ``setup.mesh.constrain`` on the decoder's mesh.
+Sharded = Callable[..., jax.Array]
 
 
 class _Context(NamedTuple):
     """What every layer of one forward shares."""
 
     config: ModelConfig
+    sharded: Sharded
     x0_BxPxD: jax.Array
     memory_BxPxD: jax.Array | None
     projected: KV | None
@@ -294,7 +326,7 @@ def _layer(
 
     ``farthest`` is the layer's window, where it is known while tracing.
     """
-    config = context.config
+    config, sharded = context.config, context.sharded
     x_BxPxD = memory.mix_residual(
         x_BxPxD, context.x0_BxPxD, context.memory_BxPxD, own.get("alpha"), own.get("beta"), own.get("gamma")
     )
@@ -309,11 +341,15 @@ def _layer(
     refreshable = None
     if context.keep_refreshable and memory_gate is not None:
         refreshable = Refreshable(fresh.k, fresh.v, memory_gate)
-    q_BxPxHxC = layers.rms_norm(layers.rope(q_BxPxHxC, *context.rope))
+    q_BxPxHxC = sharded(layers.rms_norm(layers.rope(q_BxPxHxC, *context.rope)), "batch", "sequence", "heads", None)
     fresh = KV(layers.rms_norm(layers.rope(fresh.k, *context.rope)), fresh.v).heads_first
+    fresh = KV(*(sharded(leaf, "batch", "kv_heads", "sequence", None) for leaf in fresh))
     held = before if isinstance(before, cache.Held) else None
     seen = (fresh,) if before is None or held is not None else _write(before, fresh, context.slot)
-    k, v = (tuple(getattr(piece, name) for piece in seen) for name in KV._fields)
+    # Queries stay where their positions are; keys and values of all positions come to them.
+    k, v = (
+        tuple(sharded(leaf, "batch", "kv_heads", None, None) for leaf in leaves) for leaves in zip(*seen, strict=True)
+    )
     queries_BxP, keys_BxN, window = context.queries_BxP, context.keys_BxN, own["window"]
     if context.subsets is not None:
         # The window is traced where layers are scanned; the widest of all layers is known.
@@ -325,9 +361,10 @@ def _layer(
         attend = attention.attend if held is None else functools.partial(cache.attend, held=held)
         k_BxKxNxC, v_BxKxNxC = (jnp.concatenate(parts, axis=SLOTS) for parts in (k, v))
         mixed_BxPxHxC = attend(q_BxPxHxC, k_BxKxNxC, v_BxKxNxC, queries_BxP, keys_BxN, window)
-    x_BxPxD = x_BxPxD + layers.linear(mixed_BxPxHxC, own["output"], inputs=2)
+    mixed_BxPxHxC = sharded(mixed_BxPxHxC, "batch", "sequence", "heads", None)
+    x_BxPxD = sharded(x_BxPxD + layers.linear(mixed_BxPxHxC, own["output"], inputs=2), "batch", "sequence", None)
     x_BxPxD = x_BxPxD + layers.mlp(layers.rms_norm(x_BxPxD), own["mlp_in"], own["mlp_out"])
-    return x_BxPxD, fresh, refreshable
+    return sharded(x_BxPxD, "batch", "sequence", None), fresh, refreshable
 
 
 def _queries_keys_values(h_BxPxD: jax.Array, own: dict[str, jax.Array]) -> tuple[jax.Array, KV]:

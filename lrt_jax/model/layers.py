@@ -5,6 +5,8 @@ import math
 import jax
 import jax.numpy as jnp
 
+from lrt_jax.model.backend import target
+
 
 def rms_norm(x: jax.Array) -> jax.Array:
     """RMS norm over the last axis, without parameters (method.md, "Backbone": ``norm``).
@@ -37,13 +39,18 @@ def rope(x_BxPxHxC: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
 def linear(x_BxPxI: jax.Array, weight: jax.Array, inputs: int = 1) -> jax.Array:
     """x W over the last ``inputs`` axes of x and the first of W, as one matrix product, [B, P, *outputs].
 
-    Flattened by hand, because the CPU backend copies transposed operands in the gradient of a product
-    with several batch axes (measured in docs/LOG.md: up to 3.4 times the time, forward and backward).
+    Flattened by hand for a CPU, whose backend copies transposed operands in the gradient of a product with several
+    batch axes (measured in docs/LOG.md: up to 3.4 times the time, forward and backward). Elsewhere
+    nothing is flattened: rows and positions may be sharded both, and no sharding of their product says so.
     """
-    rows = x_BxPxI.shape[: x_BxPxI.ndim - inputs]
+    weight = weight.astype(x_BxPxI.dtype)
+    rows = x_BxPxI.ndim - inputs
+    if target().platform != "cpu":
+        contracted = (tuple(range(rows, x_BxPxI.ndim)), tuple(range(inputs)))
+        return jax.lax.dot_general(x_BxPxI, weight, (contracted, ((), ())))
     size = math.prod(weight.shape[:inputs])
-    flat = x_BxPxI.reshape(-1, size) @ weight.astype(x_BxPxI.dtype).reshape(size, -1)
-    return flat.reshape(*rows, *weight.shape[inputs:])
+    flat = x_BxPxI.reshape(-1, size) @ weight.reshape(size, -1)
+    return flat.reshape(*x_BxPxI.shape[:rows], *weight.shape[inputs:])
 
 
 def mlp(x_BxPxD: jax.Array, in_DxF: jax.Array, out_FxD: jax.Array) -> jax.Array:

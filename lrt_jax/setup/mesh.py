@@ -2,7 +2,7 @@
 
 import bisect
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from lrt_jax.setup.config import Config, ConfigError, MeshConfig
 # array want the same mesh axis, the first has it.
 RULES: tuple[tuple[str, str | tuple[str, ...]], ...] = (
     ("batch", ("data", "fsdp")),
+    ("looked_up", "data"),  # rows, where fsdp has the columns of what is looked up
     ("sequence", "sequence"),
     ("embed", "fsdp"),
     ("value", "fsdp"),  # the last axis of a value embedding: its vocabulary and heads are taken by tensor
@@ -42,10 +43,12 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     found = len({getattr(device, "slice_index", 0) for device in devices})
     if found != config.slices and (found > 1 or devices[0].platform == "tpu"):
         raise ConfigError(f"config.mesh.slices is {config.slices}; the devices found lie in {found}")
+    shape = tuple(sizes.values())
     if found == 1:  # also where slices are only imagined: virtual devices lie in order
-        return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
-    within = (sizes["data"] // found, *(sizes[axis] for axis in AXES[1:]))
-    grid = mesh_utils.create_hybrid_device_mesh(within, (found, 1, 1, 1), devices, allow_split_physical_axes=True)
+        grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    else:
+        within = (shape[0] // found, *shape[1:])
+        grid = mesh_utils.create_hybrid_device_mesh(within, (found, 1, 1, 1), devices, allow_split_physical_axes=True)
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
@@ -72,8 +75,8 @@ def resolve(config: MeshConfig, devices: int) -> dict[str, int]:
     return sizes
 
 
-def check_divisibility(config: Config, mesh: Mesh) -> None:
-    """Checks that the mesh axes divide what they shard.
+def check_divisibility(config: Config, sizes: Mapping[str, int]) -> None:
+    """Checks that the mesh axes, of these sizes, divide what they shard.
 
     Raises:
       ConfigError: naming the mesh axis and the field that it does not divide.
@@ -81,7 +84,6 @@ def check_divisibility(config: Config, mesh: Mesh) -> None:
     model, train = config.model, config.train
     checks: list[tuple[tuple[str, ...], str, int]] = [
         (("data", "fsdp"), "train.batch_size / train.accumulation", train.batch_size // train.accumulation),
-        (("data", "fsdp"), "eval.batch_size", config.eval.batch_size),
         (("fsdp",), "model.width", model.width),
         (("tensor",), "model.heads", model.heads),
         (("tensor",), "model.kv_heads", model.kv_heads),
@@ -98,7 +100,7 @@ def check_divisibility(config: Config, mesh: Mesh) -> None:
                 positions = f"P = model.sequence_length / schedule.{field}"
                 checks.append((("sequence",), positions, model.sequence_length // count))
     for axes, field, size in checks:
-        ways = math.prod(mesh.shape[axis] for axis in axes)
+        ways = math.prod(sizes[axis] for axis in axes)
         if size % ways:
             raise ConfigError(f"config.mesh: {' × '.join(axes)} = {ways} does not divide config.{field} = {size}")
 
@@ -143,6 +145,12 @@ def local_rows(mesh: Mesh, rows: int) -> tuple[int, ...]:
     """Which of a batch's ``rows`` this process's devices hold, ascending."""
     slices = batch_sharding(mesh).addressable_devices_indices_map((rows, mesh.shape["sequence"])).values()
     return tuple(sorted({row for index in slices if index for row in range(*index[0].indices(rows))}))
+
+
+def whole_rows(mesh: Mesh, rows: int) -> int:
+    """The smallest number from ``rows`` on that the devices share evenly."""
+    ways = _ways(mesh, ("data", "fsdp"))
+    return -(-rows // ways) * ways
 
 
 def global_batch(mesh: Mesh, local: Any, rows: int | None = None) -> Any:

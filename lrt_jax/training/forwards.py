@@ -17,8 +17,13 @@ from lrt_jax.training.partitions import Partition, Strided
 
 def token_losses(decoder: Decoder, params: Any, hidden_BxPxD: jax.Array, targets_BxP: jax.Array) -> jax.Array:
     """Cross entropy of each target, in nats: [B, P], float32 or wider."""
-    logits_BxPxV = decoder.apply({"params": params}, hidden_BxPxD, method=Decoder.logits)
-    return cross_entropy(logits_BxPxV, targets_BxP)
+
+    def losses(params: Any, hidden_BxPxD: jax.Array) -> jax.Array:
+        logits_BxPxV = decoder.apply({"params": params}, hidden_BxPxD, method=Decoder.logits)
+        return cross_entropy(logits_BxPxV, targets_BxP)
+
+    # V is many times D: of all activations, logits are the first to be computed again.
+    return (jax.checkpoint(losses) if decoder.config.remat else losses)(params, hidden_BxPxD)
 
 
 def forward(

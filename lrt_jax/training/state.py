@@ -54,9 +54,14 @@ def _sharded(boxed: Any, mesh: Mesh) -> Any:
 
 def create(decoder: Decoder, optimizer: optax.GradientTransformation, mesh: Mesh, seed: int) -> TrainState:
     """A fresh state, every array made on the devices that hold it."""
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract(decoder, optimizer, mesh))
+    shardings = state_shardings(decoder, optimizer, mesh)
     make = jax.jit(lambda key: nn.unbox(_create(decoder, optimizer, key)), out_shardings=shardings)
     return make(jax.random.key(seed))
+
+
+def state_shardings(decoder: Decoder, optimizer: optax.GradientTransformation, mesh: Mesh) -> Any:
+    """Where every array of the state lies."""
+    return jax.tree.map(lambda leaf: leaf.sharding, abstract(decoder, optimizer, mesh))
 
 
 def _create(decoder: Decoder, optimizer: optax.GradientTransformation, key: jax.Array) -> TrainState:

@@ -9,8 +9,9 @@ import optax
 from jax import lax
 
 from lrt_jax.model.decoder import Decoder
+from lrt_jax.setup import mesh as meshes
 from lrt_jax.training.schedules import Schedule
-from lrt_jax.training.state import TrainState
+from lrt_jax.training.state import TrainState, state_shardings
 
 Step = Callable[[TrainState, jax.Array, jax.Array], tuple[TrainState, dict[str, jax.Array]]]
 
@@ -65,4 +66,8 @@ def build(
         metrics["train/grad_norm"] = optax.tree.norm(grads)
         return TrainState(state.step + 1, params, opt_state), metrics
 
-    return jax.jit(step, donate_argnums=0)
+    if decoder.mesh is None:
+        return jax.jit(step, donate_argnums=0)
+    # Left to itself, the compiler shards the state that comes out in another way than the one that went in.
+    shardings = state_shardings(decoder, optimizer, decoder.mesh)
+    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, meshes.replicated(decoder.mesh)))
