@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "lrt_jax"
-ORDER = ["setup", "data", "model", "training", "inference", "conversion", "evaluation"]
+ORDER = ["setup", "data", "model", "training", "inference", "conversion", "evaluation", "topology"]
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 

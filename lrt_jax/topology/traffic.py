@@ -1,0 +1,188 @@
+"""Bytes that one chip receives in a training step, by collective, counted on paper; and what they cost in time.
+
+Counted for what the shardings of ``setup.mesh.RULES`` ask for, forward by forward: a subset forward over a part of
+the positions still gathers all weights. The compiler may do better (share a gather) or worse (its own reshardings).
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+
+from lrt_jax.model import costs
+from lrt_jax.model.parameters import table
+from lrt_jax.setup.config import Config, ScheduleConfig
+from lrt_jax.topology.chips import Chip
+
+ACTIVATION = 2  # bytes of bfloat16
+GRADIENT = 4  # bytes of float32
+
+
+@dataclasses.dataclass(frozen=True)
+class Transfer:
+    """One kind of collective.
+
+    Attributes:
+      name: what is moved and why.
+      axis: the mesh axis that it goes over.
+      received: bytes that a chip receives in a step, over both networks.
+      dcn: bytes of these that come over the data center network.
+    """
+
+    name: str
+    axis: str
+    received: float
+    dcn: float = 0.0
+
+    @property
+    def ici(self) -> float:
+        """Bytes over links between chips."""
+        return self.received - self.dcn
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """A training step of one chip on paper.
+
+    Attributes:
+      flops: of its share of the batch, as ``model.costs`` counts: without recomputation.
+      recomputed: FLOPs more where layers are computed again in the backward pass.
+      hbm: bytes that it reads and writes at least.
+      transfers: what it receives.
+    """
+
+    flops: float
+    recomputed: float
+    hbm: float
+    transfers: tuple[Transfer, ...]
+
+    @property
+    def intensity(self) -> float:
+        """FLOPs per byte of memory traffic."""
+        return self.flops / self.hbm
+
+    def seconds(self, chip: Chip, chips_in_slice: int, sizes: Mapping[str, int]) -> dict[str, float]:
+        """The least time that each resource needs: compute, memory, ICI (axis after axis) and DCN."""
+        ici = 0.0
+        for transfer in self.transfers:
+            # One mesh axis that is the whole slice has all links; else it is taken to have one axis of the torus.
+            whole = sizes[transfer.axis] >= chips_in_slice
+            ici += transfer.ici / (chip.ici if whole else chip.ici_axis)
+        return {
+            "compute": (self.flops + self.recomputed) / chip.peak,
+            "memory": self.hbm / chip.hbm_bandwidth,
+            "ICI": ici,
+            "DCN": sum(transfer.dcn for transfer in self.transfers) / chip.dcn,
+        }
+
+
+def forwards_of(schedule: ScheduleConfig) -> list[float]:
+    """The share of all positions that each forward of one step computes."""
+    return {
+        "plain": [1.0],
+        "interleaved": [1.0, *[1 / schedule.subsets] * schedule.subsets],
+        "multi_refinement": [1.0] * (1 + schedule.refinements),
+        "chunked": [1 / schedule.chunks] * schedule.chunks,
+    }.get(schedule.name, [1.0])
+
+
+def of_step(config: Config, sizes: Mapping[str, int], schedule: ScheduleConfig) -> Step:
+    """One training step of ``schedule`` on a mesh of these sizes.
+
+    Args:
+      config: the run.
+      sizes: of the mesh axes, and ``slices``.
+      schedule: one that is not staged.
+    """
+    model, train = config.model, config.train
+    ways = math.prod(sizes[axis] for axis in ("data", "fsdp", "tensor", "sequence"))
+    spec = table(model)
+    forwards, passes = forwards_of(schedule), train.accumulation
+    tokens = train.batch_size * model.sequence_length / (sizes["data"] * sizes["fsdp"] * sizes["sequence"])
+    weights = {
+        name: parameter.size / sizes["tensor"]
+        for name, parameter in spec.items()
+        if parameter.group in ("matrix", "head") and "gate_inputs" not in parameter.axes
+    }
+    gathered = sum(weights.values())
+    total = sum(parameter.size for parameter in spec.values())
+    # Gathered for the forward pass, and again where the backward pass computes anew and multiplies with them.
+    gathers = passes * len(forwards) * 2
+    flops = costs.train_flops(model, schedule) * train.batch_size / ways
+    return Step(
+        flops=flops,
+        recomputed=flops / 3 if model.remat else 0.0,
+        hbm=_memory_traffic(config, gathered, total, sizes, tokens, len(forwards) * passes, sum(forwards)),
+        transfers=tuple(
+            transfer
+            for transfer in (
+                _over("fsdp", "all-gather of weights", gathers * gathered * ACTIVATION, sizes),
+                _over("fsdp", "reduce-scatter of gradients", passes * len(forwards) * gathered * GRADIENT, sizes),
+                _over("fsdp", "all-to-all of looked-up embeddings", _looked_up(config, sizes, tokens, forwards), sizes),
+                _gradients_over_data(passes, forwards, gathered, total, sizes),
+                _over("tensor", "all-reduce of activations", _reduced(config, tokens, sum(forwards)), sizes),
+                _over("sequence", "all-gather of keys and values", _keys_values(config, sizes, forwards), sizes),
+            )
+            if transfer.received
+        ),
+    )
+
+
+def _over(axis: str, name: str, size: float, sizes: Mapping[str, int]) -> Transfer:
+    """A collective in which each chip receives all but its own share of ``size`` bytes."""
+    return Transfer(name, axis, size * (sizes[axis] - 1) / sizes[axis])
+
+
+def _looked_up(config: Config, sizes: Mapping[str, int], tokens: float, forwards: list[float]) -> float:
+    """x⁰ and value embeddings change from columns to rows, and their gradients back."""
+    model = config.model
+    values = len(model.value_embedding_layers) * model.kv_heads * model.head_width
+    orders = 2 if len(forwards) > 1 and sum(forwards) == 2 else 1  # interleaved looks up both orders of positions
+    return 2 * orders * tokens * (model.width + values / sizes["tensor"]) * ACTIVATION
+
+
+def _gradients_over_data(
+    passes: int, forwards: list[float], gathered: float, total: float, sizes: Mapping[str, int]
+) -> Transfer:
+    """All-reduce over copies: of matrices in each forward's backward pass, of embeddings once."""
+    copies, slices = sizes["data"], sizes["slices"]
+    shard = (passes * len(forwards) * gathered + (total / sizes["tensor"] - gathered)) / sizes["fsdp"] * GRADIENT
+    received = 2 * shard * (copies - 1) / copies
+    # Within a slice first, so that slices exchange one share of it each.
+    within = copies // slices
+    dcn = 2 * shard / within * (slices - 1) / slices
+    return Transfer("all-reduce of gradients", "data", received, dcn)
+
+
+def _reduced(config: Config, tokens: float, computed: float) -> float:
+    """Two all-reduces per layer in the forward pass, two in the backward, and again what is computed anew."""
+    model = config.model
+    per_layer = 4 + (2 if model.remat else 0)
+    return 2 * per_layer * model.layers * tokens * computed * model.width * ACTIVATION
+
+
+def _keys_values(config: Config, sizes: Mapping[str, int], forwards: list[float]) -> float:
+    """Keys and values of all positions to every share of the queries, and their gradients back."""
+    model, train = config.model, config.train
+    rows = train.batch_size / (sizes["data"] * sizes["fsdp"])
+    size = 2 * rows * model.sequence_length * model.kv_heads / sizes["tensor"] * model.head_width * ACTIVATION
+    return len(forwards) * model.layers * size * (3 if model.remat else 2)
+
+
+def _memory_traffic(
+    config: Config,
+    gathered: float,
+    total: float,
+    sizes: Mapping[str, int],
+    tokens: float,
+    forwards: int,
+    computed: float,
+) -> float:
+    """At least: the optimizer reads and writes its state once; forwards read weights three times and write gradients;
+    each layer's input, keys, values and MLP are written once and read twice.
+    """
+    model = config.model
+    state = total / (sizes["fsdp"] * sizes["tensor"]) * GRADIENT * 7  # p, g, m, v read; p, m, v written
+    weights = forwards * gathered * (3 * ACTIVATION + GRADIENT)
+    per_token = (4 * model.width + (2 * model.width + model.mlp_width) / sizes["tensor"]) * model.layers
+    logits = 3 * model.vocab_size / sizes["tensor"] * GRADIENT
+    return state + weights + tokens * computed * (3 * per_token * ACTIVATION + logits)
