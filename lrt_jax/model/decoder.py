@@ -173,9 +173,8 @@ class Decoder(nn.Module):
             subsets=subsets if attends_in_blocks(config) else None,
             keep_refreshable=keep_refreshable,
         )
-        values = embedded.values_ExBxPxKxC
-        if values is not None:
-            values = sharded(values, None, "batch", "sequence", "kv_heads", None)
+        axes = ("batch", "sequence", "kv_heads", None)  # of one layer's, or of all stacked
+        values = jax.tree.map(lambda x: sharded(x, *(None,) * (x.ndim - 4), *axes), embedded.values_ExBxPxKxC)
         own = _per_layer(config, arrays, values)
         pieces = None if buffer is None else buffer.pieces
         before: Any = pieces  # by layer, or stacked where layers are scanned
