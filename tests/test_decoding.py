@@ -184,14 +184,14 @@ def test_short_layers_keep_half_the_context(tiny):
 def test_the_cache_is_the_same_in_one_write_or_many(tiny):
     config = small(tiny, window_pattern="SL", layers=2)
     rng = np.random.default_rng(0)
-    shape = (2, 13, config.kv_heads, config.head_width)
+    shape = (2, config.kv_heads, 13, config.head_width)
     fresh = tuple(cache.KV(*rng.normal(size=(2, *shape)).astype(np.float32)) for _ in range(2))
     positions = np.stack([np.arange(13), np.maximum(np.arange(13) - 3, -1)])
     positions[1, :3] = cache.EMPTY  # a row that begins later
     whole = cache.write(cache.empty_cache(config, 2, 16), fresh, jnp.asarray(positions))
     parts = cache.empty_cache(config, 2, 16)
     for begin, end in ((0, 2), (2, 3), (3, 12), (12, 13)):
-        piece = jax.tree.map(lambda x: x[:, begin:end], fresh)  # noqa: B023
+        piece = jax.tree.map(lambda x: x[:, :, begin:end], fresh)  # noqa: B023
         parts = cache.write(parts, piece, jnp.asarray(positions[:, begin:end]))
     jax.tree.map(np.testing.assert_array_equal, parts, whole)
     np.testing.assert_array_equal(whole.position_B, [13, 10])
@@ -204,7 +204,7 @@ def test_the_cache_is_the_same_in_one_write_or_many(tiny):
             for slot, place in enumerate(places):
                 if place != cache.EMPTY:
                     column = place + 3 * row
-                    np.testing.assert_array_equal(held.kv.k[row, :, slot], fresh[int(size == 16)].k[row, column])
+                    np.testing.assert_array_equal(held.kv.k[row, :, slot], fresh[int(size == 16)].k[row, :, column])
 
 
 def test_refinements_stop_at_the_tolerance_and_say_how_many(model):
