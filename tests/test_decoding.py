@@ -26,7 +26,6 @@ MEMORIES = {
     "shared, no residual": {"residual_injection": False},
     "plain": {"memory": "none", "residual_injection": False},
 }
-WINDOWS = ("SL", "L", "SSL")
 # Switches that have nothing to do with memory take turns.
 SWITCHES = (
     {"kv_heads": 4, "source_layer": "1"},
@@ -35,7 +34,9 @@ SWITCHES = (
 )
 COMBINATIONS = {
     f"{memory}, {windows}": {**MEMORIES[memory], "window_pattern": windows, **SWITCHES[index % 3]}
-    for index, (memory, windows) in enumerate(itertools.product(MEMORIES, WINDOWS))
+    for index, (memory, windows) in enumerate(
+        [*itertools.product(MEMORIES, ["SL"]), ("shared", "L"), ("layerwise", "SSL"), ("residual only", "SSL")]
+    )
 }
 PROMPTS = (1, 5, 9, 3, 12, 8, 2, 7)  # tokens; the short window is 8, so rings turn over
 NEW = 4

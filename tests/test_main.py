@@ -13,6 +13,7 @@ import jax
 import numpy as np
 import pytest
 
+from lrt_jax import evaluate
 from lrt_jax.data import tokenizer
 from lrt_jax.inference import generate, load, text
 from lrt_jax.inference.sampling import GREEDY
@@ -47,8 +48,8 @@ def command(arguments, **kwargs):
     )
 
 
-def finish(process):
-    out, err = process.communicate(timeout=300)
+def finish(process, given=None):
+    out, err = process.communicate(given, timeout=300)
     return process.returncode, out, err
 
 
@@ -120,6 +121,47 @@ def test_generate_continues_the_prompt(undisturbed):
     assert out.startswith("word1") and len(out) > len("word1\n")
 
 
+def test_generate_reads_standard_input_and_gives_several_samples(undisturbed):
+    arguments = [f"--workdir={undisturbed[0]}", "--file=-", "--samples=2", "--tokens=6", "--stats"]
+    sampling = ["--top_k=50", "--min_p=0.01", "--repetition_penalty=1.1", "--prefill=fixed_point", "--stop=word9"]
+    process = command(["lrt_jax.generate", *arguments, *sampling], stdin=subprocess.PIPE)
+    code, out, err = finish(process, "word1 word2\nword3")
+    assert code == 0, err
+    assert out.count("word1 word2\nword3") == 2 and "--- sample 2 of 2, seed 1" in out
+    assert err.count("nats each on average") == 2 and "tokens/s" in err
+
+
+def test_interactive_generation_survives_bad_prompts(undisturbed):
+    arguments = [f"--workdir={undisturbed[0]}", "--interactive", "--tokens=6"]
+    process = command(["lrt_jax.generate", *arguments], stdin=subprocess.PIPE)
+    code, out, err = finish(process, "word1\n\n" + "word2 " * 200 + "\nword3\n")
+    assert code == 0, err
+    assert "word1" in out and "word3" in out and "word2" not in out
+    assert "the prompt is empty" in err and "exceed the context of 64" in err and "Traceback" not in err
+
+
+def test_evaluation_by_fixed_point_says_so_and_agrees(undisturbed):
+    exact, refined = (evaluate.evaluate(undisturbed[0], scoring=how, tolerance=1e-4) for how in (None, "fixed_point"))
+    assert exact["scoring"] == "sequential" and "val/refinements" not in exact
+    assert refined["scoring"] == "fixed_point(tolerance=0.0001, max_refinements=32)"
+    assert refined["val/refinements"] > 0 and refined["val/fallbacks"] == 0
+    assert refined["val/bpb_sequential"] == pytest.approx(exact["val/bpb_sequential"], abs=1e-4)
+
+
+def test_completions_together_are_streams_alone(undisturbed):
+    trained, method = load.load(undisturbed[0]), generate.Method(GREEDY)
+    prompts = ["word1 ", "", "word2 word3"]
+    completions = text.complete(trained, prompts, tokens=20, method=method, stop_strings=["7", "\n\n"])
+    for prompt, completion in zip(prompts, completions, strict=True):
+        streamed = "".join(text.stream(trained, prompt, tokens=20, method=method, stop_strings=["7", "\n\n"]))
+        assert streamed == completion.text
+        assert len(completion.tokens) == len(completion.log_probabilities) <= 20
+        assert (completion.log_probabilities < 0).all()
+        decoded = trained.tokenizer.decode(completion.tokens)
+        assert decoded.startswith(completion.text)
+        assert (completion.ended_by == "stop_string") == ("7" in decoded or "\n\n" in decoded)
+
+
 def test_generation_compiles_one_step_and_repeats(undisturbed, caplog):
     trained, method = load.load(undisturbed[0]), generate.Method(GREEDY)
     with jax.log_compiles(), caplog.at_level("WARNING"):
@@ -177,7 +219,13 @@ def test_a_staged_run_changes_its_schedule(corpus, tmp_path):
         ([*TRAIN, "--config.model.layers=three"], "config.model.layers is 'three'; it must be int"),
         ([*TRAIN, "--config.model.heads=3"], "config.model.heads is 3, which does not divide model.width"),
         ([*TRAIN, "--config.data.corpus=/nowhere"], "config.data.corpus is '/nowhere'"),
-        (["lrt_jax.generate", "--workdir=/nowhere"], "has no config.json"),
+        (["lrt_jax.generate", "--workdir=/nowhere", "--prompt=x"], "has no config.json"),
+        (
+            ["lrt_jax.generate", "--workdir=/nowhere"],
+            "and --new_document none is given; give exactly one",
+        ),
+        (["lrt_jax.generate", "--workdir=/nowhere", "--prompt="], "--prompt is empty; give some text to continue"),
+        (["lrt_jax.generate", "--workdir=/nowhere", "--prompt=x", "--top_p=2"], "top_p is 2.0; it must be above 0"),
         (
             [*TRAIN, "--config.schedule.name=staged", "--config.schedule.stages=interleaved(0):1"],
             "subsets is 0; it must",

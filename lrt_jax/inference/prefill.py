@@ -200,13 +200,13 @@ def fixed_point(
     # In a fresh state the first memory is zero too.
     out, positions_BxP = run(None if fresh or not recurrent else shifted(None))
     none_B = jnp.zeros((rows,), jnp.int32)
-    # With nothing to refine, the first forward is exact.
-    open_B = jnp.any(begun_BxP[:, 1:] & begun_BxP[:, :-1], axis=1) & recurrent
-    residual_B = jnp.where(open_B, jnp.inf, 0.0).astype(wide)
+    # After as many refinements as a row has tokens here, less one, every token is exact, whatever changed last.
+    needed_B = (jnp.sum(begun_BxP, axis=1, dtype=jnp.int32) - 1) * recurrent
+    residual_B = jnp.where(needed_B > 0, jnp.inf, 0.0).astype(wide)
     guess = _Guess(out.buffer.pieces[0], out.source_BxPxD, out.hidden_BxPxD, none_B, residual_B)
 
     def unfinished(guess: _Guess) -> jax.Array:
-        return guess.residual_B > config.tolerance
+        return (guess.residual_B > config.tolerance) & (guess.refinements_B < needed_B)
 
     def refine(guess: _Guess) -> _Guess:
         out, _ = run(shifted(guess.source_BxPxD))
@@ -218,8 +218,7 @@ def fixed_point(
     if limit and recurrent:
         more = lambda guess: jnp.any(unfinished(guess) & (guess.refinements_B < limit))  # noqa: E731
         guess = lax.while_loop(more, refine, guess)
-    # After P - 1 refinements every token is exact, whatever the last change was.
-    diverged_B = unfinished(guess) & (guess.refinements_B < length - 1)
+    diverged_B = unfinished(guess)
     out = out._replace(
         buffer=out.buffer.replace(pieces=(guess.kv,)), source_BxPxD=guess.source_BxPxD, hidden_BxPxD=guess.hidden_BxPxD
     )
