@@ -90,13 +90,14 @@ def minimal(config: ModelConfig, params: Any, options: argparse.Namespace) -> Ca
         wide = x.astype(jnp.float32)
         return (wide * lax.rsqrt(jnp.mean(wide * wide, -1, keepdims=True) + jnp.finfo(jnp.float32).eps)).astype(dtype)
 
+    def project(x_BxD: jax.Array, weight_DxKxC: jax.Array) -> jax.Array:
+        return (x_BxD @ weight_DxKxC.reshape(config.width, -1)).reshape(rows, heads, width)
+
     def one(params: Any, carry: tuple[Any, ...]) -> tuple[tuple[Any, ...], jax.Array]:
         caches, memory_BxD, token_B, position = carry
         x0 = x = norm(params["embedding"][token_B])
         values_LxBxKxC = params["value_embedding"][:, token_B]
-        memory_k, memory_v = (
-            jnp.einsum("bd,dkc->bkc", memory_BxD, params[f"memory_{name}"]) for name in ("key", "value")
-        )
+        memory_k, memory_v = (project(memory_BxD, params[f"memory_{name}"]) for name in ("key", "value"))
         cos, sin = jnp.cos(position * frequencies), jnp.sin(position * frequencies)
 
         def turned(x: jax.Array) -> jax.Array:
@@ -108,7 +109,7 @@ def minimal(config: ModelConfig, params: Any, options: argparse.Namespace) -> Ca
             of = {name: array[layer] for name, array in params.items() if isinstance(array, tuple)}
             x = of["alpha"] * x + of["beta"] * x0 + of["gamma"] * memory_BxD
             h = norm(x)
-            q, k, v = (jnp.einsum("bd,dkc->bkc", h, of[name]) for name in ("query", "key", "value"))
+            q, k, v = (project(h, of[name]) for name in ("query", "key", "value"))
             local, recurrent = (2 * jax.nn.sigmoid(h @ of["memory_gate"][:, i])[..., None] for i in range(2))
             embedded = 2 * jax.nn.sigmoid(h @ of["value_gate"])[..., None]
             k = turned(local * k + recurrent * memory_k)

@@ -121,7 +121,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("workdir", type=Path)
     parser.add_argument("--json", type=Path, help="write the rows here")
     parser.add_argument("--lengths", type=numbers(int), default=[], help="default: 64, 256 and T, as far as T goes")
-    parser.add_argument("--tolerances", type=numbers(float), default=[3.0, 1.0, 0.3, 0.1, 0.01, 0.001])
+    parser.add_argument("--tolerances", type=numbers(float), default=[1.0, 0.3, 0.1, 0.01, 0.001])
     parser.add_argument("--max_refinements", type=int, default=DecodeConfig().max_refinements)
     parser.add_argument("--rows", type=int, default=32, help="held-out rows")
     parser.add_argument("--timed", type=int, default=9, help="prompts that are timed")

@@ -95,7 +95,8 @@ def mix_keys_values(
     Args:
       kv: this layer's own k and v.
       h_BxPxD: the layer's normed input, which the gates read.
-      memory_gate_cx2xK: weights of g_loc and g_mem; None in a model without memory projections.
+      memory_gate_cx2xK: weights of g_loc and g_mem, or, as ``parameters.by_layer`` may leave them, of g_ve as third;
+        None in a model without memory projections.
       projected: Uk m_{t-1} and Uv m_{t-1}; None for zero memory.
       value_gate_cxK: weights of g_ve; None, with the next, in a layer without value embeddings.
       value_embedding_BxPxKxC: VE[token].
@@ -104,15 +105,15 @@ def mix_keys_values(
       The mixed k and v, and g_mem as [B, P, K, 1], None in a model without memory projections.
     """
     k, v = kv
-    recurrent = None
+    recurrent, embedded = None, []
     if memory_gate_cx2xK is not None:
-        local, recurrent = gates(h_BxPxD, memory_gate_cx2xK)
+        local, recurrent, *embedded = gates(h_BxPxD, memory_gate_cx2xK)
         k, v = local * k, local * v
         if projected is not None:
             k, v = k + recurrent * projected.k, v + recurrent * projected.v
     if value_gate_cxK is not None and value_embedding_BxPxKxC is not None:
-        (embedded,) = gates(h_BxPxD, value_gate_cxK[:, None])
-        v = v + embedded * value_embedding_BxPxKxC
+        embedded = embedded or gates(h_BxPxD, value_gate_cxK[:, None])
+        v = v + embedded[0] * value_embedding_BxPxKxC
     return KV(k, v), recurrent
 
 

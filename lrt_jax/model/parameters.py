@@ -122,8 +122,8 @@ def by_layer(config: ModelConfig, params: dict[str, Any], dtype: jnp.dtype | Non
     Every stack becomes a tuple of one array per layer: a step of decoding reads each weight once, so cutting it out
     of a stack, or casting it, in every step would cost as much as the step; and forwards that share what was cut out
     add up its gradients layer by layer, where each would fill a stack. Queries, keys and values
-    become one matrix, ``attention_in`` [D, K, H/K + 2, C]: a subset forward, or a decoding step, has few rows, and its
-    products are faster the wider they are.
+    become one matrix, ``attention_in`` [D, K, H/K + 2, C], and so do a layer's gates: a subset forward, or a decoding
+    step, has few rows, and its products are faster the wider they are.
 
     Args:
       config: the model.
@@ -146,6 +146,10 @@ def by_layer(config: ModelConfig, params: dict[str, Any], dtype: jnp.dtype | Non
         jnp.concatenate([array.reshape(in_groups) for array in arrays], axis=2)
         for arrays in zip(query, *key_value, strict=True)
     )
+    if len(ready.get("value_gate", ())) == len(ready.get("memory_gate", (0,))):
+        # All three gates of a layer as one product: for few rows, starting a product costs more than these do.
+        pairs = zip(ready["memory_gate"], ready["value_gate"], strict=True)
+        ready["memory_gate"] = tuple(jnp.concatenate([two, one[:, None]], axis=1) for two, one in pairs)
     return ready
 
 

@@ -253,7 +253,7 @@ class DecodeConfig:
     """How given tokens are read before others are generated or scored (method.md, "Decoding and evaluation")."""
 
     prefill: Prefill = "sequential"  # of prompts: exact, token by token, or by full forwards until they agree
-    tolerance: float = 1e-2  # of fixed_point: the largest change of a source state's entry that counts as none
+    tolerance: float = 0.1  # of fixed_point: the largest change of a source state's entry that counts as none
     max_refinements: int = 32  # fixed_point falls back to sequential after so many forwards; 0 = never
     chunk: int = 512  # fixed_point reads so many tokens at once; more are read in chunks
 
