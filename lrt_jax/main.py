@@ -188,6 +188,8 @@ def _closing(
     yield f"\nbits per byte of {len(evaluator.held_out.text):,} held-out bytes"
     for name, value in rows.items():
         yield f"  {name:<46}{value:8.4f}"
+    if evaluator.scoring != "sequential":
+        yield f"val/bpb_sequential was computed by {evaluator.scoring}"
 
 
 if __name__ == "__main__":

@@ -185,7 +185,7 @@ class Generation:
         """
         count = self.tokens if count is None else min(count, self.tokens)
         self._carry = self._programs.advance(self._params, self._carry, np.int32(count))
-        return np.asarray(self._carry.tokens_BxM)[:, : int(self._carry.count)]
+        return np.asarray(self._carry.tokens_BxM)[:, : min(count, int(self._carry.count))]
 
     def end(self, row: int) -> None:
         """Ends a row, for a reason that tokens alone do not show."""
