@@ -239,6 +239,22 @@ def test_what_does_not_converge_is_computed_sequentially(model):
     assert not exact.fallbacks_B.any()
 
 
+def test_long_prompts_of_unequal_length_are_read_in_blocks_of_attention(tiny, random_params):
+    config = tiny(sequence_length=512, window_pattern="SL", attention="blocked")
+    decoder, params = Decoder(config), random_params(config)
+    tokens_BxN = prefill.pad_left(prompts_of(config, (420, 131, 5)), 420)
+
+    def read(tokens_BxN):  # without memory, so that one forward is exact
+        ways = DecodeConfig(), EXACT, dataclasses.replace(EXACT, chunk=140)
+        state = decode.start(config, 3, 420)
+        run = lambda way: prefill.run(decoder, params, state, tokens_BxN, way, use_memory=False, fresh=True)  # noqa: E731
+        return [(one.hidden_BxNxD, one.state.cache) for one in map(run, ways)]
+
+    expected, *others = jax.jit(read)(tokens_BxN)
+    for found in others:
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=2e-5), found, expected)
+
+
 def test_a_plain_model_needs_no_refinement(tiny, random_params):
     config = small(tiny, memory="none", residual_injection=False)
     tokens = np.random.default_rng(4).integers(0, 40, (2, 16), dtype=np.int32)
