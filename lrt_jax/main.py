@@ -8,6 +8,7 @@ from pathlib import Path
 import jax
 import optax
 from absl import flags
+from jax.sharding import Mesh
 from ml_collections import config_flags
 
 from lrt_jax.data import corpus, pipeline, records, tokenizer
@@ -16,7 +17,7 @@ from lrt_jax.inference import load, text
 from lrt_jax.inference.generate import Method
 from lrt_jax.inference.sampling import Sampling
 from lrt_jax.model import costs
-from lrt_jax.model.backend import compute_dtype
+from lrt_jax.model.backend import attention_kind, compute_dtype
 from lrt_jax.model.decoder import Decoder
 from lrt_jax.model.parameters import table
 from lrt_jax.setup import config as configs
@@ -101,7 +102,7 @@ def run(config: configs.Config, workdir: Path) -> dict[str, float]:
     writer = metrics.Writer(workdir, start or 0, steps) if processes.is_first() else metrics.Silent()
     begins = f"going on from step {start:,}" if start is not None else "beginning at step 0"
     begins = "beginning at step 0 with the parameters imported into it" if imported else begins
-    for line in _opening(config, counts, steps, [*changes, f"{workdir}: {begins}"]):
+    for line in _opening(config, counts, mesh, steps, [*changes, f"{workdir}: {begins}"]):
         writer.line(line)
 
     parts = loop.Parts(
@@ -157,14 +158,19 @@ def _stages(
         )
 
 
-def _opening(config: configs.Config, counts: costs.ParameterCounts, steps: int, notes: list[str]) -> Iterator[str]:
+def _opening(
+    config: configs.Config, counts: costs.ParameterCounts, mesh: Mesh, steps: int, notes: list[str]
+) -> Iterator[str]:
     """What is about to happen, in a few lines."""
     model, train = config.model, config.train
     kind = "plain Transformer" if not model.recurrent else f"Latent Recurrent Transformer, {model.memory} memory"
     yield f"{kind}: {model.layers} layers, width {model.width}, {model.heads} heads, context {model.sequence_length}"
     yield f"parameters\n{counts}"
     device = jax.devices()[0]
-    yield f"{jax.device_count()} × {device.device_kind} ({device.platform}), {compute_dtype(model)} compute"
+    yield (
+        f"{jax.device_count()} × {device.device_kind} ({device.platform}), {compute_dtype(model)} compute, "
+        f"{attention_kind(model, model.sequence_length, mesh)} attention"
+    )
     tokens = steps * train.batch_size * model.sequence_length
     schedule = config.schedule.stages or config.schedule.name
     yield f"{schedule}, {config.optimizer.name}, {steps:,} steps, {tokens:,} tokens"

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from jax.extend.core import jaxprs_in_params
 
-from lrt_jax.model import attention
+from lrt_jax.model import attention, kernels
 from lrt_jax.model.decoder import Decoder
-from lrt_jax.setup.config import ScheduleConfig
+from lrt_jax.setup.config import ModelConfig, ScheduleConfig
 from lrt_jax.training import partitions, schedules
 
 T, C = 24, 4
@@ -91,3 +91,50 @@ def test_models_compute_the_same_with_either(tiny, random_params, random_batch, 
     with jax.enable_x64(True):
         dense, blocked = loss_and_gradients("dense"), loss_and_gradients("blocked")
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-12), dense, blocked)
+
+
+@pytest.mark.parametrize(
+    ("subsets", "subset", "window", "kv_heads"), [(1, 0, 128, 1), (2, 0, 256, 2), (2, 1, 64, 1), (4, 2, 512, 2)]
+)
+def test_splash_attention_equals_the_dense_reference(subsets, subset, window, kv_heads):
+    length, width = 256 if subsets == 1 else 128, 128
+    partition = partitions.strided(subsets * length, subsets)
+    queries, keys = partition.positions_SxP[subset][None], partition.positions_SxP.reshape(1, -1)
+    random = np.random.default_rng(subset)
+    q, weights = (jnp.asarray(random.normal(size=(1, length, 2, width)), jnp.float32) for _ in range(2))
+    k, v = (jnp.asarray(random.normal(size=(1, kv_heads, keys.size, width)), jnp.float32) for _ in range(2))
+
+    def dense(q, k, v):
+        return jnp.sum(weights * attention.attend(q, k, v, queries, keys, window))
+
+    def splash(q, k, v):
+        options = {"subsets": subsets, "subset": subset, "mesh": None, "interpret": True}
+        return jnp.sum(weights * kernels.attend(q, k, v, window, **options))
+
+    expected, found = (jax.jit(jax.value_and_grad(loss, (0, 1, 2)))(q, k, v) for loss in (dense, splash))
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=5e-6 * np.abs(b).max())
+
+
+def test_a_model_with_splash_attention_computes_the_same(random_params):
+    def loss_and_gradients(kind):
+        config = ModelConfig(
+            layers=2,
+            width=256,
+            heads=2,
+            kv_heads=2,
+            sequence_length=256,
+            vocab_size=32,
+            window_pattern="SL",
+            attention=kind,
+            scan_layers=True,  # where a layer's kernel is chosen at run time
+            dtype="float32",
+        )
+        rows = jnp.asarray(np.random.default_rng(0).integers(0, 32, (1, 257)))
+        built = schedules.build(ScheduleConfig(subsets=2), 256)
+        objective = jax.value_and_grad(lambda params: built(Decoder(config), params, rows[:, :-1], rows[:, 1:]).loss)
+        return jax.jit(objective)(random_params(config))
+
+    dense, splash = loss_and_gradients("dense"), loss_and_gradients("splash")
+    for a, b in zip(jax.tree.leaves(splash), jax.tree.leaves(dense), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=2e-4 * np.abs(b).max())

@@ -8,7 +8,7 @@ import jax
 import pytest
 
 from lrt_jax.model import costs
-from lrt_jax.model.backend import attends_in_blocks, compiling_for, compute_dtype
+from lrt_jax.model.backend import attention_kind, compiling_for, compute_dtype
 from lrt_jax.model.parameters import table
 from lrt_jax.setup import mesh as meshes
 from lrt_jax.setup.config import Config, MeshConfig, ModelConfig, OptimizerConfig, ScheduleConfig, TrainConfig
@@ -146,9 +146,10 @@ def test_what_is_left_to_the_machine_follows_the_target():
     class Tpu:
         platform = "tpu"
 
-    assert compute_dtype(MODEL) == "float32" and attends_in_blocks(MODEL)
+    assert compute_dtype(MODEL) == "float32" and attention_kind(MODEL, 256) == "blocked"
     with compiling_for(Tpu()):
-        assert compute_dtype(MODEL) == "bfloat16" and not attends_in_blocks(MODEL)
+        assert compute_dtype(MODEL) == "bfloat16"
+        assert attention_kind(MODEL, 256) == "splash" and attention_kind(MODEL, 100) == "dense"
     assert compute_dtype(MODEL) == "float32"
 
 

@@ -98,6 +98,7 @@ def forward(
         past=None if fresh else state.cache,
         # Where PAD is only before other tokens, columns are apart as far as positions are.
         subsets=1 if fresh else None,
+        ragged=True,
     )
     return out, positions_BxP
 

@@ -6,7 +6,9 @@ from contextvars import ContextVar
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
+from lrt_jax.model import kernels
 from lrt_jax.setup.config import ModelConfig
 
 _TARGET: ContextVar[jax.Device | None] = ContextVar("target", default=None)
@@ -40,8 +42,21 @@ def compute_dtype(config: ModelConfig) -> jnp.dtype:
     return jnp.dtype("bfloat16" if fast else "float32")
 
 
-def attends_in_blocks(config: ModelConfig) -> bool:
-    """Whether attention over whole subsets goes block by block; ``auto`` does on a CPU, where it was measured."""
-    if config.attention == "auto":
-        return target().platform == "cpu"
-    return config.attention == "blocked"
+def attention_kind(config: ModelConfig, length: int, mesh: Mesh | None = None) -> str:
+    """How forwards over whole strided subsets, or over all positions, attend: "dense", "blocked" or "splash".
+
+    ``auto`` is blocked on a CPU, where it was measured; splash on a TPU whose mesh does not shard positions, if its
+    smallest block divides P; else dense.
+
+    Args:
+      config: the model.
+      length: P, queries of a forward.
+      mesh: of the decoder.
+    """
+    if config.attention != "auto":
+        return config.attention
+    platform = target().platform
+    whole = mesh is None or mesh.shape["sequence"] == 1
+    if platform == "tpu" and whole and kernels.block_size(length) is not None:
+        return "splash"
+    return "blocked" if platform == "cpu" else "dense"

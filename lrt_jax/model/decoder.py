@@ -5,7 +5,6 @@ state that becomes recurrent memory, and the buffer of keys and values.
 """
 
 import functools
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -15,16 +14,13 @@ from flax import struct
 from jax import lax
 from jax.sharding import Mesh
 
-from lrt_jax.model import attention, cache, layers, memory
-from lrt_jax.model.backend import attends_in_blocks, compute_dtype
+from lrt_jax.model import attention, cache, layers, memory, stack
+from lrt_jax.model.backend import compute_dtype
 from lrt_jax.model.cache import Cache
 from lrt_jax.model.memory import KV, Refreshable
 from lrt_jax.model.parameters import is_by_layer, table, unstack
 from lrt_jax.setup import mesh as meshes
 from lrt_jax.setup.config import ModelConfig
-
-# Slots are the last axis but one in every leaf of a buffer's pieces: [(L,) B, K, N, C].
-SLOTS = -2
 
 
 class Buffer(struct.PyTreeNode):
@@ -117,6 +113,7 @@ class Decoder(nn.Module):
         *,
         past: Cache | None = None,
         subsets: int | None = None,
+        ragged: bool = False,
         keep_refreshable: bool = False,
     ) -> Forward:
         """One forward over P positions.
@@ -135,6 +132,7 @@ class Decoder(nn.Module):
           subsets: S, where the positions are one strided subset of S, ascending, and the buffer's slots
             hold all S in order; 1: they are all positions. None: nothing is known of their order. Attention
             may then leave out what cannot be seen; the numbers are the same.
+          ragged: rows may begin with empty positions, which kernels know nothing of.
           keep_refreshable: also return what :meth:`refresh` needs; for a forward with zero memory.
 
         Returns:
@@ -160,31 +158,32 @@ class Decoder(nn.Module):
         if buffer is not None:
             written_BxP = jnp.broadcast_to(positions_BxP, (buffer.positions_BxN.shape[0], positions_BxP.shape[1]))
             positions_BxN = lax.dynamic_update_slice_in_dim(buffer.positions_BxN, written_BxP, slot, axis=1)
-        context = _Context(
+        context = stack.Context(
             config=config,
             sharded=sharded,
             x0_BxPxD=x0_BxPxD,
             memory_BxPxD=memory_BxPxD,
-            projected=_shared_projection(config, memory_BxPxD, arrays),
+            projected=stack.shared_projection(config, memory_BxPxD, arrays),
             rope=layers.rope_tables(positions_BxP, config.head_width, config.rope_base, dtype),
             queries_BxP=positions_BxP,
             keys_BxN=positions_BxN,
             slot=slot,
-            subsets=subsets if attends_in_blocks(config) else None,
+            mesh=self.mesh,
+            attend=stack.attention_for(config, self.mesh, positions_BxP.shape[1], subsets, ragged, slot),
             keep_refreshable=keep_refreshable,
         )
         axes = ("batch", "sequence", "kv_heads", None)  # of one layer's, or of all stacked
         values = jax.tree.map(lambda x: sharded(x, *(None,) * (x.ndim - 4), *axes), embedded.values_ExBxPxKxC)
-        own = _per_layer(config, arrays, values)
+        own = stack.per_layer(config, arrays, values)
         pieces = None if buffer is None else buffer.pieces
         before: Any = pieces  # by layer, or stacked where layers are scanned
         if past is not None:
             before = cache.held(past)
         elif pieces is not None and not config.scan_layers:
             before = list(zip(*pieces, strict=True))
-        x_BxPxD, source_BxPxD, fresh, refreshable = _run_layers(context, x0_BxPxD, own, before)
+        x_BxPxD, source_BxPxD, fresh, refreshable = stack.run(context, x0_BxPxD, own, before)
         hidden_BxPxD = layers.rms_norm(x_BxPxD)
-        written = Buffer((fresh,) if pieces is None else _write(pieces, fresh, slot), positions_BxN)
+        written = Buffer((fresh,) if pieces is None else stack.write(pieces, fresh, slot), positions_BxN)
         return Forward(hidden_BxPxD, layers.rms_norm(source_BxPxD), written, refreshable)
 
     def refresh(self, refreshable: Any, memory_BxPxD: jax.Array, positions_BxP: jax.Array) -> Any:
@@ -244,26 +243,6 @@ class Decoder(nn.Module):
         return self.config.softcap * jnp.tanh(raw_BxPxV.astype(wide) / self.config.softcap)
 
 
-# An array, and its dimensions' logical axes: ``setup.mesh.constrain`` on the decoder's mesh.
-Sharded = Callable[..., jax.Array]
-
-
-class _Context(NamedTuple):
-    """What every layer of one forward shares."""
-
-    config: ModelConfig
-    sharded: Sharded
-    x0_BxPxD: jax.Array
-    memory_BxPxD: jax.Array | None
-    projected: KV | None
-    rope: tuple[jax.Array, jax.Array]
-    queries_BxP: jax.Array
-    keys_BxN: jax.Array
-    slot: jax.Array | int
-    subsets: int | None
-    keep_refreshable: bool
-
-
 def _check_shapes(
     shape: tuple[int, ...], positions_BxP: jax.Array, memory_BxPxD: jax.Array | None, buffer: Buffer | None
 ) -> None:
@@ -276,139 +255,3 @@ def _check_shapes(
         found = buffer.positions_BxN.shape
         if found[0] not in (1, rows) or found[1] < length or (found[0] == 1 and positions_BxP.shape[0] != 1):
             raise ValueError(f"the buffer's positions have shape {found}; {(rows, length)} tokens do not fit")
-
-
-def _shared_projection(config: ModelConfig, memory_BxPxD: jax.Array | None, arrays: dict[str, jax.Array]) -> KV | None:
-    """Uk m and Uv m where all layers share the projections: computed once a forward."""
-    if config.memory != "shared" or memory_BxPxD is None:
-        return None
-    return memory.project(memory_BxPxD, arrays["memory_key"], arrays["memory_value"])
-
-
-def _per_layer(config: ModelConfig, arrays: dict[str, Any], values_ExBxPxKxC: Any) -> dict[str, jax.Array]:
-    """What each layer has of its own, every array with a leading layer axis."""
-    stacked = {name for name, spec in table(config).items() if spec.axes[0] == "layers"} | {"attention_in"}
-    own = {name: array for name, array in arrays.items() if name in stacked - {"value_embedding", "value_gate"}}
-    own["index"] = jnp.arange(config.layers)
-    own["window"] = jnp.asarray(config.windows, jnp.int32)
-    owners = config.value_embedding_layers
-    if values_ExBxPxKxC is not None:
-        for name, array in (("value_embedding", values_ExBxPxKxC), ("value_gate", arrays["value_gate"])):
-            # Layers without a table get zeros, which add exactly nothing, so that all layers are alike.
-            if len(array) < config.layers and isinstance(array, tuple):
-                given, absent = dict(zip(owners, array, strict=True)), jnp.zeros_like(array[0])
-                array = tuple(given.get(layer, absent) for layer in range(config.layers))
-            elif len(array) < config.layers:
-                absent = jnp.zeros((config.layers, *array.shape[1:]), array.dtype)
-                array = absent.at[jnp.asarray(owners)].set(array)
-            own[name] = array
-    return own
-
-
-def _write(pieces: tuple[Any, ...], fresh: Any, slot: jax.Array | int) -> tuple[Any, ...]:
-    """The pieces with P fresh positions at ``slot``: within the only piece, or, of several, in place of one."""
-    if len(pieces) == 1:
-        put = functools.partial(lax.dynamic_update_slice_in_dim, start_index=slot, axis=SLOTS)
-        return (jax.tree.map(put, pieces[0], fresh),)
-    index = int(slot) // jax.tree.leaves(fresh)[0].shape[SLOTS]  # known while tracing
-    return (*pieces[:index], fresh, *pieces[index + 1 :])
-
-
-def _layer(
-    context: _Context,
-    x_BxPxD: jax.Array,
-    own: dict[str, jax.Array],
-    before: tuple[KV, ...] | cache.Held | None,
-    farthest: int | None = None,
-) -> tuple[jax.Array, KV, Refreshable | None]:
-    """One layer: its output, its keys and values for the buffer, and, if asked for, its refreshable.
-
-    ``farthest`` is the layer's window, where it is known while tracing.
-    """
-    config, sharded = context.config, context.sharded
-    x_BxPxD = memory.mix_residual(
-        x_BxPxD, context.x0_BxPxD, context.memory_BxPxD, own.get("alpha"), own.get("beta"), own.get("gamma")
-    )
-    h_BxPxD = layers.rms_norm(x_BxPxD)
-    q_BxPxHxC, fresh = _queries_keys_values(h_BxPxD, own)
-    projected = context.projected
-    if config.memory == "layerwise" and context.memory_BxPxD is not None:
-        projected = memory.project(context.memory_BxPxD, own["memory_key"], own["memory_value"])
-    fresh, memory_gate = memory.mix_keys_values(
-        fresh, h_BxPxD, own.get("memory_gate"), projected, own.get("value_gate"), own.get("value_embedding")
-    )
-    refreshable = None
-    if context.keep_refreshable and memory_gate is not None:
-        refreshable = Refreshable(fresh.k, fresh.v, memory_gate)
-    q_BxPxHxC = sharded(layers.rms_norm(layers.rope(q_BxPxHxC, *context.rope)), "batch", "sequence", "heads", None)
-    fresh = KV(layers.rms_norm(layers.rope(fresh.k, *context.rope)), fresh.v).heads_first
-    fresh = KV(*(sharded(leaf, "batch", "kv_heads", "sequence", None) for leaf in fresh))
-    held = before if isinstance(before, cache.Held) else None
-    seen = (fresh,) if before is None or held is not None else _write(before, fresh, context.slot)
-    # Queries stay where their positions are; keys and values of all positions come to them.
-    k, v = (
-        tuple(sharded(leaf, "batch", "kv_heads", None, None) for leaf in leaves) for leaves in zip(*seen, strict=True)
-    )
-    queries_BxP, keys_BxN, window = context.queries_BxP, context.keys_BxN, own["window"]
-    if context.subsets is not None:
-        # The window is traced where layers are scanned; the widest of all layers is known.
-        farthest = max(config.windows) if farthest is None else farthest
-        mixed_BxPxHxC = attention.attend_in_blocks(
-            q_BxPxHxC, k, v, queries_BxP, keys_BxN, window, subsets=context.subsets, farthest=farthest
-        )
-    else:
-        attend = attention.attend if held is None else functools.partial(cache.attend, held=held)
-        k_BxKxNxC, v_BxKxNxC = (jnp.concatenate(parts, axis=SLOTS) for parts in (k, v))
-        mixed_BxPxHxC = attend(q_BxPxHxC, k_BxKxNxC, v_BxKxNxC, queries_BxP, keys_BxN, window)
-    mixed_BxPxHxC = sharded(mixed_BxPxHxC, "batch", "sequence", "heads", None)
-    x_BxPxD = sharded(x_BxPxD + layers.linear(mixed_BxPxHxC, own["output"], inputs=2), "batch", "sequence", None)
-    x_BxPxD = x_BxPxD + layers.mlp(layers.rms_norm(x_BxPxD), own["mlp_in"], own["mlp_out"])
-    return sharded(x_BxPxD, "batch", "sequence", None), fresh, refreshable
-
-
-def _queries_keys_values(h_BxPxD: jax.Array, own: dict[str, jax.Array]) -> tuple[jax.Array, KV]:
-    """q [B, P, H, C], and k and v [B, P, K, C], in one product where the parameters come as ``by_layer`` has them."""
-    if "attention_in" not in own:
-        q, k, v = (layers.linear(h_BxPxD, own[name]) for name in ("query", "key", "value"))
-        return q, KV(k, v)
-    q_BxPxKxGxC, k_BxPxKx1xC, v_BxPxKx1xC = lax.split(
-        layers.linear(h_BxPxD, own["attention_in"]), (own["attention_in"].shape[2] - 2, 1, 1), axis=3
-    )
-    k, v = (jnp.squeeze(array, axis=3) for array in (k_BxPxKx1xC, v_BxPxKx1xC))
-    return q_BxPxKxGxC.reshape(*k.shape[:2], -1, k.shape[-1]), KV(k, v)
-
-
-def _run_layers(
-    context: _Context, x_BxPxD: jax.Array, own: dict[str, jax.Array], before: Any
-) -> tuple[jax.Array, jax.Array, Any, Any]:
-    """All layers in turn, scanned or unrolled: last output, source layer's output, fresh piece, refreshable.
-
-    ``before`` is what each layer has of other positions: a list of L, or stacked where layers are scanned.
-    """
-    config = context.config
-
-    def body(
-        carry: tuple[jax.Array, jax.Array],
-        layer: tuple[dict[str, jax.Array], tuple[KV, ...] | cache.Held | None],
-        farthest: int | None = None,
-    ) -> Any:
-        x_BxPxD, source_BxPxD = carry
-        x_BxPxD, fresh, refreshable = _layer(context, x_BxPxD, *layer, farthest)
-        source_BxPxD = jnp.where(layer[0]["index"] == config.source_index, x_BxPxD, source_BxPxD)
-        return (x_BxPxD, source_BxPxD), (fresh, refreshable)
-
-    def step_of(farthest: int | None) -> Any:
-        bound = functools.partial(body, farthest=farthest)
-        return jax.checkpoint(bound) if config.remat else bound
-
-    carry = (x_BxPxD, jnp.zeros_like(x_BxPxD))
-    if config.scan_layers:
-        carry, (fresh, refreshable) = lax.scan(step_of(None), carry, (own, before))
-    else:
-        produced = []
-        for index, layer_own in enumerate(unstack(own, config.layers)):
-            layer = (layer_own, None if before is None else before[index])
-            carry, layer_produced = step_of(config.windows[index])(carry, layer)
-            produced.append(layer_produced)
-        fresh, refreshable = zip(*produced, strict=True)
-    return *carry, fresh, refreshable

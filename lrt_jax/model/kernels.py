@@ -1,8 +1,8 @@
 """Attention of whole subsets by TPU kernels: splash attention, with the mask of one strided subset.
 
-Nothing of size P × N is ever stored, forward or backward, and blocks that causality or the window hides are not computed.
+Nothing of size P × N is ever stored, forward or backward, and blocks that causality or the window hides are not
+computed.
 """
-
 
 import jax
 import jax.numpy as jnp
@@ -77,17 +77,18 @@ def attend(
     Raises:
       ValueError: no block size divides P.
     """
-    length, heads = q_BxPxHxC.shape[1:3]
+    rows, length = q_BxPxHxC.shape[:2]
     block = block_size(length)
     if block is None:
         raise ValueError(f"{length} queries are not divisible by {BLOCKS[-1]}, the smallest block of splash attention")
 
     def local(q_BxHxPxC: jax.Array, k_BxKxNxC: jax.Array, v_BxKxNxC: jax.Array) -> jax.Array:
         kernel = _kernel(q_BxHxPxC.shape[1], length, subsets, subset, window, block, interpret)
-        return jax.vmap(kernel)(q_BxHxPxC, k_BxKxNxC, v_BxKxNxC)
+        return jnp.asarray(jax.vmap(kernel)(q_BxHxPxC, k_BxKxNxC, v_BxKxNxC))
 
     if mesh is not None and mesh.size > 1:
-        spec = PartitionSpec(("data", "fsdp"), "tensor", None, None)
+        ways = mesh.shape["data"] * mesh.shape["fsdp"]
+        spec = PartitionSpec(("data", "fsdp") if rows % ways == 0 else None, "tensor", None, None)
         local = jax.shard_map(local, mesh=mesh, in_specs=(spec, spec, spec), out_specs=spec, check_vma=False)
     scaled_BxHxPxC = jnp.swapaxes(q_BxPxHxC * q_BxPxHxC.shape[-1] ** -0.5, 1, 2)
     return jnp.swapaxes(local(scaled_BxHxPxC, k_BxKxNxC, v_BxKxNxC), 1, 2).astype(q_BxPxHxC.dtype)

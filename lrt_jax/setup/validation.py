@@ -153,6 +153,20 @@ def _validate_stage(model: "ModelConfig", schedule: "ScheduleConfig") -> None:
         schedule.name,
         "a model without memory (model.memory = none, model.residual_injection = False) trains with: plain",
     )
+    if model.attention == "splash":
+        subsets = schedule.subsets if schedule.name == "interleaved" else 1
+        _require(
+            model.sequence_length // subsets % 128 == 0,
+            "model.attention",
+            model.attention,
+            f"its smallest block, 128, must divide the {model.sequence_length // subsets} positions of a forward",
+        )
+        _require(
+            schedule.unroll or schedule.name != "interleaved",
+            "schedule.unroll",
+            schedule.unroll,
+            "model.attention = splash needs it: a subset's mask must be known when its kernel is compiled",
+        )
     _require(
         not schedule.kv_refresh or schedule.name != "interleaved" or model.projects_memory,
         "schedule.kv_refresh",

@@ -10,8 +10,9 @@ from jax import lax
 from lrt_jax.model import parameters
 from lrt_jax.model.attention import EMPTY
 from lrt_jax.model.backend import compute_dtype
-from lrt_jax.model.decoder import SLOTS, Buffer, Decoder, Embedded, Forward, empty_buffer
+from lrt_jax.model.decoder import Buffer, Decoder, Embedded, Forward, empty_buffer
 from lrt_jax.model.head import cross_entropy
+from lrt_jax.model.stack import SLOTS
 from lrt_jax.training.partitions import Partition, Strided
 
 

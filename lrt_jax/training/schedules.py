@@ -13,8 +13,9 @@ import jax.numpy as jnp
 from flax import struct
 from jax import lax
 
-from lrt_jax.model.decoder import SLOTS, Buffer, Decoder
+from lrt_jax.model.decoder import Buffer, Decoder
 from lrt_jax.model.memory import shift_right
+from lrt_jax.model.stack import SLOTS
 from lrt_jax.setup.config import ScheduleConfig
 from lrt_jax.training import forwards, partitions
 
