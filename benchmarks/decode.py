@@ -109,9 +109,10 @@ def minimal(config: ModelConfig, params: Any, options: argparse.Namespace) -> Ca
             of = {name: array[layer] for name, array in params.items() if isinstance(array, tuple)}
             x = of["alpha"] * x + of["beta"] * x0 + of["gamma"] * memory_BxD
             h = norm(x)
-            q, k, v = (project(h, of[name]) for name in ("query", "key", "value"))
-            local, recurrent = (2 * jax.nn.sigmoid(h @ of["memory_gate"][:, i])[..., None] for i in range(2))
-            embedded = 2 * jax.nn.sigmoid(h @ of["value_gate"])[..., None]
+            joined = (h @ of["attention_in"].reshape(config.width, -1)).reshape(rows, heads, 3, width)
+            q, k, v = (joined[:, :, i] for i in range(3))
+            gates = 2 * jax.nn.sigmoid((h @ of["memory_gate"].reshape(config.width, -1)).reshape(rows, 3, heads, 1))
+            local, recurrent, embedded = (gates[:, i] for i in range(3))
             k = turned(local * k + recurrent * memory_k)
             v = local * v + recurrent * memory_v + embedded * values_LxBxKxC[layer]
             slots = sizes[layer]
