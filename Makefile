@@ -10,13 +10,17 @@ ARGS ?=
 RUN := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 
-.PHONY: train test lint types format clean
+.PHONY: train test test-faults lint types format clean
 
 train: $(INSTALLED)
 	$(RUN) -m lrt_jax.main --config=$(CONFIG) $(ARGS)
 
 test: $(INSTALLED)
 	$(RUN) -m pytest -n 2 --dist loadfile $(ARGS)
+
+# Every fault that is known to kill runs, done to small ones; the default tests do a part of it.
+test-faults: $(INSTALLED)
+	$(RUN) -m pytest -m "faults or not faults" tests/faults tests/test_inventory.py $(ARGS)
 
 lint: $(INSTALLED)
 	$(VENV)/bin/ruff check .

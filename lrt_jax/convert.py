@@ -106,6 +106,7 @@ def import_weights(
     checkpoint.write_config(run, workdir)
     checkpoints = checkpoint.Checkpoints(workdir)
     checkpoints.save_params({name: jnp.asarray(array, jnp.float32) for name, array in params.items()}, run)
+    checkpoints.wait()
     checkpoints.close()
     print(f"{workdir}: parameters of {path}\n{costs.count_parameters(run.model)}")
     print("model: " + ", ".join(f"{name} {value}" for name, value in dataclasses.asdict(run.model).items()))

@@ -1,6 +1,8 @@
 """Train: ``python -m lrt_jax.main --config=configs/base.py [--workdir=DIR] [--config.key=value …]``."""
 
+import functools
 import re
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,7 +26,23 @@ from lrt_jax.setup import config as configs
 from lrt_jax.setup import flags as command_line
 from lrt_jax.setup import hardware, processes
 from lrt_jax.setup import mesh as meshes
-from lrt_jax.training import checkpoint, loop, metrics, optimizer, schedules, state, step
+from lrt_jax.training import (
+    checkpoint,
+    guard,
+    inventory,
+    loop,
+    metrics,
+    optimizer,
+    schedules,
+    state,
+    step,
+)
+from lrt_jax.training.interruption import Stopped, StopRequests
+from lrt_jax.training.startup import Startup
+from lrt_jax.training.watchdog import Watchdog
+
+# In the work dir, where the watchdog puts the stacks of a process that it ends.
+WATCHDOG_LOG = "stacks.log"
 
 
 def define_flags() -> None:
@@ -58,7 +76,7 @@ def run(config: configs.Config, workdir: Path) -> dict[str, float]:
 
     Args:
       config: the run.
-      workdir: where it lives; if it holds checkpoints, the run goes on from the newest.
+      workdir: where it lives; if it holds checkpoints, the run goes on from the newest good one.
 
     Returns:
       The closing metrics; empty if the run was interrupted.
@@ -66,11 +84,30 @@ def run(config: configs.Config, workdir: Path) -> dict[str, float]:
     Raises:
       UserError: something that the user can mend.
     """
+    startup, stop = Startup(), StopRequests()
+    try:
+        with (
+            stop.listening(),
+            Watchdog(workdir / WATCHDOG_LOG) as watchdog,
+            watchdog.phase("set-up or closing", "config.train.phase_timeout", config.train.phase_timeout),
+        ):
+            return _run(config, workdir, startup, stop, watchdog)
+    except Stopped:
+        processes.say("stopped by a signal; run the same command to go on")
+        return {}
+
+
+def _run(
+    config: configs.Config, workdir: Path, startup: Startup, stop: StopRequests, watchdog: Watchdog
+) -> dict[str, float]:
+    """:func:`run`, while signals are heard and a watchdog watches."""
     began = time.perf_counter()
     mesh = meshes.make_mesh(config.mesh)
     meshes.check_divisibility(config, mesh.shape)
+    start = _recover(workdir)
     changes = checkpoint.check_config(config, workdir)
     meshes.cache_compilations(workdir)
+    startup.lap("devices and checkpoints")
 
     texts = corpus.open_corpus(config.data)
     checkpoint.check_tokenizer(config, workdir)
@@ -79,6 +116,8 @@ def run(config: configs.Config, workdir: Path) -> dict[str, float]:
     batches = pipeline.training_batches(config, rows, meshes.local_rows(mesh, config.train.batch_size))
     held_out = pipeline.held_out_rows(config, texts, tokens, config.eval.final_rows)
 
+    startup.lap("data")
+
     decoder = Decoder(config.model, mesh)
     counts = costs.count_parameters(config.model)
     steps = configs.train_steps(config.train, config.model.sequence_length, counts.total)
@@ -86,7 +125,6 @@ def run(config: configs.Config, workdir: Path) -> dict[str, float]:
     evaluator = Evaluator(decoder, config, mesh, held_out, tokens.token_bytes)
 
     checkpoints = checkpoint.Checkpoints(workdir, config.train.keep)
-    start = checkpoints.latest
     imported = checkpoint.holds_parameters_only(workdir)
     if start is not None and not imported:
         train_state = checkpoints.restore(state.abstract(decoder, transformation, mesh), batches, start)
@@ -102,8 +140,14 @@ def run(config: configs.Config, workdir: Path) -> dict[str, float]:
     writer = metrics.Writer(workdir, start or 0, steps) if processes.is_first() else metrics.Silent()
     begins = f"going on from step {start:,}" if start is not None else "beginning at step 0"
     begins = "beginning at step 0 with the parameters imported into it" if imported else begins
-    for line in _opening(config, counts, mesh, steps, [*changes, f"{workdir}: {begins}"]):
+    for line in _opening(config, counts, mesh, steps, [*changes, *_left_out(rows), f"{workdir}: {begins}"]):
         writer.line(line)
+
+    startup.lap("state")
+
+    def between() -> None:
+        watchdog.beat()
+        stop.check(mesh)
 
     parts = loop.Parts(
         stages=tuple(_stages(config, decoder, transformation, steps)),
@@ -111,15 +155,22 @@ def run(config: configs.Config, workdir: Path) -> dict[str, float]:
         mesh=mesh,
         checkpoints=checkpoints,
         writer=writer,
-        evaluate=lambda params: evaluator(params, config.eval.rows),
+        evaluate=lambda params: evaluator(params, config.eval.rows, between),
         peak_flops=hardware.peak_flops(mesh.local_devices[0]) * mesh.size,
+        stop=stop,
+        watchdog=watchdog,
+        startup=startup,
+        constant={"data/left_out": rows.left_out} if config.data.on_bad_record == "skip" else {},
+        documents=lambda batch: pipeline.described(batch, tokens),
+        workdir=workdir,
     )
     try:
         train_state, complete = loop.train(config, parts, train_state)
         if not complete:
             writer.line(f"stopped at step {int(train_state.step):,}; run the same command to go on from there")
             return {}
-        scores = evaluator(train_state.params)
+        with stop.deferred():
+            scores = evaluator(train_state.params, between=between)
         writer.write(steps, scores)
     finally:
         writer.close()
@@ -137,6 +188,22 @@ def run(config: configs.Config, workdir: Path) -> dict[str, float]:
     return scores
 
 
+def _recover(workdir: Path) -> int | None:
+    """The newest good checkpoint's step; the first process puts the others away."""
+
+    def recover() -> bytes:
+        found = inventory.recover(workdir, lambda line: print(f"warning: {line}", file=sys.stderr, flush=True))
+        return b"" if found is None else str(found).encode()
+
+    found = processes.from_first(recover)
+    return int(found) if found else None
+
+
+def _left_out(rows: records.Records) -> Iterator[str]:
+    if rows.left_out:
+        yield f"{rows.left_out:,} bad records of the corpus are left out (config.data.on_bad_record = skip)"
+
+
 def _stages(
     config: configs.Config, decoder: Decoder, transformation: optax.GradientTransformation, steps: int
 ) -> Iterator[loop.Stage]:
@@ -144,17 +211,24 @@ def _stages(
     share, stages = 0.0, config.schedule.in_stages
     for stage in stages:
         share += stage.share
+        schedule = schedules.build(stage.schedule, config.model.sequence_length)
+        names = schedules.forward_names(stage.schedule)
         yield loop.Stage(
             end=steps if stage is stages[-1] else round(share * steps),
             step=step.build(
                 decoder,
-                schedules.build(stage.schedule, config.model.sequence_length),
+                schedule,
                 transformation,
-                schedules.forward_names(stage.schedule),
+                names,
                 config.train.accumulation,
+                functools.partial(guard.judge, config=config.train),
             ),
             forwards_equivalent=stage.schedule.forwards_equivalent,
             flops_per_step=costs.train_flops(config.model, stage.schedule) * config.train.batch_size,
+            statistics=guard.statistics(
+                step.gradient_of(decoder, schedule, names, config.train.accumulation),
+                {name for name, parameter in table(config.model).items() if parameter.axes[0] == "layers"},
+            ),
         )
 
 

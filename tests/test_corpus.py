@@ -1,6 +1,7 @@
 import gzip
 import json
 import pickle
+import re
 import sysconfig
 from pathlib import Path
 
@@ -9,7 +10,8 @@ import pyarrow.parquet
 import pytest
 import zstandard
 
-from lrt_jax.data.corpus import DataError, is_held_out, open_corpus, training_documents
+from lrt_jax.data.corpus import is_held_out, open_corpus, training_documents
+from lrt_jax.data.faults import DataError
 from lrt_jax.setup.config import ConfigError, DataConfig
 
 TEXTS = ["first document", "zweites Dokument: ä\r\n", "third\u2028with a separator", "😀 last"]
@@ -225,3 +227,60 @@ def test_a_pattern_must_match_and_have_no_double_star(tmp_path):
         open_corpus(DataConfig(corpus=f"{tmp_path}/a/*.txt"))
     with pytest.raises(ConfigError, match=r"instead of \*\* name the folder"):
         open_corpus(DataConfig(corpus=f"{tmp_path}/**/*.txt"))
+
+
+def skipping(source, **fields) -> tuple[list[str], list[str]]:
+    """The documents of a corpus without its bad records, and what is said of those; the same twice."""
+    found = []
+    for _ in range(2):
+        corpus = open_corpus(DataConfig(corpus=str(source), on_bad_record="skip", **fields))
+        texts = [text for shard in corpus.shards for text in shard.documents()]
+        again = [text for shard in corpus.shards for text in shard.documents()]
+        assert texts == again
+        found.append((texts, corpus.bad.left_out))
+    assert found[0] == found[1]
+    return found[0]
+
+
+def truncated_parquet(folder: Path) -> None:
+    write_parquet(folder / "a.parquet")
+    (folder / "a.parquet").write_bytes((folder / "a.parquet").read_bytes()[:-20])
+
+
+def parquet_with_a_broken_page(folder: Path) -> None:
+    path = folder / "a.parquet"
+    table = pa.table({"text": ["x" * 50, "y" * 50]})
+    pyarrow.parquet.write_table(table, path, row_group_size=1, compression="gzip", use_dictionary=False)
+    begin = pyarrow.parquet.ParquetFile(path).metadata.row_group(1).column(0).data_page_offset
+    data = bytearray(path.read_bytes())
+    data[begin : begin + 20] = bytes(20)
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("write", "kept", "says"),
+    [
+        (broken("a.jsonl", b'{"text": "x"}\n{"text": \n{"text": "z"}\n'), ["x", "z"], r"a\.jsonl:2 .*byte offset 23"),
+        (broken("a.jsonl", b'{"text": "x"}\n{"text": "\xff"}\n'), ["x"], r"a\.jsonl:2 .*byte offset 2\d: 'utf-8'"),
+        (broken("a.txt", b"good\nbad\xff\nfine\n"), ["good\n", "fine\n"], r"a\.txt has 0xff at byte offset 8"),
+        (broken("a.txt.gz", gzip.compress(b"text" * 99)[:-9]), [], r"a\.txt\.gz .*it ends at byte offset \d+, in the"),
+        (broken("a.txt.zst", zstandard.compress(b"text" * 99)[:-3]), [], r"a\.txt\.zst .*it ends at byte offset \d+"),
+        (
+            broken("a.txt.gz", gzip.compress(b"text" * 99)[:10] + bytes([7] * 20)),
+            [],
+            r"a\.txt\.gz .*what begins at byte offset 0",
+        ),
+        (truncated_parquet, [], r"a\.parquet is not a Parquet file \(byte offset \d+, its end"),
+        (parquet_with_a_broken_page, ["x" * 50], r"a\.parquet, row group 1 cannot be read \(byte offset \d+"),
+        (lambda folder: (folder / "a.txt").symlink_to("/proc/self/mem"), [], r"a\.txt cannot be read \(Input/output"),
+    ],
+)
+def test_bad_records_stop_or_are_left_out(tmp_path, capsys, write, kept, says):
+    (tmp_path / "b.txt").write_text("last\n")
+    write(tmp_path)
+    texts, left_out = skipping(tmp_path, document_bytes=6)
+    assert texts == [*kept, "last\n"]
+    assert len(left_out) == 1 and re.search(says, left_out[0])
+    assert capsys.readouterr().err.count("left out: config.data.corpus: ") == 2  # once for each corpus opened
+    with pytest.raises(DataError, match=says):
+        documents(tmp_path, document_bytes=6)

@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lrt_jax.data.corpus import DataError, is_held_out, open_corpus
+from lrt_jax.data.corpus import is_held_out, open_corpus
+from lrt_jax.data.faults import DataError
 from lrt_jax.data.pipeline import Batch, held_out_rows, training_batches
 from lrt_jax.data.records import Records, prepare
 from lrt_jax.data.tokenizer import Tokenizer, train
@@ -243,3 +244,41 @@ def test_held_out_rows_do_not_depend_on_seed_or_much_on_other_files(folder):
 def test_too_little_held_out_text_is_said(folder):
     with pytest.raises(DataError, match=r"have 0 tokens; one row of evaluation needs 25: raise config\.data\.held_out"):
         held_out_of(config_of(folder, held_out=1e-9), 4)
+
+
+def test_left_out_records_are_counted_once_and_for_good(folder, tmp_path):
+    with (folder / "03.jsonl").open("a") as stream:
+        stream.write('{"text": \n{"txt": "x"}\n')
+    (folder / "z.parquet").write_bytes(b"none")
+    config = config_of(folder, on_bad_record="skip")
+    corpus = open_corpus(config.data)
+    for shard in corpus.shards:  # as the tokenizer reads them before
+        shard.documents()
+    records = prepare(config, corpus, TOKENIZER, tmp_path / "run")
+    assert (
+        records.left_out == 3 and prepare(config, open_corpus(config.data), TOKENIZER, tmp_path / "run").left_out == 3
+    )
+    listed = sorted((tmp_path / "run" / "tokens" / records.name).glob("*.left_out"))
+    assert [len(path.read_text().splitlines()) for path in listed] == [2, 1]
+    (folder / "z.parquet").unlink()
+    stop = config_of(folder)
+    with pytest.raises(DataError, match=r"03\.jsonl:6 is not valid JSON"):
+        prepare(stop, open_corpus(stop.data), TOKENIZER, tmp_path / "other")
+
+
+def test_tokens_that_are_cut_off_or_gone_are_told(folder, tmp_path):
+    config = config_of(folder)
+    records = records_of(config, tmp_path / "run")
+    file = tmp_path / "run" / "tokens" / records.name / "00003.bin"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-2])
+    with pytest.raises(DataError, match=r"00003\.bin has .* bytes instead of .*; remove its folder"):
+        records_of(config, tmp_path / "run")
+    file.unlink()
+    with pytest.raises(DataError, match=r"00003\.bin misses"):
+        records_of(config, tmp_path / "run")
+    file.write_bytes(whole)
+    later = records_of(config, tmp_path / "run")
+    file.unlink()
+    with pytest.raises(DataError, match=r"00003\.bin cannot be read"):
+        [later[row] for row in range(len(later))]

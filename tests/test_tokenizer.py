@@ -8,7 +8,8 @@ import pytest
 import sentencepiece
 
 from lrt_jax.data import tokenizer as tokenizers
-from lrt_jax.data.corpus import DataError, is_held_out, open_corpus
+from lrt_jax.data.corpus import is_held_out, open_corpus
+from lrt_jax.data.faults import DataError
 from lrt_jax.data.tokenizer import PROBE, Tokenizer, keep, load_or_train, train
 from lrt_jax.setup.config import Config, ConfigError, DataConfig, ModelConfig, TrainConfig
 

@@ -6,26 +6,23 @@ group of a Parquet file. Order and names depend on the files alone, not on the m
 
 import abc
 import dataclasses
-import gzip
+import functools
 import hashlib
+import itertools
 import json
 import sysconfig
-import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from etils import epath
 
+from lrt_jax.data import compressed
+from lrt_jax.data.faults import BadRecords, DataError
 from lrt_jax.setup.config import ConfigError, DataConfig
-from lrt_jax.setup.errors import UserError
 
 # What is taken from a folder; Parquet compresses by itself.
 SUFFIXES = (".parquet", *(kind + by for kind in (".txt", ".md", ".py", ".jsonl") for by in ("", ".gz", ".zst")))
 NOT_STDLIB = ("site-packages", "dist-packages", "__pycache__", "lib-dynload")  # but in the same folder
-
-
-class DataError(UserError, ValueError):
-    """The corpus holds something unusable, or too little; one sentence says what and where."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,26 +31,52 @@ class Shard(abc.ABC):
 
     path: str
     name: str  # the path below the corpus's root, the same on every machine
+    bad: BadRecords = dataclasses.field(compare=False, repr=False)  # of the whole corpus
 
     def documents(self) -> list[str]:
-        """The shard's documents, in order, none of them empty.
+        """The shard's documents, in order, none of them empty; without those that ``bad`` leaves out.
 
         Raises:
           DataError: naming the file and the line, row or byte offset that is unusable.
         """
-        return [text for text in self._texts() if text]
+        try:
+            return [text for text in self._texts() if text]
+        except DataError as error:
+            self.bad.leave_out(error)
+        except OSError as error:
+            self.bad.leave_out(
+                DataError(f"config.data.corpus: {self.path} cannot be read ({error.strerror or error}); check it")
+            )
+        return []
 
     @abc.abstractmethod
     def _texts(self) -> Iterable[str]:
-        """What :meth:`documents` says, with empty ones."""
+        """What :meth:`documents` says, with empty ones; an error that it raises is one of the whole shard."""
+
+    def _good(self, records: Iterable[Callable[[], str]]) -> Iterator[str]:
+        """The texts of records that are good, each read by a call."""
+        for read in records:
+            try:
+                yield read()
+            except DataError as error:
+                self.bad.leave_out(error)
 
 
 @dataclasses.dataclass(frozen=True)
 class Corpus:
-    """An ordered list of shards, and what the user called it."""
+    """An ordered list of shards, and what the user called it.
 
-    source: str  # config.data.corpus
+    Attributes:
+      source: ``config.data.corpus``.
+      shards: its parts.
+      bad: the records that are left out of them.
+      left_out: a sentence for each file that is no shard, since not even its parts are known.
+    """
+
+    source: str
     shards: tuple[Shard, ...]
+    bad: BadRecords = dataclasses.field(compare=False, repr=False)
+    left_out: tuple[str, ...] = ()
 
 
 def open_corpus(config: DataConfig) -> Corpus:
@@ -63,16 +86,18 @@ def open_corpus(config: DataConfig) -> Corpus:
       ConfigError: nothing usable lies at that path.
       DataError: the files hold no text, or the first of them is unusable.
     """
+    bad = BadRecords(config.on_bad_record)
     if config.corpus == "stdlib":
         root = epath.Path(sysconfig.get_path("stdlib"))
         shards: list[Shard] = [
-            SourceShard(path, name) for path, name in _named(_below(root, (".py",), NOT_STDLIB), root)
+            SourceShard(path, name, bad) for path, name in _named(_below(root, (".py",), NOT_STDLIB), root)
         ]
     else:
-        shards = [shard for path, name in _files(config.corpus) for shard in _shards(path, name, config)]
+        shards = [shard for path, name in _files(config.corpus) for shard in _shards(path, name, bad, config)]
+    left_out = tuple(bad.left_out)
     if not any(shard.documents() for shard in shards):
         raise DataError(f"config.data.corpus is {config.corpus!r}, which holds no text; it must hold documents")
-    return Corpus(config.corpus, tuple(shards))
+    return Corpus(config.corpus, tuple(shards), bad, left_out)
 
 
 def is_held_out(text: str, share: float) -> bool:
@@ -110,7 +135,7 @@ class SourceShard(Shard):
 
     def _texts(self) -> Iterable[str]:
         try:
-            return [_read(self.path).decode()]
+            return [compressed.read(self.path).decode()]
         except UnicodeDecodeError:
             return []  # the library ships a few that are broken on purpose, for its own tests
 
@@ -122,7 +147,9 @@ class TextShard(Shard):
     document_bytes: int
 
     def _texts(self) -> Iterable[str]:
-        return _cut(_read(self.path), self.path, self.document_bytes)
+        data = compressed.read(self.path)
+        pieces = _cut(data, self.document_bytes)
+        return self._good(functools.partial(_decoded, data, piece, self.path) for piece in pieces)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,14 +159,20 @@ class JsonlShard(Shard):
     field: str
 
     def _texts(self) -> Iterable[str]:
-        lines = _read(self.path).split(b"\n")
-        return (self._text(line, f"{self.path}:{number}") for number, line in enumerate(lines, 1) if line.strip())
+        lines = compressed.read(self.path).split(b"\n")
+        begins = itertools.accumulate((len(line) + 1 for line in lines), initial=0)
+        return self._good(
+            functools.partial(self._text, line, f"{self.path}:{number}", begin)
+            for number, (line, begin) in enumerate(zip(lines, begins, strict=False), 1)
+            if line.strip()
+        )
 
-    def _text(self, line: bytes, where: str) -> str:
+    def _text(self, line: bytes, where: str, begin: int) -> str:
         try:
             record = json.loads(line)
         except ValueError as error:  # broken JSON or broken UTF-8
-            raise DataError(f"config.data.corpus: {where} is not valid JSON ({error})") from None
+            at = begin + getattr(error, "pos", getattr(error, "start", 0))
+            raise DataError(f"config.data.corpus: {where} is not valid JSON (byte offset {at}: {error})") from None
         if not isinstance(record, dict) or self.field not in record:
             found = ", ".join(record) if isinstance(record, dict) else type(record).__name__
             raise DataError(
@@ -154,18 +187,24 @@ class ParquetShard(Shard):
 
     column: str
     row_group: int
+    begin: int  # where in the file
 
     def _texts(self) -> Iterable[str]:
         import pyarrow.parquet
 
         where = f"{self.path}, row group {self.row_group}"
+        damaged = f"config.data.corpus: {where} cannot be read (byte offset {self.begin}: %s); it is damaged"
         with epath.Path(self.path).open("rb") as stream:
             try:
-                group = pyarrow.parquet.ParquetFile(stream).read_row_group(self.row_group, columns=[self.column])
+                file = pyarrow.parquet.ParquetFile(stream, page_checksum_verification=True)
+                group = file.read_row_group(self.row_group, columns=[self.column])
                 values = group.column(self.column).to_pylist()
-            except ValueError as error:  # pyarrow.ArrowInvalid, or text that is not UTF-8
-                raise DataError(f"config.data.corpus: {where} cannot be read ({error}); it is damaged") from None
-        return (_as_text(value, f"{where}, row {number}", self.column) for number, value in enumerate(values))
+            except (ValueError, OSError) as error:  # pyarrow.ArrowInvalid, or text that is not UTF-8; a broken page
+                raise DataError(damaged % error) from None
+        return self._good(
+            functools.partial(_as_text, value, f"{where}, row {number}", self.column)
+            for number, value in enumerate(values)
+        )
 
 
 def _as_text(value: Any, where: str, field: str) -> str:
@@ -184,20 +223,12 @@ def _as_text(value: Any, where: str, field: str) -> str:
     return value
 
 
-def _cut(data: bytes, path: str, document_bytes: int) -> list[str]:
-    """Text in pieces of at most ``document_bytes``, cut after a line end, or between characters of a longer line.
+def _cut(data: bytes, document_bytes: int) -> Iterator[slice]:
+    """UTF-8 text in pieces of at most ``document_bytes``, cut after a line end, or between characters of a longer line.
 
     A piece depends only on the bytes up to its end and the ``document_bytes`` after its start, so that what is
     appended to a file changes its last piece only.
     """
-    try:
-        data.decode()
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"config.data.corpus: {path} has 0x{data[error.start]:02x} at byte offset {error.start}, which is not "
-            "valid UTF-8; text must be UTF-8"
-        ) from None
-    pieces = []
     start = 0
     while start < len(data):
         end = min(start + document_bytes, len(data))
@@ -205,63 +236,57 @@ def _cut(data: bytes, path: str, document_bytes: int) -> list[str]:
             end = data.rfind(b"\n", start, end) + 1 or end
             while end < len(data) and data[end] & 0xC0 == 0x80:  # a continuation byte: not between characters
                 end += 1
-        pieces.append(data[start:end].decode())
+        yield slice(start, end)
         start = end
-    return pieces
 
 
-def _read(path: str) -> bytes:
-    """A file's bytes, decompressed."""
-    data = epath.Path(path).read_bytes()
+def _decoded(data: bytes, piece: slice, path: str) -> str:
     try:
-        if path.endswith(".gz"):
-            return gzip.decompress(data)
-        return _unzstd(data) if path.endswith(".zst") else data
-    except (gzip.BadGzipFile, zlib.error, EOFError) as error:
-        raise DataError(f"config.data.corpus: {path} cannot be decompressed ({error}); it is damaged") from None
+        return data[piece].decode()
+    except UnicodeDecodeError as error:
+        at = piece.start + error.start
+        raise DataError(
+            f"config.data.corpus: {path} has 0x{data[at]:02x} at byte offset {at}, which is not valid UTF-8; text must "
+            "be UTF-8"
+        ) from None
 
 
-def _unzstd(data: bytes) -> bytes:
-    """All frames of ``data``; unlike zstandard's readers it notices that the last one is cut off (EOFError)."""
-    import zstandard
-
-    frames = []
-    while data:
-        frame = zstandard.ZstdDecompressor().decompressobj()
-        try:
-            frames.append(frame.decompress(data))
-        except zstandard.ZstdError as error:
-            raise EOFError(str(error)) from None
-        if not frame.eof:
-            raise EOFError("zstd: the end is missing")
-        data = frame.unused_data
-    return b"".join(frames)
-
-
-def _shards(path: str, name: str, config: DataConfig) -> list[Shard]:
+def _shards(path: str, name: str, bad: BadRecords, config: DataConfig) -> list[Shard]:
     """The shards of one file, by its suffix; a suffix that is not known means text."""
     if path.endswith(".parquet"):
-        return _parquet_shards(path, name, config.text_field)
+        try:
+            return _parquet_shards(path, name, bad, config.text_field)
+        except DataError as error:
+            bad.leave_out(error)
+            return []
     if path.removesuffix(".gz").removesuffix(".zst").endswith(".jsonl"):
-        return [JsonlShard(path, name, config.text_field)]
-    return [TextShard(path, name, config.document_bytes)]
+        return [JsonlShard(path, name, bad, config.text_field)]
+    return [TextShard(path, name, bad, config.document_bytes)]
 
 
-def _parquet_shards(path: str, name: str, column: str) -> list[Shard]:
+def _parquet_shards(path: str, name: str, bad: BadRecords, column: str) -> list[Shard]:
     import pyarrow
     import pyarrow.parquet
 
-    with epath.Path(path).open("rb") as stream:
-        try:
+    try:
+        with epath.Path(path).open("rb") as stream:
             file = pyarrow.parquet.ParquetFile(stream)
-        except pyarrow.ArrowInvalid as error:
-            raise DataError(f"config.data.corpus: {path} is not a Parquet file ({error})") from None
-        columns, groups = file.schema_arrow.names, file.num_row_groups
+            columns, groups = file.schema_arrow.names, file.num_row_groups
+            described = [file.metadata.row_group(group) for group in range(groups)]
+    except (pyarrow.ArrowInvalid, OSError) as error:
+        end = epath.Path(path).stat().length if epath.Path(path).exists() else 0
+        raise DataError(
+            f"config.data.corpus: {path} is not a Parquet file (byte offset {end}, its end: {error})"
+        ) from None
     if column not in columns:
         raise DataError(
             f"config.data.corpus: {path} has no column {column!r} (config.data.text_field); found: {', '.join(columns)}"
         )
-    return [ParquetShard(path, f"{name}#{group}", column, group) for group in range(groups)]
+    begins = [
+        next((c.data_page_offset for c in map(group.column, range(group.num_columns)) if c.path_in_schema == column), 0)
+        for group in described
+    ]
+    return [ParquetShard(path, f"{name}#{group}", bad, column, group, begins[group]) for group in range(groups)]
 
 
 def _files(source: str) -> list[tuple[str, str]]:

@@ -9,13 +9,16 @@ from typing import Any, NamedTuple
 import grain
 import numpy as np
 
-from lrt_jax.data.corpus import Corpus, DataError, is_held_out
+from lrt_jax.data.corpus import Corpus, is_held_out
+from lrt_jax.data.faults import DataError
 from lrt_jax.data.records import Records
 from lrt_jax.data.tokenizer import Tokenizer
 from lrt_jax.setup.config import Config
 
 # Batches read at once: enough to hide a bucket's latency.
 THREADS = 4
+# Characters by which a document is told.
+DESCRIBED = 60
 
 
 class Batch(NamedTuple):
@@ -127,6 +130,16 @@ def held_out_rows(config: Config, corpus: Corpus, tokenizer: Tokenizer, rows: in
     stream = np.concatenate(found)[: count * length + 1]
     targets = stream[1:]
     return HeldOut(stream[:-1].reshape(count, length), targets.reshape(count, length), tokenizer.decode_bytes(targets))
+
+
+def described(batch: Batch, tokenizer: Tokenizer) -> list[str]:
+    """What a batch is made of, a line per row: how each document in it begins, or goes on."""
+    lines = []
+    for row, tokens_T in enumerate(batch.tokens_BxT):
+        pieces = np.split(tokens_T, np.flatnonzero(tokens_T == tokenizer.bos_id))
+        texts = [tokenizer.decode(piece) for piece in pieces if len(piece)]
+        lines.append(f"row {row}: " + " | ".join(repr(text[:DESCRIBED]) for text in texts))
+    return lines
 
 
 def _with_bos(text: str, tokenizer: Tokenizer) -> np.ndarray:

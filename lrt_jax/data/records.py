@@ -16,15 +16,18 @@ import jax
 import numpy as np
 from etils import epath
 
-from lrt_jax.data.corpus import Corpus, DataError, Shard, is_held_out
+from lrt_jax.data.corpus import Corpus, Shard, is_held_out
+from lrt_jax.data.faults import DataError
 from lrt_jax.data.tokenizer import Tokenizer
 from lrt_jax.setup import processes
 from lrt_jax.setup.config import Config, DataConfig
+from lrt_jax.setup.errors import writing
 
 FOLDER = "tokens"  # in the work dir
 INDEX = "index.json"  # written last: where it lies, the files are complete
 # Files of a corpus with that many shards: few enough to open, enough for every process to write some.
 PARTS = 256
+LEFT_OUT = ".left_out"  # ends the name of a file that lists, for one of tokens, the bad records that are not in it
 
 
 class Records:
@@ -33,16 +36,20 @@ class Records:
     Attributes:
       name: a digest of corpus, tokenizer and what makes tokens of one with the other.
       tokens: how many tokens there are.
+      left_out: how many records of the corpus were bad and left out, as ``*.left_out`` beside the tokens names them.
     """
 
     def __init__(self, folder: epath.Path, index: dict[str, Any], sequence_length: int):
         """Opens what :func:`prepare` wrote, of which ``index`` says what there is."""
         self.name: str = index["name"]
+        self.left_out: int = index["left_out"]
         self._length, self._dtype = sequence_length, np.dtype(index["dtype"])
         self._files = [str(folder / _file(part)) for part in range(len(index["tokens"]))]
         self._begins = [0, *itertools.accumulate(index["tokens"])]
         self.tokens: int = self._begins[-1]
         self._maps: dict[str, np.ndarray] = {}
+        for file, count in zip(self._files, index["tokens"], strict=True):
+            _check_size(epath.Path(file), count * self._dtype.itemsize)
 
     def __len__(self) -> int:
         return -(-self.tokens // self._length)
@@ -63,7 +70,10 @@ class Records:
         file = self._files[part]
         if "://" not in file:
             if file not in self._maps:
-                self._maps[file] = np.memmap(file, self._dtype, mode="r")
+                try:
+                    self._maps[file] = np.memmap(file, self._dtype, mode="r")
+                except OSError as error:
+                    raise DataError(f"{file} cannot be read ({error.strerror}); was the work dir removed?") from None
             return self._maps[file][first : first + count]
         with epath.Path(file).open("rb") as stream:  # a bucket: just the bytes asked for
             stream.seek(first * self._dtype.itemsize)
@@ -107,16 +117,20 @@ def _write_share(
     dtype: np.dtype,
 ) -> None:
     """Writes this process's files; one that is there already is complete."""
-    folder.mkdir(parents=True, exist_ok=True)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     for part in range(jax.process_index(), len(parts), jax.process_count()):
         path = folder / _file(part)
         if path.exists():
             continue
         unfinished = path.with_name(path.name + ".tmp")
-        with unfinished.open("wb") as stream:
-            for tokens in _tokens([corpus.shards[i] for i in parts[part]], config, tokenizer):
-                stream.write(tokens.astype(dtype).tobytes())
-        unfinished.replace(path)
+        with writing(path), corpus.bad.listed() as left_out:
+            with unfinished.open("wb") as stream:
+                for tokens in _tokens([corpus.shards[i] for i in parts[part]], config, tokenizer):
+                    stream.write(tokens.astype(dtype).tobytes())
+            if left_out:
+                path.with_suffix(LEFT_OUT).write_text("\n".join(left_out) + "\n")
+            unfinished.replace(path)
 
 
 def _tokens(shards: list[Shard], config: DataConfig, tokenizer: Tokenizer) -> Iterator[np.ndarray]:
@@ -137,8 +151,19 @@ def _finish(folder: epath.Path, config: DataConfig, corpus: Corpus, name: str, p
             f"config.data.corpus is {corpus.source!r}, where config.data.held_out = {config.held_out} leaves no "
             "document to train on; lower it, lower config.data.document_bytes or add text"
         )
-    index = json.dumps({"name": name, "dtype": dtype.name, "tokens": tokens}).encode()
     unfinished = folder / (INDEX + ".tmp")
-    unfinished.write_bytes(index)
-    unfinished.replace(folder / INDEX)
+    with writing(folder):
+        if corpus.left_out:
+            (folder / ("files" + LEFT_OUT)).write_text("\n".join(corpus.left_out) + "\n")
+        left_out = sum(len(path.read_text().splitlines()) for path in folder.glob("*" + LEFT_OUT))
+        index = json.dumps({"name": name, "dtype": dtype.name, "tokens": tokens, "left_out": left_out}).encode()
+        unfinished.write_bytes(index)
+        unfinished.replace(folder / INDEX)
     return index
+
+
+def _check_size(path: epath.Path, expected: int) -> None:
+    found = path.stat().length if path.exists() else None
+    if found != expected:
+        problem = "misses" if found is None else f"has {found:,} bytes instead of {expected:,}"
+        raise DataError(f"{path} {problem}; remove its folder, and the same command makes the tokens again")

@@ -9,8 +9,10 @@ import numpy as np
 import sentencepiece
 from etils import epath
 
-from lrt_jax.data.corpus import Corpus, DataError, training_documents
+from lrt_jax.data.corpus import Corpus, training_documents
+from lrt_jax.data.faults import DataError
 from lrt_jax.setup.config import Config, ConfigError
+from lrt_jax.setup.errors import UserError, writing
 
 FILE = "tokenizer.model"  # in the work dir
 SPECIALS = 2  # <unk> and <s>
@@ -93,9 +95,10 @@ def train(documents: Iterable[str], vocab_size: int) -> bytes:
       DataError: there is no text.
     """
     model = io.BytesIO()
+    raised: list[UserError] = []
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=_sentences(documents),
+            sentence_iterator=_sentences(documents, raised),
             model_writer=model,
             model_type="bpe",
             vocab_size=vocab_size,
@@ -113,7 +116,7 @@ def train(documents: Iterable[str], vocab_size: int) -> bytes:
             minloglevel=2,
         )
     except RuntimeError as error:
-        raise _explained(str(error), vocab_size) from None
+        raise (raised[0] if raised else _explained(str(error), vocab_size)) from None
     return model.getvalue()
 
 
@@ -158,10 +161,11 @@ def keep(tokenizer: Tokenizer, workdir: epath.PathLike) -> None:
     kept = epath.Path(workdir) / FILE
     if kept.exists():
         return
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = kept.with_name(FILE + ".tmp")
-    unfinished.write_bytes(tokenizer.model)
-    unfinished.replace(kept)
+    with writing(workdir):
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = kept.with_name(FILE + ".tmp")
+        unfinished.write_bytes(tokenizer.model)
+        unfinished.replace(kept)
 
 
 def load(workdir: epath.PathLike, config: Config) -> Tokenizer:
@@ -200,10 +204,15 @@ def _load(model: bytes, path: str, config: Config) -> Tokenizer:
     return tokenizer
 
 
-def _sentences(documents: Iterable[str]) -> Iterator[str]:
-    for text in documents:
-        for start in range(0, len(text), SENTENCE):
-            yield text[start : start + SENTENCE]
+def _sentences(documents: Iterable[str], raised: list[UserError]) -> Iterator[str]:
+    """Pieces of documents. SentencePiece turns what reading them raises into its own error: here it is kept."""
+    try:
+        for text in documents:
+            for start in range(0, len(text), SENTENCE):
+                yield text[start : start + SENTENCE]
+    except UserError as error:
+        raised.append(error)
+        raise
 
 
 def _first_bytes(documents: Iterable[str], limit: int) -> Iterator[str]:

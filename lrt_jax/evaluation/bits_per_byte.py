@@ -7,7 +7,7 @@ import dataclasses
 import gzip
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -54,8 +54,15 @@ class Evaluator:
         self.rows = len(held_out.tokens_NxT)
         self._parallel, self._sequential = programs(decoder, config, mesh)
 
-    def __call__(self, params: Any, rows: int | None = None) -> dict[str, float]:
+    def __call__(
+        self, params: Any, rows: int | None = None, between: Callable[[], None] = lambda: None
+    ) -> dict[str, float]:
         """Metrics of the first ``rows`` rows (None: all).
+
+        Args:
+          params: the model's.
+          rows: how many.
+          between: called before each batch; may raise, to end the scoring.
 
         Returns:
           ``val/bpb`` (merged: each position scored by the last forward that computed it), ``val/bpb_init``,
@@ -66,6 +73,7 @@ class Evaluator:
         rows = self.rows if rows is None else min(rows, self.rows)
         sums: dict[str, np.ndarray] = {}
         for batch in self._batches(rows):
+            between()
             # Both are dispatched before either is fetched.
             for part in (self._parallel(params, *batch), self._sequential(params, *batch)):
                 for name, array in part.items():

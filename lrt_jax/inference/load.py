@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from lrt_jax.inference import decode
 from lrt_jax.model.decoder import Decoder
 from lrt_jax.setup import mesh as meshes
 from lrt_jax.setup.config import Config, ConfigError, MeshConfig
-from lrt_jax.training import checkpoint, state
+from lrt_jax.training import checkpoint, inventory, state
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,10 +45,11 @@ class Trained:
 
 
 def load(workdir: Path, step: int | None = None) -> Trained:
-    """The model of a work dir after ``step`` steps (None: the newest checkpoint).
+    """The model of a work dir after ``step`` steps (None: the newest good checkpoint).
 
     Raises:
       ConfigError: ``workdir`` is no run's work dir, has no such checkpoint, or no tokenizer.
+      CheckpointError: the checkpoint is damaged.
     """
     config, params, step = load_params(workdir, step)
     mesh = _mesh(config)
@@ -55,20 +57,24 @@ def load(workdir: Path, step: int | None = None) -> Trained:
 
 
 def load_params(workdir: Path, step: int | None = None) -> tuple[Config, dict[str, Any], int]:
-    """The config, the parameters and the step of a checkpoint (None: the newest).
+    """The config, the parameters and the step of a checkpoint (None: the newest good one).
 
     Raises:
       ConfigError: ``workdir`` is no run's work dir, or has no such checkpoint.
+      CheckpointError: the checkpoint is damaged; without ``step``, all of them are.
     """
     config = checkpoint.read_config(workdir)
+    found = inventory.steps(workdir)
+    if step is None:
+        step = inventory.newest_good(workdir, lambda line: print(line, file=sys.stderr), items=("params",))
+    elif step in found and (faults := inventory.faults(workdir, step, items=("params",))):
+        raise inventory.CheckpointError(f"the checkpoint of step {step:,} is damaged: {inventory.named(faults)}")
+    if step not in found:
+        wanted = "a checkpoint" if step is None else f"a checkpoint of step {step}"
+        listed = ", ".join(map(str, found)) or "none"
+        raise ConfigError(f"--workdir is {str(workdir)!r}, which has not {wanted}; found: {listed}")
     checkpoints = checkpoint.Checkpoints(workdir, config.train.keep)
     try:
-        found = ", ".join(map(str, checkpoints.steps)) or "none"
-        if step is None:
-            step = checkpoints.latest
-        if step is None or step not in checkpoints.steps:
-            wanted = "a checkpoint" if step is None else f"a checkpoint of step {step}"
-            raise ConfigError(f"--workdir is {str(workdir)!r}, which has not {wanted}; found: {found}")
         abstract = state.abstract_params(Decoder(config.model), _mesh(config))
         return config, checkpoints.restore_params(abstract, step), step
     finally:

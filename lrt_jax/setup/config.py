@@ -110,6 +110,9 @@ class DataConfig:
     tokenizer: str = ""  # a SentencePiece model to use; "" trains one and keeps it in the work dir
     tokenizer_bytes: int = 8_000_000  # how much text the tokenizer is trained on
     prefetch: int = 16  # batches made ahead
+    on_bad_record: Literal["stop", "skip"] = (
+        "stop"  # unreadable file, broken record: end the run, or leave out and count
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -234,6 +237,11 @@ class TrainConfig:
     eval_every: int = 0  # in steps; the end is always evaluated
     save_every: int = 0  # in steps; the end and a stop are always saved
     keep: int = 2  # newest checkpoints kept
+    on_bad_step: Literal["stop", "skip"] = "stop"  # loss or gradient norm not finite, or a spike: with a report; or on
+    spike_factor: float = 0.0  # a step is a spike if either is above so many times its running mean; 0 = never
+    bad_steps: int = 10  # so many skipped in a row end the run
+    step_timeout: float = 900.0  # seconds without a step, after which the process ends with its stacks; 0 = never
+    phase_timeout: float = 7200.0  # the same for set-up, compilation, a save, a batch of an evaluation
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,17 +1,25 @@
 """How a command reads its flags and ends: one clear line for whatever the user can mend."""
 
+import os
+import re
 import sys
+import traceback
 import typing
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
+import jax
 from absl import app, flags, logging
 
+from lrt_jax.setup import processes
 from lrt_jax.setup.config import ConfigError, Prefill, field_type
 from lrt_jax.setup.errors import UserError
 
 PREFIX = "--config."
+# How the runtime's messages tell that another process is gone, and the exit code then: "try again" in sysexits.h.
+LOST = re.compile(r"Gloo|NCCL|Connection (reset|closed|refused)|heartbeat|unhealthy|another task|Socket closed")
+LOST_EXIT_CODE = 75
 
 
 def run(command: Callable[..., int | None], *, takes_arguments: bool = False) -> None:
@@ -21,7 +29,8 @@ def run(command: Callable[..., int | None], *, takes_arguments: bool = False) ->
       command: the command.
       takes_arguments: call it with the arguments that are no flags; else such arguments are refused.
     """
-    logging.set_verbosity(logging.WARNING)  # orbax tells every step of a save
+    # orbax tells every step of a save, and shows the traceback of each error before it raises it.
+    logging.set_verbosity(logging.FATAL)
 
     def read(arguments: list[str]) -> list[str]:
         rest = parse(arguments)
@@ -32,9 +41,30 @@ def run(command: Callable[..., int | None], *, takes_arguments: bool = False) ->
     try:
         app.run(lambda rest: command(*rest[1:] if takes_arguments else ()), flags_parser=read)
     except UserError as error:
-        sys.exit(f"error: {error}")
+        _end(f"error: {error}", 1)
     except KeyboardInterrupt:
-        sys.exit("stopped before training began; nothing was changed")
+        _end("stopped before training began; nothing was changed", 1)
+    except Exception as error:
+        if not processes.started():
+            raise
+        if isinstance(error, jax.errors.JaxRuntimeError) and LOST.search(str(error)):
+            _end(
+                f"error: process {jax.process_index()} of {jax.process_count()} lost another one in the middle of a "
+                f"computation ({str(error).splitlines()[0]}); start all of them again, to go on from the last "
+                "checkpoint",
+                LOST_EXIT_CODE,
+            )
+        traceback.print_exc()
+        _end(f"error: process {jax.process_index()} fails, and so all others will", 1)
+
+
+def _end(message: str, code: int) -> NoReturn:
+    """Ends with a message. One of several processes does so at once: an orderly way out would wait for the others."""
+    if not processes.started():
+        sys.exit(message)
+    print(message, file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    os._exit(code)
 
 
 def parse(arguments: list[str]) -> list[str]:

@@ -132,6 +132,11 @@ def _metadata(environment: Mapping[str, str], key: str) -> str:
         return ""
 
 
+def started() -> bool:
+    """Whether this process is one of several; asks no device."""
+    return jax.distributed.is_initialized()
+
+
 def is_first() -> bool:
     """Whether this process is the one that prints, and that writes what is written once."""
     return jax.process_index() == 0

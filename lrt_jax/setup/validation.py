@@ -29,7 +29,7 @@ def _validate_ranges(config: "Config") -> None:
     positive = {
         "data": ("document_bytes", "tokenizer_bytes", "prefetch"),
         "optimizer": ("eps",),
-        "train": ("batch_size", "accumulation", "log_every", "keep"),
+        "train": ("batch_size", "accumulation", "log_every", "keep", "bad_steps"),
         "eval": ("batch_size", "rows", "final_rows"),
         "decode": ("chunk",),
     }
@@ -45,7 +45,16 @@ def _validate_ranges(config: "Config") -> None:
             "clip",
             "momentum_warmup",
         ),
-        "train": ("steps", "tokens", "tokens_per_parameter", "eval_every", "save_every"),
+        "train": (
+            "steps",
+            "tokens",
+            "tokens_per_parameter",
+            "eval_every",
+            "save_every",
+            "spike_factor",
+            "step_timeout",
+            "phase_timeout",
+        ),
         "eval": ("sample_tokens", "temperature"),
         "decode": ("tolerance", "max_refinements"),
     }
@@ -183,6 +192,12 @@ def _validate_durations(config: "Config") -> None:
     if len(chosen) != 1:
         found = " and ".join(chosen) or "none of them"
         raise ConfigError(f"config.train sets {found}; set exactly one of: {', '.join(units)} (the others 0)")
+    _require(
+        train.spike_factor == 0 or train.spike_factor > 1,
+        "train.spike_factor",
+        train.spike_factor,
+        "it must be above 1, or 0 for no limit",
+    )
     optimizer = config.optimizer
     _require(
         optimizer.warmup + optimizer.warmdown <= 1,

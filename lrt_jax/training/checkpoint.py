@@ -5,6 +5,9 @@ The only module that knows orbax, whose API still moves.
 
 import dataclasses
 import json
+import os
+import re
+import threading
 from typing import Any
 
 import grain
@@ -15,55 +18,64 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from lrt_jax.data import tokenizer
 from lrt_jax.setup.config import Config, ConfigError, from_json
+from lrt_jax.setup.errors import writing
+from lrt_jax.training import inventory
 from lrt_jax.training.state import TrainState
 
 CONFIG_FILE = "config.json"
-FOLDER = "checkpoints"
 # What a work dir is bound to: what parameters, tokens and the optimizer's state mean, and the stream of batches.
 FIXED = ("model", "data", "seed", "train.batch_size", "optimizer.name")
 # Fields within those that change speed only, never a number's meaning.
-FREE = ("model.dtype", "model.attention", "model.scan_layers", "model.remat", "data.prefetch")
+FREE = ("model.dtype", "model.attention", "model.scan_layers", "model.remat", "data.prefetch", "data.on_bad_record")
 # The same for a work dir that holds imported parameters only: no stream of batches has begun.
 FIXED_BY_PARAMETERS = ("model",)
 
 
 class Checkpoints:
-    """The checkpoints of one work dir. Saving is asynchronous; :meth:`close` waits for it."""
+    """The checkpoints of one work dir, written by this run. Saving is asynchronous; :meth:`close` waits for it.
+
+    A save counts once its manifest is written, which :mod:`lrt_jax.training.inventory` does after orbax has
+    finished; older checkpoints are removed only after that.
+    """
 
     def __init__(self, workdir: epath.PathLike, keep: int = 2):
-        """Opens, or creates on the first save, ``workdir/checkpoints``, where the newest ``keep`` are kept."""
-        options = ocp.CheckpointManagerOptions(preservation_policy=preservation_policy.LatestN(keep))
-        self._manager = ocp.CheckpointManager(epath.Path(workdir).absolute() / FOLDER, options=options)
+        """Opens, or creates, ``workdir/checkpoints``, where the newest ``keep`` are kept.
 
-    @property
-    def latest(self) -> int | None:
-        """The newest checkpoint's step, or None."""
-        return self._manager.latest_step()
+        Raises:
+          CheckpointError: the folder cannot be made.
+        """
+        self._workdir, self._keep = epath.Path(workdir), keep
+        options = ocp.CheckpointManagerOptions(preservation_policy=preservation_policy.PreserveAll())
+        try:
+            self._manager = ocp.CheckpointManager(inventory.folder_of(workdir), options=options)
+        except OSError as error:
+            raise inventory.CheckpointError(f"{inventory.folder_of(workdir)} cannot be made ({error})") from None
+        self._sealing: threading.Thread | None = None
+        self._failure: Exception | None = None
 
     @property
     def steps(self) -> list[int]:
-        """The steps that have a checkpoint, ascending."""
-        return sorted(self._manager.all_steps())
+        """The steps that have a complete checkpoint, ascending."""
+        return inventory.steps(self._workdir)
 
     def save(self, state: TrainState, iterator: grain.DatasetIterator, config: Config) -> None:
-        """Begins to save the state after ``state.step`` steps; a step that is saved already is left alone."""
-        step = int(state.step)
-        if step in self._manager.all_steps():
-            return
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                params=ocp.args.StandardSave(state.params),
-                optimizer=ocp.args.StandardSave({"step": state.step, "opt_state": state.opt_state}),
-                data=ocp.args.JsonSave(iterator.get_state()),
-                config=ocp.args.JsonSave(dataclasses.asdict(config)),
-            ),
-        )
+        """Begins to save the state after ``state.step`` steps; a step that is saved already is left alone.
+
+        Raises:
+          CheckpointError: this save, or the one before it, cannot be written.
+        """
+        items = {
+            "params": ocp.args.StandardSave(state.params),
+            "optimizer": ocp.args.StandardSave(_beside_params(state)),
+            "data": ocp.args.JsonSave(iterator.get_state()),
+            "config": ocp.args.JsonSave(dataclasses.asdict(config)),
+        }
+        self._begin(int(state.step), items)
 
     def save_params(self, params: dict[str, jax.Array], config: Config) -> None:
         """Saves parameters alone as step 0: a run that begins here has a fresh optimizer and the first batch."""
         items = {"params": ocp.args.StandardSave(params), "config": ocp.args.JsonSave(dataclasses.asdict(config))}
-        self._manager.save(0, args=ocp.args.Composite(**items))
+        self._begin(0, items)
 
     def restore(self, abstract: TrainState, iterator: grain.DatasetIterator, step: int) -> TrainState:
         """The state of a step, in the shardings of ``abstract``; moves ``iterator`` to where it was."""
@@ -71,12 +83,12 @@ class Checkpoints:
             step,
             args=ocp.args.Composite(
                 params=ocp.args.StandardRestore(abstract.params),
-                optimizer=ocp.args.StandardRestore({"step": abstract.step, "opt_state": abstract.opt_state}),
+                optimizer=ocp.args.StandardRestore(_beside_params(abstract)),
                 data=ocp.args.JsonRestore(),
             ),
         )
         iterator.set_state(restored.data)
-        return TrainState(restored.optimizer["step"], restored.params, restored.optimizer["opt_state"])
+        return TrainState(params=restored.params, **restored.optimizer)
 
     def restore_params(self, abstract: dict[str, Any], step: int) -> dict[str, jax.Array]:
         """The parameters of a step, in the shardings of ``abstract``."""
@@ -84,12 +96,72 @@ class Checkpoints:
         return self._manager.restore(step, args=args).params
 
     def wait(self) -> None:
-        """Waits until what was begun is saved."""
-        self._manager.wait_until_finished()
+        """Waits until what was begun is saved, and counts.
+
+        Raises:
+          CheckpointError: it cannot be written.
+        """
+        if self._sealing is not None:
+            self._sealing.join()
+            self._sealing = None
+        self.check()
+
+    def check(self) -> None:
+        """Raises the error of a save that has failed in the background.
+
+        Raises:
+          CheckpointError: it could not be written.
+        """
+        failure, self._failure = self._failure, None
+        if failure is not None:
+            raise failure
 
     def close(self) -> None:
-        """Waits, and lets go of the folder."""
+        """Waits, and lets go of the folder. What could not be saved has been told by :meth:`wait`."""
+        if self._sealing is not None:
+            self._sealing.join()
         self._manager.close()
+
+    def _begin(self, step: int, items: dict[str, ocp.args.CheckpointArgs]) -> None:
+        self.wait()
+        if step in self._manager.all_steps():
+            return
+        try:
+            if jax.process_index() == 0:
+                inventory.begin(self._workdir, step)
+            self._manager.save(step, args=ocp.args.Composite(**items))
+        except Exception as error:
+            raise self._explained(step, error) from error
+        self._sealing = threading.Thread(target=self._seal, args=(step,), name=f"seal checkpoint {step}")
+        self._sealing.start()
+
+    def _seal(self, step: int) -> None:
+        """In a thread: waits for orbax, then makes the checkpoint count."""
+        try:
+            self._manager.wait_until_finished()
+            if jax.process_index() == 0:
+                inventory.complete(self._workdir, step, self._keep)
+        except Exception as error:
+            self._failure = self._explained(step, error)
+            self._failure.__cause__ = error
+
+    def _explained(self, step: int, error: Exception) -> Exception:
+        """What a failed save means to the user, if the storage is at fault; else the error itself."""
+        reason = error.strerror if isinstance(error, OSError) else None
+        if reason is None and (found := re.search(r"os_error_code='(\d+)'", str(error))):
+            reason = os.strerror(int(found[1]))
+        if reason is None:
+            return error
+        kept = ", ".join(map(str, self.steps)) or "none"
+        return inventory.CheckpointError(
+            f"the checkpoint of step {step:,} cannot be written to {inventory.folder_of(self._workdir)} ({reason}); "
+            f"what was saved before is untouched (steps: {kept}): mend that, and the same command goes on from there"
+        )
+
+
+def _beside_params(state: TrainState) -> dict[str, Any]:
+    """All of the state but the parameters, which are an item of their own so that they can be read alone."""
+    return {field.name: getattr(state, field.name) for field in dataclasses.fields(state) if field.name != "params"}
 
 
 def check_config(config: Config, workdir: epath.PathLike) -> list[str]:
@@ -136,19 +208,18 @@ def check_tokenizer(config: Config, workdir: epath.PathLike) -> None:
 
 def holds_parameters_only(workdir: epath.PathLike) -> bool:
     """Whether the newest checkpoint was imported: parameters, but no optimizer state and no place in the data."""
-    folder = epath.Path(workdir) / FOLDER
-    # A save that was cut off leaves a folder whose name is no number.
-    steps = [int(path.name) for path in folder.iterdir() if path.name.isdecimal()] if folder.exists() else []
-    return bool(steps) and not (folder / str(max(steps)) / "optimizer").exists()
+    steps = inventory.steps(workdir)
+    return bool(steps) and not (inventory.folder_of(workdir, steps[-1]) / "optimizer").exists()
 
 
 def write_config(config: Config, workdir: epath.PathLike) -> None:
     """Writes the config into the work dir, which binds the dir to it; by the first process."""
     path = epath.Path(workdir) / CONFIG_FILE
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(path.name + ".tmp")
-    unfinished.write_text(config.to_json())
-    unfinished.replace(path)
+    with writing(workdir):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = path.with_name(path.name + ".tmp")
+        unfinished.write_text(config.to_json())
+        unfinished.replace(path)
 
 
 def read_config(workdir: epath.PathLike) -> Config:

@@ -2,23 +2,27 @@
 
 import contextlib
 import dataclasses
-import math
-import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import grain
 import jax
 from jax.sharding import Mesh
 
+from lrt_jax.data.pipeline import Batch
 from lrt_jax.setup import mesh as meshes
 from lrt_jax.setup.config import Config
 from lrt_jax.setup.errors import UserError
+from lrt_jax.training import guard
 from lrt_jax.training.checkpoint import Checkpoints
+from lrt_jax.training.interruption import Stopped, StopRequests
 from lrt_jax.training.metrics import Writer
+from lrt_jax.training.startup import Startup
 from lrt_jax.training.state import TrainState
 from lrt_jax.training.step import Step
+from lrt_jax.training.watchdog import Watchdog
 
 Evaluate = Callable[[Any], dict[str, float]]
 
@@ -36,12 +40,14 @@ class Stage:
       step: the jitted training step.
       forwards_equivalent: the schedule's factor of effective compute.
       flops_per_step: of the whole batch, for MFU.
+      statistics: of parameters and gradient of a batch, for the report of a bad step.
     """
 
     end: int
     step: Step
     forwards_equivalent: float
     flops_per_step: float
+    statistics: Callable[..., dict[str, Any]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +62,12 @@ class Parts:
       writer: where metrics go.
       evaluate: scores parameters at intervals; the loop's caller scores the end.
       peak_flops: of all devices together, per second.
+      stop: whether a signal asked to stop.
+      watchdog: ends the process where nothing moves.
+      startup: times the way to the first step.
+      constant: written with every step's metrics.
+      documents: tells what a batch of this process is made of.
+      workdir: where the report of a bad step goes.
     """
 
     stages: tuple[Stage, ...]
@@ -65,6 +77,12 @@ class Parts:
     writer: Writer
     evaluate: Evaluate
     peak_flops: float
+    stop: StopRequests
+    watchdog: Watchdog
+    startup: Startup
+    constant: dict[str, float]
+    documents: Callable[[Batch], Sequence[str]]
+    workdir: Path
 
     @property
     def steps(self) -> int:
@@ -84,6 +102,15 @@ class Parts:
         return total
 
 
+@dataclasses.dataclass(frozen=True)
+class _Done:
+    """A step that was dispatched, and whose metrics are still on the device."""
+
+    step: int
+    metrics: dict[str, jax.Array]
+    batch: Batch
+
+
 def train(config: Config, parts: Parts, state: TrainState) -> tuple[TrainState, bool]:
     """Trains from ``state`` to the end of the run, or to SIGINT or SIGTERM; either way the last state is saved.
 
@@ -91,35 +118,50 @@ def train(config: Config, parts: Parts, state: TrainState) -> tuple[TrainState, 
       The last state, and whether the run is complete.
 
     Raises:
-      TrainingError: the loss is not finite; nothing is saved then.
+      TrainingError: a step is bad (:mod:`lrt_jax.training.guard`), and ``config.train.on_bad_step`` does not let it
+        pass; nothing is saved then.
+      CheckpointError, WorkdirError: the work dir cannot be written.
     """
     first = step = int(state.step)
+    if config.train.on_bad_step == "stop" and state.guard is not None:
+        # A run that skipped its last step before must not be taken for one that has stopped.
+        state = state.replace(guard=state.guard.replace(in_a_row=0 * state.guard.in_a_row))
     clock = _Clock(config, parts, first)
-    previous: tuple[int, dict[str, jax.Array]] | None = None
+    previous: _Done | None = None
     running: Stage | None = None
-    with _stop_requested() as stopped:
-        while step < parts.steps and not stopped():
-            batch = meshes.global_batch(parts.mesh, next(parts.batches), config.train.batch_size)
+    watch = parts.watchdog
+    with parts.stop.deferred(), watch.phase("a step", "config.train.step_timeout", config.train.step_timeout):
+        while step < parts.steps and not parts.stop.agreed(parts.mesh):
+            local = next(parts.batches)
             stage = parts.stage_of(step + 1)
-            with contextlib.nullcontext() if stage is running else clock.paused():  # a stage's first step compiles it
-                state, metrics = stage.step(state, *batch)
+            rows = meshes.global_batch(parts.mesh, local, config.train.batch_size)
+            if stage is running:
+                state, metrics = stage.step(state, *rows)
+            else:
+                with _apart("compilation", config, parts, clock):  # of every process: the slowest one is waited for
+                    state, metrics = jax.block_until_ready(stage.step(state, *rows))
             running = stage
             step += 1
+            watch.beat()
             # The step is dispatched; only now is the one before it fetched, so the device never waits for the host.
             if previous is not None:
-                _report(config, parts, clock, *previous)
-            previous = (step, metrics)
+                _report(config, parts, clock, previous, state)
+            previous = _Done(step, metrics, local)
+            parts.checkpoints.check()
             if _due(config.train.save_every, step) and step < parts.steps:
-                with clock.paused():
-                    parts.checkpoints.save(state, parts.batches, config)
+                # Only what is known to be good is saved.
+                _report(config, parts, clock, previous, state)
+                previous = None
+                _save(config, parts, clock, state)
             if _due(config.train.eval_every, step) and step < parts.steps:
-                with clock.paused():
+                with _apart("an evaluation", config, parts, clock), contextlib.suppress(Stopped):
                     parts.writer.write(step, parts.evaluate(state.params))
         if previous is not None:
-            _report(config, parts, clock, *previous)
+            _report(config, parts, clock, previous, state)
         if step > first:
-            parts.checkpoints.save(state, parts.batches, config)
-            parts.checkpoints.wait()
+            _save(config, parts, clock, state)
+            with _apart("a save", config, parts, clock):
+                parts.checkpoints.wait()
     return state, step == parts.steps
 
 
@@ -127,20 +169,52 @@ def _due(every: int, step: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def _report(config: Config, parts: Parts, clock: "_Clock", step: int, metrics: dict[str, jax.Array]) -> None:
+@contextlib.contextmanager
+def _apart(name: str, config: Config, parts: Parts, clock: "_Clock") -> Iterator[None]:
+    """Within, something else than steps is done: it counts for no rate, and the watchdog is more patient."""
+    limit = config.train.phase_timeout
+    with clock.paused(), parts.watchdog.phase(name, "config.train.phase_timeout", limit):
+        yield
+
+
+def _save(config: Config, parts: Parts, clock: "_Clock", state: TrainState) -> None:
+    """Begins a save, of good numbers only, and writes how long it kept training from going on."""
+    begin = time.perf_counter()
+    step = int(state.step)
+    with _apart("a save", config, parts, clock):
+        parts.writer.check()
+        poisoned = guard.not_finite(state)
+        if poisoned:
+            raise TrainingError(
+                f"not all numbers of {', '.join(poisoned[:4])}{', …' if len(poisoned) > 4 else ''} are finite after "
+                f"step {step:,}; nothing of it was saved: lower the learning rates (config.optimizer)"
+            )
+        parts.checkpoints.save(state, parts.batches, config)
+    parts.writer.write(step, {"perf/save_stall_seconds": time.perf_counter() - begin})
+
+
+def _report(config: Config, parts: Parts, clock: "_Clock", done: _Done, state: TrainState) -> None:
     """Fetches a step's metrics, checks them, and writes them where they are due."""
-    values = {name: float(value) for name, value in metrics.items()}
-    if not math.isfinite(values["train/loss"]):
-        raise TrainingError(
-            f"the loss is {values['train/loss']} at step {step}; nothing of it was saved: lower the learning rates "
-            "(config.optimizer) or set config.optimizer.clip; the same command goes on from the last checkpoint"
+    step = done.step
+    values = {name: float(value) for name, value in done.metrics.items()}
+    if "first step" not in parts.startup.laps:
+        parts.startup.lap("first step")
+        parts.writer.line(str(parts.startup))
+        parts.writer.write(step, {"perf/seconds_to_first_step": parts.startup.seconds})
+    in_a_row = values.pop("train/bad_in_a_row", 0)
+    if in_a_row and (config.train.on_bad_step == "stop" or in_a_row >= config.train.bad_steps):
+        _stop(config, parts, done, values, state)
+    if in_a_row:
+        parts.writer.line(
+            f"step {step:,} is bad (loss {values['train/loss']:.4g}, gradient norm {values['train/grad_norm']:.4g}): "
+            f"its update was skipped, {values['train/bad_steps']:.0f} so far"
         )
-    if not (_due(config.train.log_every, step) or step == parts.steps):
+    if not (in_a_row or _due(config.train.log_every, step) or step == parts.steps):
         return
     tokens_per_second, seconds_left = clock.rates(step)
     tokens_per_step = config.train.batch_size * config.model.sequence_length
     flops_per_token = parts.stage_of(step).flops_per_step / tokens_per_step
-    values |= {
+    values |= parts.constant | {
         "perf/tokens_per_second": tokens_per_second,
         "perf/mfu": tokens_per_second * flops_per_token / parts.peak_flops,
         "compute/tokens": step * tokens_per_step,
@@ -148,6 +222,28 @@ def _report(config: Config, parts: Parts, clock: "_Clock", step: int, metrics: d
     }
     parts.writer.write(step, values)
     parts.writer.progress(step, values["train/loss"], tokens_per_second, seconds_left)
+
+
+def _stop(config: Config, parts: Parts, done: _Done, values: dict[str, float], state: TrainState) -> None:
+    """Ends the run at a bad step with a report. ``state`` has the parameters that the step met."""
+    with parts.watchdog.phase("the report of a bad step", "config.train.phase_timeout", config.train.phase_timeout):
+        batch = meshes.global_batch(parts.mesh, done.batch, config.train.batch_size)
+        statistics = jax.device_get(parts.stage_of(done.step).statistics(state.params, *batch))
+    repeats = config.train.on_bad_step == "stop"
+    report = list(guard.report(done.step, values, statistics, parts.documents(done.batch), repeats))
+    for line in report:
+        parts.writer.line(line)
+    path = parts.workdir / f"bad_step_{done.step}.process_{jax.process_index()}.txt"
+    with contextlib.suppress(OSError):
+        path.write_text("\n".join(report) + "\n")
+    values = {name: values[f"train/{name}"] for name in ("loss", "grad_norm")}
+    held = "" if repeats else f", the last of {config.train.bad_steps} skipped in a row"
+    raise TrainingError(
+        f"step {done.step:,} is bad{held}: the loss is {values['loss']:.4g}, the gradient norm "
+        f"{values['grad_norm']:.4g}; nothing of it was saved, and {path} has a report: lower the "
+        "learning rates (config.optimizer), set config.optimizer.clip, or config.train.on_bad_step = 'skip'; the same "
+        "command goes on from the last checkpoint"
+    )
 
 
 class _Clock:
@@ -163,8 +259,10 @@ class _Clock:
     def paused(self) -> Iterator[None]:
         """Leaves out what happens within."""
         begin = time.perf_counter()
-        yield
-        self._paused += time.perf_counter() - begin
+        try:
+            yield
+        finally:
+            self._paused += time.perf_counter() - begin
 
     def rates(self, step: int) -> tuple[float, float]:
         """Tokens per second since the last call, and the seconds that the rest of the run will take."""
@@ -172,24 +270,3 @@ class _Clock:
         seconds_per_step = max(now - self._time - self._paused, 1e-9) / max(step - self._step, 1)
         self._step, self._time, self._paused = step, now, 0.0
         return self._tokens_per_step / seconds_per_step, seconds_per_step * (self._steps - step)
-
-
-@contextlib.contextmanager
-def _stop_requested() -> Iterator[Callable[[], bool]]:
-    """Within, the first SIGINT or SIGTERM asks to stop after the running step; a second one acts at once."""
-    requested = False
-    before: dict[int, Any] = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def ask(number: int, frame: Any) -> None:
-        del frame
-        nonlocal requested
-        requested = True
-        signal.signal(number, before[number])
-
-    for number in before:
-        signal.signal(number, ask)
-    try:
-        yield lambda: requested
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

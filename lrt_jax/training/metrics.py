@@ -1,31 +1,48 @@
 """Where metrics go: metrics.jsonl, TensorBoard, and the terminal."""
 
+import contextlib
 import json
+import os
 import sys
 import time
 from pathlib import Path
 
-import tensorboardX
 import tqdm
+from tensorboardX import summary
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+from lrt_jax.setup.errors import WorkdirError, writing
 
 FILE = "metrics.jsonl"
 # Without a terminal (a log file), a line at most every so many seconds.
 SECONDS_BETWEEN_LINES = 10.0
+# TensorBoard's file is flushed at most every so many seconds.
+SECONDS_BETWEEN_FLUSHES = 10.0
 
 
 class Writer:
     """Writes metrics of a run to its work dir, and its progress to the terminal."""
 
     def __init__(self, workdir: Path, first_step: int, steps: int):
-        """Opens the files for appending.
+        """Opens the files for appending; half a line that a killed process left is cut off.
 
         Args:
           workdir: where they lie.
           first_step: steps done before; what TensorBoard has of later ones is hidden.
           steps: the run's length.
+
+        Raises:
+          WorkdirError: they cannot be written.
         """
-        self._jsonl = (workdir / FILE).open("a")
-        self._tensorboard = tensorboardX.SummaryWriter(str(workdir), purge_step=first_step, flush_secs=10)
+        self._path = workdir / FILE
+        with writing(workdir):
+            _cut_half_a_line(self._path)
+            self._jsonl = self._path.open("a")
+            # Not SummaryWriter: its thread dies of a full disk, and then the process waits for it for ever.
+            self._tensorboard = EventsWriter(str(workdir / "events"))
+            self._tensorboard.write_event(Event(step=first_step, session_log=SessionLog(status=SessionLog.START)))
+        self._flushed = time.monotonic()
         self._terminal = sys.stderr.isatty()
         self._last_line = 0.0
         self._bar = tqdm.tqdm(
@@ -38,11 +55,39 @@ class Writer:
         )
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
-        """Appends metrics, by the names of docs/DESIGN.md, for the state after ``step`` steps."""
-        self._jsonl.write(json.dumps({"step": step, **metrics}) + "\n")
-        self._jsonl.flush()
-        for name, value in metrics.items():
-            self._tensorboard.add_scalar(name, value, step)
+        """Appends metrics, by the names of docs/DESIGN.md, for the state after ``step`` steps.
+
+        Raises:
+          WorkdirError: the disk is full, or the work dir gone.
+        """
+        self.check()
+        with writing(self._path):
+            self._jsonl.write(json.dumps({"step": step, **metrics}) + "\n")
+            self._jsonl.flush()
+            for name, value in metrics.items():
+                scalar = summary.scalar(name, value)
+                self._tensorboard.write_event(Event(wall_time=time.time(), step=step, summary=scalar))
+            if time.monotonic() - self._flushed > SECONDS_BETWEEN_FLUSHES:
+                self._tensorboard.flush()
+                self._flushed = time.monotonic()
+
+    def check(self) -> None:
+        """Checks that the work dir is still where it was: an open file outlives its name.
+
+        Raises:
+          WorkdirError: it was removed, renamed or replaced.
+        """
+        try:
+            there = self._path.stat()
+        except OSError as error:
+            raise WorkdirError(
+                f"{self._path} is gone ({error.strerror}): somebody removed or renamed the work dir; nothing more is "
+                "written, put it back and run the same command"
+            ) from None
+        if not os.path.samestat(there, os.fstat(self._jsonl.fileno())):
+            raise WorkdirError(
+                f"{self._path} was replaced by another file while the run was on; nothing more is written"
+            )
 
     def progress(self, step: int, loss: float, tokens_per_second: float, seconds_left: float) -> None:
         """Shows step, loss, tokens/s and time left."""
@@ -62,10 +107,11 @@ class Writer:
         sys.stdout.flush()
 
     def close(self) -> None:
-        """Flushes and closes everything."""
+        """Flushes and closes everything; what a full disk does not take was told by :meth:`write`."""
         self._bar.close()
-        self._tensorboard.close()
-        self._jsonl.close()
+        for file in (self._tensorboard, self._jsonl):
+            with contextlib.suppress(OSError):
+                file.close()
 
 
 class Silent(Writer):
@@ -77,6 +123,9 @@ class Silent(Writer):
     def write(self, step: int, metrics: dict[str, float]) -> None:
         """Leaves metrics to the first process."""
 
+    def check(self) -> None:
+        """Leaves the work dir to the first process."""
+
     def progress(self, step: int, loss: float, tokens_per_second: float, seconds_left: float) -> None:
         """Shows nothing."""
 
@@ -85,3 +134,13 @@ class Silent(Writer):
 
     def close(self) -> None:
         """Has nothing to close."""
+
+
+def _cut_half_a_line(path: Path) -> None:
+    if path.exists():
+        with path.open("rb+") as stream:
+            end = stream.seek(0, os.SEEK_END)
+            stream.seek(max(0, end - (1 << 20)))
+            tail = stream.read()
+            if tail and not tail.endswith(b"\n"):
+                stream.truncate(end - len(tail) + tail.rfind(b"\n") + 1)

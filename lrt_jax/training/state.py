@@ -11,6 +11,8 @@ from jax.sharding import Mesh
 
 from lrt_jax.model.decoder import Decoder
 from lrt_jax.setup import mesh as meshes
+from lrt_jax.training import guard
+from lrt_jax.training.guard import Running
 
 
 class TrainState(struct.PyTreeNode):
@@ -20,11 +22,13 @@ class TrainState(struct.PyTreeNode):
       step: int32 scalar, steps done.
       params: the decoder's parameters, a flat dict with the names of ``model.parameters.table``.
       opt_state: the optimizer's state.
+      guard: what is remembered of the steps so far, to tell a bad one.
     """
 
     step: jax.Array
     params: dict[str, jax.Array]
     opt_state: Any
+    guard: Running | None = None
 
 
 def init_params(decoder: Decoder, key: jax.Array) -> dict[str, Any]:
@@ -66,4 +70,4 @@ def state_shardings(decoder: Decoder, optimizer: optax.GradientTransformation, m
 
 def _create(decoder: Decoder, optimizer: optax.GradientTransformation, key: jax.Array) -> TrainState:
     params = init_params(decoder, key)
-    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), guard.fresh())

@@ -10,10 +10,13 @@ from jax import lax
 
 from lrt_jax.model.decoder import Decoder
 from lrt_jax.setup import mesh as meshes
+from lrt_jax.training import guard
 from lrt_jax.training.schedules import Schedule
 from lrt_jax.training.state import TrainState, state_shardings
 
 Step = Callable[[TrainState, jax.Array, jax.Array], tuple[TrainState, dict[str, jax.Array]]]
+# (what is remembered, loss, gradient norm) → (whether the step is good, what is remembered)
+Judge = Callable[[guard.Running, jax.Array, jax.Array], tuple[jax.Array, guard.Running]]
 
 
 def build(
@@ -22,6 +25,7 @@ def build(
     optimizer: optax.GradientTransformation,
     forward_names: list[str],
     accumulation: int = 1,
+    judge: Judge | None = None,
 ) -> Step:
     """The jitted ``(state, tokens_BxT, targets_BxT) -> (state, metrics)``; it takes over ``state``'s memory.
 
@@ -32,11 +36,40 @@ def build(
       forward_names: names of the schedule's forwards, for the metrics.
       accumulation: microbatches that the rows are split into, one after the other; the gradient is
         that of the whole batch.
+      judge: tells good steps from bad ones, whose updates are then held back; None: every step is good.
 
     Returns:
       The step. Its metrics are scalars on the device: ``train/loss``, ``train/loss_<forward>`` (nats
-      per token) and ``train/grad_norm``.
+      per token) and ``train/grad_norm``; with a judge also ``train/bad_steps`` so far and ``train/bad_in_a_row``.
     """
+    gradient = gradient_of(decoder, schedule, forward_names, accumulation)
+
+    def step(
+        state: TrainState, tokens_BxT: jax.Array, targets_BxT: jax.Array
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
+        metrics, grads = gradient(state.params, tokens_BxT, targets_BxT)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        metrics["train/grad_norm"] = optax.tree.norm(grads)
+        after = state.replace(step=state.step + 1, params=params, opt_state=opt_state)
+        if judge is None or state.guard is None:
+            return after, metrics
+        ok, running = judge(state.guard, metrics["train/loss"], metrics["train/grad_norm"])
+        metrics |= {"train/bad_steps": running.bad, "train/bad_in_a_row": running.in_a_row}
+        params, opt_state = guard.choose(ok, (params, opt_state), (state.params, state.opt_state))
+        return after.replace(params=params, opt_state=opt_state, guard=running), metrics
+
+    if decoder.mesh is None:
+        return jax.jit(step, donate_argnums=0)
+    # Left to itself, the compiler shards the state that comes out in another way than the one that went in.
+    shardings = state_shardings(decoder, optimizer, decoder.mesh)
+    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, meshes.replicated(decoder.mesh)))
+
+
+def gradient_of(
+    decoder: Decoder, schedule: Schedule, forward_names: list[str], accumulation: int = 1
+) -> guard.Gradient:
+    """The function ``(params, tokens_BxT, targets_BxT) -> (metrics, gradient)`` of :func:`build`, not jitted."""
 
     def gradient(params: Any, tokens_BxT: jax.Array, targets_BxT: jax.Array) -> tuple[dict[str, jax.Array], Any]:
         def objective(params: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
@@ -57,17 +90,4 @@ def build(
         total, _ = lax.scan(add, zeros, tuple(split))
         return jax.tree.map(lambda leaf: leaf / accumulation, total)
 
-    def step(
-        state: TrainState, tokens_BxT: jax.Array, targets_BxT: jax.Array
-    ) -> tuple[TrainState, dict[str, jax.Array]]:
-        metrics, grads = accumulated(state.params, tokens_BxT, targets_BxT)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        metrics["train/grad_norm"] = optax.tree.norm(grads)
-        return TrainState(state.step + 1, params, opt_state), metrics
-
-    if decoder.mesh is None:
-        return jax.jit(step, donate_argnums=0)
-    # Left to itself, the compiler shards the state that comes out in another way than the one that went in.
-    shardings = state_shardings(decoder, optimizer, decoder.mesh)
-    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, meshes.replicated(decoder.mesh)))
+    return accumulated

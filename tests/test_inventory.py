@@ -1,0 +1,219 @@
+"""Which checkpoints count, on real ones: any damage is found, told by name, and survived."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import grain
+import jax
+import numpy as np
+import pytest
+from etils import epath
+
+from lrt_jax import checkpoints as command
+from lrt_jax.model.decoder import Decoder
+from lrt_jax.model.parameters import table
+from lrt_jax.setup import mesh as meshes
+from lrt_jax.setup.config import Config, MeshConfig, OptimizerConfig, TrainConfig
+from lrt_jax.training import checkpoint, inventory, manifest, optimizer, state
+
+
+@dataclasses.dataclass
+class Run:
+    """A work dir with the checkpoints 1, 2 and 3, the state that each holds, and what restoring needs."""
+
+    workdir: Path
+    states: dict[int, dict[str, np.ndarray]]
+    abstract: state.TrainState
+
+    def restored(self, step: int) -> dict[str, np.ndarray]:
+        opened = checkpoint.Checkpoints(self.workdir, keep=3)
+        iterator = numbers()
+        found = arrays(opened.restore(self.abstract, iterator, step))
+        opened.close()
+        assert next(iterator) == step
+        return found
+
+    def copy(self, place: Path) -> "Run":
+        shutil.copytree(self.workdir, place)
+        return dataclasses.replace(self, workdir=place)
+
+
+def numbers():
+    return iter(grain.MapDataset.range(100).to_iter_dataset())
+
+
+def arrays(train_state) -> dict[str, np.ndarray]:
+    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree.leaves_with_path(train_state)}
+
+
+def assert_same(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
+    assert found.keys() == expected.keys()
+    for name, array in expected.items():
+        np.testing.assert_array_equal(found[name], array, err_msg=name)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory, tiny) -> Run:
+    model = tiny()
+    config = Config(model, TrainConfig(batch_size=2, steps=3, keep=3))
+    decoder, mesh = Decoder(model), meshes.make_mesh(MeshConfig(), jax.devices()[:1])
+    adamw = optimizer.build(OptimizerConfig(name="adamw"), table(model), 10)
+    run = Run(tmp_path_factory.mktemp("run"), {}, state.abstract(decoder, adamw, mesh))
+    opened, iterator = checkpoint.Checkpoints(run.workdir, keep=3), numbers()
+    for step in (1, 2, 3):
+        next(iterator)
+        current = state.create(decoder, adamw, mesh, seed=step)
+        current = current.replace(step=current.step + step)
+        opened.save(current, iterator, config)
+        run.states[step] = arrays(current)
+    opened.wait()
+    opened.close()
+    return run
+
+
+def files_of(workdir: Path, step: int) -> list[Path]:
+    return sorted(path for path in (workdir / "checkpoints" / str(step)).rglob("*") if path.is_file())
+
+
+def flip_a_bit(path: Path, random: np.random.Generator) -> None:
+    data = bytearray(path.read_bytes())
+    bit = random.integers(8 * len(data))
+    data[bit // 8] ^= 1 << bit % 8
+    path.write_bytes(data)
+
+
+def truncate(path: Path, random: np.random.Generator) -> None:
+    path.write_bytes(path.read_bytes()[: random.integers(path.stat().st_size)])
+
+
+def lose(path: Path, random: np.random.Generator) -> None:
+    del random
+    path.unlink()
+
+
+@pytest.mark.parametrize(
+    ("damage", "times"),
+    [
+        (flip_a_bit, 12),
+        (truncate, 4),
+        (lose, 4),
+        pytest.param(flip_a_bit, 100, marks=pytest.mark.faults),
+        pytest.param(truncate, 20, marks=pytest.mark.faults),
+    ],
+)
+def test_every_damage_is_found_named_and_survived(saved, tmp_path, capsys, damage, times):
+    for seed in range(times):
+        random = np.random.default_rng(seed)
+        run = saved.copy(tmp_path / str(seed))
+        victim = random.choice([path for path in files_of(run.workdir, 3) if path.stat().st_size])
+        damage(victim, random)
+        told: list[str] = []
+        assert inventory.recover(run.workdir, told.append) == 2
+        name = victim.relative_to(run.workdir / "checkpoints" / "3").as_posix()
+        assert len(told) == 1 and "step 3 is damaged" in told[0] and name in told[0]
+        assert (run.workdir / "checkpoints" / "damaged" / "3").is_dir()
+        assert_same(run.restored(2), run.states[2])
+        assert inventory.recover(run.workdir, told.append) == 2 and len(told) == 1
+        shutil.rmtree(run.workdir)
+    with capsys.disabled():
+        print(
+            f"\ninjected: {times} × {damage.__name__} in a checkpoint | expected: found, named, survived | seen: "
+            f"{times} of {times}, each restored from the one before, equal to the bit"
+        )
+
+
+def test_every_single_bit_of_a_manifest_counts(saved, tmp_path):
+    run = saved.copy(tmp_path / "run")
+    path = run.workdir / "checkpoints" / "1" / manifest.FILE
+    data = path.read_bytes()
+    assert manifest._parsed(data)
+    for bit in range(0, 8 * len(data), 7):
+        flipped = bytearray(data)
+        flipped[bit // 8] ^= 1 << bit % 8
+        with pytest.raises(ValueError, match=r"."):
+            manifest._parsed(bytes(flipped))
+
+
+def test_nothing_good_left_stops_instead_of_beginning_anew(saved, tmp_path):
+    run = saved.copy(tmp_path / "run")
+    for step in (1, 2, 3):
+        flip_a_bit(files_of(run.workdir, step)[-1], np.random.default_rng(0))
+    for _ in range(2):  # the second start must not take the emptied folder for a fresh one
+        with pytest.raises(inventory.CheckpointError, match=r"no good checkpoint is left .* 1, 2, 3 in damaged/"):
+            inventory.recover(run.workdir, lambda line: None)
+
+
+def test_a_save_that_was_cut_off_does_not_count_and_leaves_nothing(saved, tmp_path):
+    run = saved.copy(tmp_path / "run")
+    folder = run.workdir / "checkpoints"
+    (folder / "3" / manifest.FILE).unlink()
+    (folder / inventory.SAVING).write_text("3")
+    assert inventory.steps(run.workdir) == [1, 2]
+    assert [entry.unfinished for entry in inventory.survey(run.workdir)] == [False, False, True]
+    told: list[str] = []
+    assert inventory.recover(run.workdir, told.append) == 2
+    assert "step 3 had not been completed" in told[0]
+    assert sorted(path.name for path in folder.iterdir() if path.is_dir()) == ["1", "2"]
+    for step in (1, 2):
+        shutil.rmtree(folder / str(step))
+    (folder / "3").mkdir()
+    (folder / inventory.SAVING).write_text("3")
+    assert inventory.recover(run.workdir, told.append) is None  # no save was ever completed: step 0 is right
+
+
+def test_a_manifest_that_misses_without_a_save_under_way_is_a_damage(saved, tmp_path):
+    run = saved.copy(tmp_path / "run")
+    (run.workdir / "checkpoints" / "3" / manifest.FILE).unlink()
+    told: list[str] = []
+    assert inventory.recover(run.workdir, told.append) == 2
+    assert f"{manifest.FILE} misses" in told[0]
+
+
+def test_older_ones_go_only_after_a_new_one_counts(saved, tmp_path):
+    run = saved.copy(tmp_path / "run")
+    folder = run.workdir / "checkpoints"
+    shutil.copytree(folder / "3", folder / "4")
+    (folder / "4" / manifest.FILE).unlink()
+    inventory.begin(run.workdir, 4)
+    assert inventory.steps(run.workdir) == [1, 2, 3]
+    inventory.complete(run.workdir, 4, keep=1)
+    assert inventory.steps(run.workdir) == [4]
+    assert manifest.faults(epath.Path(folder / "4")) == []
+
+
+def test_readers_move_nothing(saved, tmp_path):
+    run = saved.copy(tmp_path / "run")
+    victim = next(path for path in files_of(run.workdir, 3) if "optimizer" in path.parts and path.stat().st_size)
+    flip_a_bit(victim, np.random.default_rng(0))
+    assert inventory.newest_good(run.workdir, lambda line: None, items=("params",)) == 3  # what is read is good
+    told: list[str] = []
+    assert inventory.newest_good(run.workdir, told.append) == 2
+    assert len(told) == 1 and inventory.steps(run.workdir) == [1, 2, 3]
+
+
+def test_the_command_lists_verifies_and_takes_a_run_back(saved, tmp_path, capsys):
+    run = saved.copy(tmp_path / "run")
+    assert command.show(run.workdir) == 0
+    assert capsys.readouterr().out.count("good") == 4
+    assert inventory.rewind(run.workdir, 1) == [2, 3]
+    assert inventory.aside(run.workdir)["superseded"] == ["2", "3"]
+    assert inventory.recover(run.workdir, lambda line: None) == 1
+    truncate(files_of(run.workdir, 1)[0], np.random.default_rng(0))
+    assert command.show(run.workdir) == 1
+    out = capsys.readouterr().out
+    assert "DAMAGED" in out and "bytes instead of" in out and "superseded, set aside: 2, 3" in out
+    with pytest.raises(inventory.CheckpointError, match=r"--rewind is 7, but .* allowed are: 1"):
+        inventory.rewind(run.workdir, 7)
+    with pytest.raises(inventory.CheckpointError, match=r"--rewind is 1, a checkpoint that is damaged"):
+        inventory.rewind(run.workdir, 1)
+
+
+def test_a_manifest_reads_files_in_pieces(tmp_path, monkeypatch):
+    monkeypatch.setattr(manifest, "PIECE", 7)
+    (tmp_path / "a").write_bytes(bytes(range(100)))
+    folder = epath.Path(tmp_path)
+    manifest.write(folder)
+    assert json.loads((tmp_path / manifest.FILE).read_text())["files"]["a"]["bytes"] == 100
+    assert manifest.faults(folder) == [] and manifest.total_bytes(folder) == 100

@@ -1,0 +1,131 @@
+"""The watchdog and the signals, in processes of their own, and how long a start takes."""
+
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from lrt_jax.setup.errors import WorkdirError
+from lrt_jax.training.metrics import Writer
+from lrt_jax.training.startup import Startup, seconds_since_start
+from lrt_jax.training.watchdog import EXIT_CODE
+
+WATCHED = """
+import sys, time
+from pathlib import Path
+from lrt_jax.training import watchdog
+watchdog.INTERVAL = 0.05
+def stuck():
+    {stuck}
+with watchdog.Watchdog(Path(sys.argv[1])) as watch:
+    with watch.phase("a step", "config.train.step_timeout", 1.5):
+        for _ in range(10):
+            time.sleep(0.1)
+            watch.beat()
+        with watch.phase("a save", "config.train.phase_timeout", 30.0):
+            time.sleep(2.5)
+        with watch.phase("an endless thing", "none", 0.0):
+            time.sleep(2.0)
+        print("all of that was fine", flush=True)
+        stuck()
+print("the end")
+"""
+SIGNALLED = """
+import sys, time
+import jax
+from lrt_jax.setup import mesh as meshes
+from lrt_jax.setup.config import MeshConfig
+from lrt_jax.training.interruption import Stopped, StopRequests
+mesh, stop = meshes.make_mesh(MeshConfig()), StopRequests()
+try:
+    with stop.listening():
+        if sys.argv[1] == "deferred":
+            with stop.deferred():
+                print("ready", flush=True)
+                while not stop.agreed(mesh):
+                    time.sleep(0.01)
+                print("agreed", flush=True)
+                {then}
+            stop.check(mesh)
+        print("ready", flush=True)
+        time.sleep(60)
+except Stopped:
+    print("stopped")
+"""
+
+
+def run(program: str, argument: str) -> subprocess.Popen:
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(
+        [sys.executable, "-c", program, argument], cwd=Path(__file__).parents[1], text=True, **pipes
+    )
+
+
+def test_a_standstill_ends_with_the_stacks_and_nothing_else_does(tmp_path):
+    process = run(WATCHED.format(stuck="time.sleep(60)"), str(tmp_path / "stacks.log"))
+    out, err = process.communicate()
+    assert process.returncode == EXIT_CODE and out == "all of that was fine\n"
+    sentence = err.splitlines()[-1]
+    assert re.match(
+        r"error: nothing has moved for \d+ seconds in a step \(config.train.step_timeout = 1.5\); ", sentence
+    )
+    for text in (err, (tmp_path / "stacks.log").read_text()):
+        assert "in stuck" in text and "most recent call first" in text
+    process = run(WATCHED.format(stuck="pass"), str(tmp_path / "none.log"))
+    assert process.communicate() == ("all of that was fine\nthe end\n", "") and process.returncode == 0
+    assert not (tmp_path / "none.log").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_is_noted_while_there_is_something_to_save(number):
+    process = run(SIGNALLED.format(then="pass"), "deferred")
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(number)
+    out, err = process.communicate()
+    assert (out, process.returncode) == ("agreed\nstopped\n", 0), err
+    process = run(SIGNALLED.format(then="pass"), "at once")
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(number)
+    assert process.communicate()[0] == "stopped\n" and process.returncode == 0
+
+
+def test_a_second_signal_ends_a_process_that_hangs():
+    process = run(SIGNALLED.format(then="[time.sleep(1) for _ in range(60)]"), "deferred")
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGTERM)
+    assert process.stdout.readline() == "agreed\n"
+    begin = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate()
+    assert process.returncode == 128 + signal.SIGTERM and "stopped at once" in err
+    assert time.monotonic() - begin < 30
+
+
+def test_laps_add_up_to_the_time_since_the_start():
+    startup = Startup()
+    time.sleep(0.05)
+    startup.lap("data")
+    startup.lap("data")
+    assert 0.05 <= startup.laps["data"] < startup.seconds
+    assert abs(seconds_since_start() - startup.seconds) < 1.0
+    assert "first step" in str(startup) and "data 0." in str(startup)
+
+
+def test_metrics_survive_a_kill_and_a_work_dir_that_goes(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2, "tr')
+    writer = Writer(tmp_path, 1, 3)
+    writer.write(2, {"train/loss": 1.0})
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n{"step": 2, "train/loss": 1.0}\n'
+    (tmp_path / "metrics.jsonl").rename(tmp_path / "elsewhere")
+    with pytest.raises(WorkdirError, match=r"metrics\.jsonl is gone"):
+        writer.write(3, {})
+    (tmp_path / "metrics.jsonl").write_text("")
+    with pytest.raises(WorkdirError, match=r"metrics\.jsonl was replaced"):
+        writer.check()
+    writer.close()
+    with pytest.raises(WorkdirError, match=r"cannot be written \(Not a directory\)"):
+        Writer(tmp_path / "elsewhere", 0, 1)
