@@ -86,6 +86,7 @@ SCHEDULES = {
     "multi_refinement": ScheduleConfig(name="multi_refinement", refinements=3),
     "detached": ScheduleConfig(name="multi_refinement", refinements=2, detach=True),
     "chunked": ScheduleConfig(name="chunked", chunks=2),
+    "chunked, rolled": ScheduleConfig(name="chunked", chunks=2, unroll=False),
     "sequential": ScheduleConfig(name="sequential"),
 }
 

@@ -1,5 +1,6 @@
 """Schedules as users configure them: weights, stages, what is counted and what is learned."""
 
+import dataclasses
 import re
 
 import jax
@@ -136,8 +137,8 @@ def test_impossible_schedules_are_explained(tiny, schedule, model, message):
 
 def test_effective_compute_of_a_staged_run():
     ends = [(6, 1.0), (8, 2.0), (10, 4.0)]
-    stages = tuple(Stage(end, None, equivalent, 10.0 * equivalent) for end, equivalent in ends)
-    parts = Parts(stages, *[None] * 6)
+    stages = tuple(Stage(end, None, equivalent, 10.0 * equivalent, None) for end, equivalent in ends)
+    parts = Parts(stages, *[None] * (len(dataclasses.fields(Parts)) - 1))
     assert parts.steps == 10
     assert [parts.stage_of(step).end for step in (1, 6, 7, 8, 9, 10)] == [6, 6, 8, 8, 10, 10]
     assert [parts.forwards_until(step) for step in (0, 3, 6, 7, 8, 10)] == [0, 3, 6, 8, 10, 18]

@@ -100,6 +100,10 @@ def train_flops(config: ModelConfig, schedule: ScheduleConfig) -> int:
         # Detached, the projections' backward pass has no product with the weights.
         saved = schedule.refinements * projections if schedule.detach else 0
         return (1 + BACKWARD) * (first + schedule.refinements * refined) - saved
-    if schedule.name in ("chunked", "sequential"):
+    if schedule.name == "chunked":
+        # Unrolled, the first chunk's memory is known to be zero, so its projections have no gradient to hand on.
+        saved = projections // schedule.chunks if schedule.unroll else 0
+        return (1 + BACKWARD) * refined - saved
+    if schedule.name == "sequential":
         return (1 + BACKWARD) * refined
     raise ValueError(f"{schedule.name!r} is no single schedule")

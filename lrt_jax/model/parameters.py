@@ -146,11 +146,22 @@ def by_layer(config: ModelConfig, params: dict[str, Any], dtype: jnp.dtype | Non
         jnp.concatenate([array.reshape(in_groups) for array in arrays], axis=2)
         for arrays in zip(query, *key_value, strict=True)
     )
-    if len(ready.get("value_gate", ())) == len(ready.get("memory_gate", (0,))):
+    if "memory_gate" in ready and len(config.value_embedding_layers) == config.layers:
         # All three gates of a layer as one product: for few rows, starting a product costs more than these do.
         pairs = zip(ready["memory_gate"], ready["value_gate"], strict=True)
         ready["memory_gate"] = tuple(jnp.concatenate([two, one[:, None]], axis=1) for two, one in pairs)
     return ready
+
+
+def axes_by_layer(config: ModelConfig) -> dict[str, tuple[str | None, ...]]:
+    """Logical axes of what :func:`by_layer` makes; where that is a tuple, of one layer's array."""
+    axes: dict[str, tuple[str | None, ...]] = {
+        name: spec.axes[1:] if spec.axes[0] == "layers" and name != "value_embedding" else spec.axes
+        for name, spec in table(config).items()
+    }
+    for joined in ("query", "key", "value"):
+        del axes[joined]
+    return axes | {"attention_in": ("embed", "kv_heads", None, "head")}
 
 
 def is_by_layer(params: dict[str, Any]) -> bool:

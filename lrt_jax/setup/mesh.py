@@ -131,6 +131,11 @@ def shardings_of(boxed: Any, mesh: Mesh) -> Any:
     return nn.logical_to_mesh_sharding(nn.get_partition_spec(boxed), mesh, RULES)
 
 
+def sharding_of(mesh: Mesh, *axes: str | None) -> NamedSharding:
+    """The sharding of an array whose dimensions have these logical axes."""
+    return NamedSharding(mesh, nn.logical_to_mesh_axes(axes, RULES))
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Rows of a batch over the ``data`` and ``fsdp`` axes, positions over ``sequence``."""
     return NamedSharding(mesh, PartitionSpec(("data", "fsdp"), "sequence"))

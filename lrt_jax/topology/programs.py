@@ -18,7 +18,7 @@ from lrt_jax.evaluation import bits_per_byte
 from lrt_jax.inference import decode
 from lrt_jax.model import backend, costs
 from lrt_jax.model.decoder import Decoder
-from lrt_jax.model.parameters import table
+from lrt_jax.model.parameters import axes_by_layer, table
 from lrt_jax.setup import mesh as meshes
 from lrt_jax.setup.config import Config, train_steps
 from lrt_jax.topology.chips import TopologyError
@@ -151,10 +151,10 @@ def _prepared(config: Config, mesh: Mesh) -> dict[str, Any]:
     params = state.abstract_params(Decoder(config.model), mesh)
     shapes = jax.eval_shape(lambda params: decode.prepared(config.model, params), params)
 
+    axes = axes_by_layer(config.model)
+
     def placed(name: str, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        spec = params[name].sharding.spec
-        whole = spec if len(leaf.shape) == len(params[name].shape) else spec[1:]
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, PartitionSpec(*whole)))
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=meshes.sharding_of(mesh, *axes[name]))
 
     return {name: jax.tree.map(lambda leaf, name=name: placed(name, leaf), tree) for name, tree in shapes.items()}
 
