@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from lrt_jax.model import attention, kernels
+from lrt_jax.setup import host_memory
 from lrt_jax.training import partitions
 
 ROW = "{:<28}{:>10}{:>9}{:>10}{:>12}"
@@ -75,6 +76,7 @@ def compiled(kind: str, subsets: int, window: int, options: argparse.Namespace) 
 
 def main() -> None:
     """Measures, prints the table, and writes the rows."""
+    host_memory.keep_freed()
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     on_cpu = jax.default_backend() == "cpu"
     numbers = lambda text: [int(item) for item in text.split(",")]  # noqa: E731

@@ -28,6 +28,7 @@ from lrt_jax.inference.generate import Generation, Method
 from lrt_jax.inference.sampling import GREEDY
 from lrt_jax.model.backend import compute_dtype
 from lrt_jax.model.decoder import Decoder
+from lrt_jax.setup import host_memory
 from lrt_jax.setup.config import ModelConfig
 from lrt_jax.training.state import init_params
 
@@ -217,6 +218,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main() -> None:
     """Measures, prints the table, and writes the rows."""
+    host_memory.keep_freed()
     options = parse()
     model = ModelConfig(
         layers=options.layers,

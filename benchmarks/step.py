@@ -25,7 +25,7 @@ from lrt_jax.model import costs
 from lrt_jax.model.backend import compute_dtype
 from lrt_jax.model.decoder import Decoder
 from lrt_jax.model.parameters import table
-from lrt_jax.setup import hardware
+from lrt_jax.setup import hardware, host_memory
 from lrt_jax.setup import mesh as meshes
 from lrt_jax.setup.config import MeshConfig, ModelConfig, OptimizerConfig, ScheduleConfig
 from lrt_jax.training import optimizer, schedules, state, step
@@ -209,6 +209,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main() -> None:
     """Measures, prints the table, and writes the rows."""
+    host_memory.keep_freed()
     options = parse()
     model = ModelConfig(
         layers=options.layers,

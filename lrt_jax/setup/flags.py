@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 import jax
 from absl import app, flags, logging
 
-from lrt_jax.setup import processes
+from lrt_jax.setup import host_memory, processes
 from lrt_jax.setup.config import ConfigError, Prefill, field_type
 from lrt_jax.setup.errors import UserError
 
@@ -31,6 +31,7 @@ def run(command: Callable[..., int | None], *, takes_arguments: bool = False) ->
     """
     # orbax tells every step of a save, and shows the traceback of each error before it raises it.
     logging.set_verbosity(logging.FATAL)
+    host_memory.keep_freed()
 
     def read(arguments: list[str]) -> list[str]:
         rest = parse(arguments)
