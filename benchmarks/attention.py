@@ -3,7 +3,7 @@
     python -m benchmarks.attention [--length=512] [--heads=6] [--width=64] [--rows=4] [--subsets=1,2,4,8] [--json=FILE]
 
 A row is S forwards, one for each subset, so that all rows do the same work. Kinds are timed in turns. Splash attention
-runs on a TPU only: elsewhere it would be interpreted.
+runs on a TPU only, cuDNN's on a GPU only.
 """
 
 import argparse
@@ -17,7 +17,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lrt_jax.model import attention, kernels
+from lrt_jax.model import attention
+from lrt_jax.model.backend import HOMES
+from lrt_jax.model.stack import KERNELS
 from lrt_jax.setup import host_memory
 from lrt_jax.training import partitions
 
@@ -26,7 +28,7 @@ ROW = "{:<28}{:>10}{:>9}{:>10}{:>12}"
 
 def kinds() -> list[str]:
     """Those that run here; the first is the reference."""
-    return ["dense", "blocked", *(["splash"] if jax.default_backend() == "tpu" else [])]
+    return ["dense", "blocked", *(kind for kind, home in HOMES.items() if home == jax.default_backend())]
 
 
 def attend(kind: str, partition: partitions.Strided, subset: int, window: int) -> Callable[..., jax.Array]:
@@ -36,10 +38,9 @@ def attend(kind: str, partition: partitions.Strided, subset: int, window: int) -
         jnp.asarray(partition.positions_SxP).reshape(1, -1),
     )
     subsets = partition.subsets
-    if kind == "splash":
-        return lambda q, k, v: kernels.attend(
-            q, k, v, window, subsets=subsets, subset=subset, mesh=None, interpret=False
-        )
+    if kind in KERNELS:
+        options = {"subsets": subsets, "subset": subset, "mesh": None, "interpret": False}
+        return lambda q, k, v: KERNELS[kind](q, k, v, window, **options)
     if kind == "blocked":
         return lambda q, k, v: attention.attend_in_blocks(
             q, [k], [v], queries, keys, window, subsets=subsets, farthest=window

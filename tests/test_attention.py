@@ -1,14 +1,16 @@
 """Attention in blocks against the dense reference, forward and backward."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.extend.core import jaxprs_in_params
 
-from lrt_jax.model import attention, kernels
+from lrt_jax.model import attention, backend, stack
 from lrt_jax.model.decoder import Decoder
-from lrt_jax.setup.config import ModelConfig, ScheduleConfig
+from lrt_jax.setup.config import ConfigError, ModelConfig, ScheduleConfig
 from lrt_jax.training import partitions, schedules
 
 T, C = 24, 4
@@ -93,10 +95,12 @@ def test_models_compute_the_same_with_either(tiny, random_params, random_batch, 
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-12), dense, blocked)
 
 
+@pytest.mark.parametrize("kind", stack.KERNELS)
 @pytest.mark.parametrize(
     ("subsets", "subset", "window", "kv_heads"), [(1, 0, 128, 1), (2, 0, 256, 2), (2, 1, 64, 1), (4, 2, 512, 2)]
 )
-def test_splash_attention_equals_the_dense_reference(subsets, subset, window, kv_heads):
+def test_kernels_equal_the_dense_reference(kind, subsets, subset, window, kv_heads):
+    """Interpreted, or computed by XLA: a CPU has neither kernel."""
     length, width = 256 if subsets == 1 else 128, 128
     partition = partitions.strided(subsets * length, subsets)
     queries, keys = partition.positions_SxP[subset][None], partition.positions_SxP.reshape(1, -1)
@@ -107,16 +111,17 @@ def test_splash_attention_equals_the_dense_reference(subsets, subset, window, kv
     def dense(q, k, v):
         return jnp.sum(weights * attention.attend(q, k, v, queries, keys, window))
 
-    def splash(q, k, v):
+    def by_kernel(q, k, v):
         options = {"subsets": subsets, "subset": subset, "mesh": None, "interpret": True}
-        return jnp.sum(weights * kernels.attend(q, k, v, window, **options))
+        return jnp.sum(weights * stack.KERNELS[kind](q, k, v, window, **options))
 
-    expected, found = (jax.jit(jax.value_and_grad(loss, (0, 1, 2)))(q, k, v) for loss in (dense, splash))
+    expected, found = (jax.jit(jax.value_and_grad(loss, (0, 1, 2)))(q, k, v) for loss in (dense, by_kernel))
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=5e-6 * np.abs(b).max())
 
 
-def test_a_model_with_splash_attention_computes_the_same(random_params):
+@pytest.mark.parametrize("kind", stack.KERNELS)
+def test_a_model_with_kernels_computes_the_same(random_params, kind):
     def loss_and_gradients(kind):
         config = ModelConfig(
             layers=2,
@@ -135,6 +140,24 @@ def test_a_model_with_splash_attention_computes_the_same(random_params):
         objective = jax.value_and_grad(lambda params: built(Decoder(config), params, rows[:, :-1], rows[:, 1:]).loss)
         return jax.jit(objective)(random_params(config))
 
-    dense, splash = loss_and_gradients("dense"), loss_and_gradients("splash")
-    for a, b in zip(jax.tree.leaves(splash), jax.tree.leaves(dense), strict=True):
+    dense, by_kernel = loss_and_gradients("dense"), loss_and_gradients(kind)
+    for a, b in zip(jax.tree.leaves(by_kernel), jax.tree.leaves(dense), strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=2e-4 * np.abs(b).max())
+
+
+@pytest.mark.parametrize(
+    ("platform", "model", "why"),
+    [
+        ("tpu", {"attention": "cudnn", "dtype": "bfloat16"}, "it runs on a GPU, and the device is a TPU"),
+        ("gpu", {"attention": "splash"}, "it runs on a TPU, and the device is a GPU"),
+        ("gpu", {"attention": "cudnn"}, "needs bfloat16, and config.model.dtype is float32"),
+        ("gpu", {"attention": "cudnn", "dtype": "bfloat16"}, "up to 128, and this model's is 4"),
+    ],
+)
+def test_a_kernel_that_is_not_for_the_machine_is_refused(tiny, platform, model, why):
+    class Device:
+        compute_capability = "7.5"
+
+    Device.platform = platform
+    with backend.compiling_for(Device()), pytest.raises(ConfigError, match=re.escape(why)):
+        backend.attention_kind(tiny(**model), 8)

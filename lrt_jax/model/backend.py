@@ -9,7 +9,10 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from lrt_jax.model import kernels
-from lrt_jax.setup.config import ModelConfig
+from lrt_jax.setup.config import ConfigError, ModelConfig
+
+# Where each kernel runs.
+HOMES = {"splash": "tpu", "cudnn": "gpu"}
 
 _TARGET: ContextVar[jax.Device | None] = ContextVar("target", default=None)
 
@@ -43,7 +46,7 @@ def compute_dtype(config: ModelConfig) -> jnp.dtype:
 
 
 def attention_kind(config: ModelConfig, length: int, mesh: Mesh | None = None) -> str:
-    """How forwards over whole strided subsets, or over all positions, attend: "dense", "blocked" or "splash".
+    """How forwards over whole strided subsets, or over all positions, attend: a value of ``model.attention``.
 
     ``auto`` is blocked on a CPU, where it was measured; splash on a TPU whose mesh does not shard positions, if its
     smallest block divides P; else dense.
@@ -52,11 +55,30 @@ def attention_kind(config: ModelConfig, length: int, mesh: Mesh | None = None) -
       config: the model.
       length: P, queries of a forward.
       mesh: of the decoder.
+
+    Raises:
+      ConfigError: the config asks for a kernel that is not for this machine.
     """
-    if config.attention != "auto":
-        return config.attention
-    platform = target().platform
-    whole = mesh is None or mesh.shape["sequence"] == 1
+    platform, whole = target().platform, mesh is None or mesh.shape["sequence"] == 1
+    kind = config.attention
+    if kind in HOMES:
+        _check_kernel(config, platform, whole)
+    if kind != "auto":
+        return kind
     if platform == "tpu" and whole and kernels.block_size(length) is not None:
         return "splash"
     return "blocked" if platform == "cpu" else "dense"
+
+
+def _check_kernel(config: ModelConfig, platform: str, whole: bool) -> None:
+    kind, why = config.attention, ""
+    if platform not in (HOMES[kind], "cpu"):  # on a CPU XLA or an interpreter computes the same, slowly
+        why = f"it runs on a {HOMES[kind].upper()}, and the device is a {platform.upper()}"
+    elif not whole:
+        why = "it needs config.mesh.sequence = 1"
+    elif kind == "cudnn" and platform == "gpu" and compute_dtype(config) != jnp.bfloat16:
+        why = f"cuDNN's flash attention needs bfloat16, and config.model.dtype is {compute_dtype(config)}"
+    elif kind == "cudnn" and (config.head_width % 8 or config.head_width > 128):
+        why = f"head widths that cuDNN takes are multiples of 8 up to 128, and this model's is {config.head_width}"
+    if why:
+        raise ConfigError(f"config.model.attention is {kind!r}; {why}; allowed are: auto, dense, blocked")

@@ -18,6 +18,9 @@ from lrt_jax.setup.config import ModelConfig
 # Slots are the last axis but one in every leaf of a buffer's pieces: [(L,) B, K, N, C].
 SLOTS = -2
 
+# What attends to whole strided subsets beside XLA, by the names that the config uses.
+KERNELS = {"splash": kernels.attend_by_splash, "cudnn": kernels.attend_by_cudnn}
+
 # An array, and its dimensions' logical axes: ``setup.mesh.constrain`` on the decoder's mesh.
 Sharded = Callable[..., jax.Array]
 
@@ -133,8 +136,10 @@ def attention_for(
     kind = attention_kind(config, length, mesh)
     if kind == "blocked" and subsets is not None:
         return functools.partial(attention.attend_in_blocks, subsets=subsets)
-    if kind == "splash" and subsets is not None and not ragged and isinstance(slot, int):
-        return functools.partial(_attend_by_kernel, config=config, mesh=mesh, subsets=subsets, subset=slot // length)
+    if kind in KERNELS and subsets is not None and not ragged and isinstance(slot, int):
+        on_cpu = target().platform == "cpu"
+        kernel = functools.partial(KERNELS[kind], subsets=subsets, subset=slot // length, mesh=mesh, interpret=on_cpu)
+        return functools.partial(_attend_by_kernel, config=config, kernel=kernel)
     return _attend_densely
 
 
@@ -164,22 +169,15 @@ def _attend_by_kernel(
     *,
     farthest: int,
     config: ModelConfig,
-    mesh: Mesh | None,
-    subsets: int,
-    subset: int,
+    kernel: Callable[..., jax.Array],
 ) -> jax.Array:
-    """``kernels.attend`` over pieces, whose positions are those of a whole subset, the same in all rows."""
+    """One of KERNELS over pieces, whose positions are those of a whole subset, the same in all rows."""
     del queries_BxP, keys_BxN
-    options = {"subsets": subsets, "subset": subset, "mesh": mesh, "interpret": target().platform == "cpu"}
     k_BxKxNxC, v_BxKxNxC = (jnp.concatenate(pieces, axis=SLOTS) for pieces in (k, v))
-
-    def kernel(size: int) -> Callable[..., jax.Array]:
-        return lambda q, k, v: kernels.attend(q, k, v, size, **options)
-
     if not config.scan_layers or len(set(config.windows)) == 1:
-        return kernel(farthest)(q_BxPxHxC, k_BxKxNxC, v_BxKxNxC)
-    # A mask is part of its kernel: scanned layers choose between two.
-    short, long = (kernel(size) for size in sorted(set(config.windows)))
+        return kernel(q_BxPxHxC, k_BxKxNxC, v_BxKxNxC, farthest)
+    # A window is part of its kernel: scanned layers choose between two.
+    short, long = (functools.partial(kernel, window=size) for size in sorted(set(config.windows)))
     return lax.cond(window < config.sequence_length, short, long, q_BxPxHxC, k_BxKxNxC, v_BxKxNxC)
 
 

@@ -45,8 +45,8 @@ class ModelConfig:
     memory: Memory = "shared"  # who owns the memory projections Uk, Uv
     residual_injection: bool = True  # the γ m_{t-1} term
     source_layer: str = FINAL  # "final", or the number 1..L of the layer whose output is the source state
-    # Of whole subsets; auto: blocked on a CPU, splash on a TPU, else dense. A step of decoding is dense.
-    attention: Literal["auto", "dense", "blocked", "splash"] = "auto"
+    # Of whole subsets; auto: blocked on a CPU, splash on a TPU, else dense; cudnn is for GPUs. Decoding is dense.
+    attention: Literal["auto", "dense", "blocked", "splash", "cudnn"] = "auto"
     dtype: Dtype = "auto"  # auto: bfloat16 on TPU and GPU
     scan_layers: bool = False  # lax.scan over layers (fast compilation) or unrolled (fast steps)
     remat: bool = False  # recompute each layer in the backward pass

@@ -170,11 +170,12 @@ def _validate_stage(model: "ModelConfig", schedule: "ScheduleConfig") -> None:
             model.attention,
             f"its smallest block, 128, must divide the {model.sequence_length // subsets} positions of a forward",
         )
+    if model.attention in ("splash", "cudnn"):
         _require(
             schedule.unroll or schedule.name != "interleaved",
             "schedule.unroll",
             schedule.unroll,
-            "model.attention = splash needs it: a subset's mask must be known when its kernel is compiled",
+            f"model.attention = {model.attention} needs it: a subset must be known when its kernel is compiled",
         )
     _require(
         not schedule.kv_refresh or schedule.name != "interleaved" or model.projects_memory,
