@@ -52,7 +52,8 @@ try:
                 {then}
             stop.check(mesh)
         print("ready", flush=True)
-        time.sleep(60)
+        for _ in range(600):  # a kernel may hand the signal to another thread: handlers run between instructions
+            time.sleep(0.1)
 except Stopped:
     print("stopped")
 """
