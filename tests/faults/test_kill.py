@@ -10,7 +10,8 @@ from runs import differing, last_step, metrics_of, params_of
 
 from lrt_jax.training import inventory
 
-SCHEDULE = {"train__steps": 90, "train__save_every": 10, "train__eval_every": 15, "train__keep": 100}
+# Evaluations take longer than saves, so that some last when no save is under way.
+SCHEDULE = {"train__steps": 90, "train__save_every": 10, "train__eval_every": 15, "train__keep": 100, "eval__rows": 160}
 MOMENTS = ("steps", "a save", "an evaluation", "set-up")
 
 
@@ -34,7 +35,8 @@ def kill_at(run, moment: str, random: np.random.Generator) -> str:
         run.until((workdir / "checkpoints" / inventory.SAVING).exists)
         time.sleep(random.uniform(0.0, 0.06))
     else:
-        run.until(lambda: last_step(workdir) > begin and last_step(workdir) % 15 == 14)
+        saving = workdir / "checkpoints" / inventory.SAVING  # an evaluation begins while the save before it ends
+        run.until(lambda: last_step(workdir) > begin and last_step(workdir) % 15 == 14 and not saving.exists())
         time.sleep(random.uniform(0.0, 0.08))
     code, _, err = run.kill()
     assert code in (0, -signal.SIGKILL), err
