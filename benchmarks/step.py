@@ -72,13 +72,19 @@ class Row:
         return f"{self.schedule}{number} {self.memory if self.schedule != 'plain' else ''}".strip()
 
 
-def rows(subsets: list[int], refinements: list[int], memories: list[str]) -> Iterator[tuple[Row, ScheduleConfig]]:
-    """What is compared: the plain baseline first, then every schedule with every memory."""
+def rows(
+    subsets: list[int], refinements: list[int], memories: list[str], everything: bool
+) -> Iterator[tuple[Row, ScheduleConfig]]:
+    """What is compared: the plain baseline first, then every schedule with every memory.
+
+    Unless it is to be ``everything``, memories after the first come with the first S and K only.
+    """
     yield Row("plain", 0, 0, "none"), ScheduleConfig(name="plain")
     for memory in memories:
-        for count in subsets:
+        some = slice(None) if everything or memory == memories[0] else slice(1)
+        for count in subsets[some]:
             yield Row("interleaved", count, 0, memory), ScheduleConfig(name="interleaved", subsets=count)
-        for count in refinements:
+        for count in refinements[some]:
             schedule = ScheduleConfig(name="multi_refinement", refinements=count)
             yield Row("multi_refinement", 0, count, memory), schedule
 
@@ -197,8 +203,14 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--subsets", type=numbers, default=[2, 4, 8])
     parser.add_argument("--refinements", type=numbers, default=[1, 2, 3])
     parser.add_argument("--memories", type=lambda text: text.split(","), default=["shared", "layerwise"])
+    parser.add_argument(
+        "--everything",
+        action=argparse.BooleanOptionalAction,
+        default=not on_cpu,
+        help="all S and K with every memory; else memories after the first come with the first S and K only",
+    )
     parser.add_argument("--only", default="", help="a regular expression that a row's name must match")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=3 if on_cpu else 10)
     parser.add_argument("--one_by_one", action="store_true", help="hold one row's state beside the plain one's")
     options = parser.parse_args(arguments)
     if options.depth:
@@ -222,7 +234,7 @@ def main() -> None:
         scan_layers=options.scan_layers,
         remat=options.remat,
     )
-    chosen = list(rows(options.subsets, options.refinements, options.memories))
+    chosen = list(rows(options.subsets, options.refinements, options.memories, options.everything))
     chosen = [chosen[0], *(pair for pair in chosen[1:] if re.search(options.only, pair[0].name))]
     device = jax.devices()[0]
     kind = f"{jax.device_count()} × {device.device_kind}, jax {jax.__version__}, {compute_dtype(model)}"
