@@ -69,6 +69,8 @@ wait "$training" || status=$?
 if [[ -n $stopped ]]; then # that was the signal, not the end
     status=0
     wait "$training" || status=$?
+fi
+if [[ -n $stopped || ${status:-0} -eq 75 ]]; then # 75: the watchdog's, or another process was lost
     scontrol requeue "$SLURM_JOB_ID"
 fi
 exit "${status:-0}"

@@ -129,11 +129,11 @@ nodes() {
 remote() {
     local mount=
     if [[ -n $bucket ]]; then
-        mount="sudo mkdir -p /mnt/lrt && sudo chown \"\$USER\" /mnt/lrt && (mountpoint -q /mnt/lrt || gcsfuse --implicit-dirs $(printf %q "$bucket") /mnt/lrt) && "
+        mount="sudo mkdir -p /mnt/lrt && sudo chown \"\$USER\" /mnt/lrt && (mountpoint -q /mnt/lrt || gcsfuse --implicit-dirs --rename-dir-limit=200000 $(printf %q "$bucket") /mnt/lrt) && "
     fi
-    printf '%s' "${mount}rm -rf lrt-jax && mkdir lrt-jax && tar -xzf lrt-jax.tar.gz -C lrt-jax && cd lrt-jax && " \
+    printf '%s' "${mount}mkdir -p lrt-jax && tar -xzf lrt-jax.tar.gz -C lrt-jax && cd lrt-jax && " \
         "python3 -m venv .venv && .venv/bin/pip install --quiet -e . 'jax[tpu]' && " \
-        ".venv/bin/python -m lrt_jax.main$(printf ' %q' "$@") >>\$HOME/lrt-jax.log 2>&1"
+        ".venv/bin/python -m lrt_jax.main --stopped_exit_code=75$(printf ' %q' "$@") >>\$HOME/lrt-jax.log 2>&1"
 }
 
 run() {
@@ -151,7 +151,7 @@ run() {
             pids+=($!)
         fi
     done < <(nodes)
-    for pid in "${pids[@]}"; do wait "$pid" || failed=1; done
+    for pid in "${pids[@]}"; do wait "$pid" || failed=$?; done
     return "$failed"
 }
 
@@ -175,15 +175,23 @@ up() {
         delete
         return
     fi
+    local code
+    create
     while true; do
-        create
-        if run "$@"; then break; fi
+        code=0
+        run "$@" || code=$?
+        if [[ $code -eq 0 ]]; then break; fi
+        if [[ $(state) == ACTIVE && $code -eq 75 ]]; then # stopped by a signal, or a process was lost: there is more to do
+            echo "$name stopped before the end; running again" >&2
+            continue
+        fi
         if [[ $(state) == ACTIVE ]]; then
             echo "error: training ended with an error and the machines are still there; see launch/tpu_vm.sh logs $name" >&2
             return 1
         fi
         echo "$name was preempted; asking for it again" >&2
         delete
+        create
     done
     delete
 }

@@ -6,8 +6,8 @@ paper, compiles the best and ranks them.
 """
 
 import dataclasses
-import os
 
+import jax
 from absl import flags
 from ml_collections import config_flags
 
@@ -36,7 +36,7 @@ def main() -> int:
         if flags.FLAGS[name].value is None:
             raise configs.ConfigError(f"--{name} is not set; see python -m lrt_jax.aot --help")
     chip_of(flags.FLAGS.topology)
-    os.environ["JAX_PLATFORMS"] = "cpu"  # nothing runs here, and a TPU's library must not look for its chips
+    jax.config.update("jax_platforms", "cpu")  # nothing runs here, and a TPU's library must not look for its chips
     config = configs.from_config_dict(flags.FLAGS.config)
     if flags.FLAGS.search:
         return _search(config)

@@ -16,7 +16,7 @@ from ml_collections import config_flags
 from lrt_jax.data import corpus, pipeline, records, tokenizer
 from lrt_jax.evaluation.bits_per_byte import Evaluator
 from lrt_jax.inference import load, text
-from lrt_jax.inference.generate import Method
+from lrt_jax.inference.generate import Method, check_lengths
 from lrt_jax.inference.sampling import Sampling
 from lrt_jax.model import costs
 from lrt_jax.model.backend import attention_kind, compute_dtype
@@ -49,18 +49,25 @@ def define_flags() -> None:
     """Declares the command's flags: only where it runs, so that commands can be imported side by side."""
     config_flags.DEFINE_config_file("config", None, "The config file, with its argument after a colon.")
     flags.DEFINE_string("workdir", None, "Where the run lives; default: runs/<config name>.")
+    flags.DEFINE_integer(
+        "stopped_exit_code",
+        0,
+        "Exit code where a signal stopped the run before its end, all saved; for launchers to whom 0 means complete.",
+        lower_bound=0,
+        upper_bound=255,
+    )
     processes.define_flags()
 
 
-def main() -> int | None:
-    """Trains the config named by the flags, or goes on where a run in the same work dir stopped."""
+def main() -> int:
+    """Trains the config named by the flags, or goes on where a run in the same work dir stopped; the exit code."""
     if flags.FLAGS.config is None:
         raise configs.ConfigError("--config is not set; for the default run: --config=configs/base.py")
     config = configs.from_config_dict(flags.FLAGS.config)
     name = config_flags.get_config_filename(flags.FLAGS["config"])
     processes.start()
-    run(config, Path(flags.FLAGS.workdir or default_workdir(name)))
-    return None
+    scores = run(config, Path(flags.FLAGS.workdir or default_workdir(name)))
+    return 0 if scores else flags.FLAGS.stopped_exit_code
 
 
 def default_workdir(config_file: str) -> Path:
@@ -111,8 +118,14 @@ def _run(
 
     texts = corpus.open_corpus(config.data)
     checkpoint.check_tokenizer(config, workdir)
-    tokens = tokenizer.Tokenizer(processes.from_first(lambda: tokenizer.load_or_train(config, texts, workdir).model))
-    rows = records.prepare(config, texts, tokens, workdir)
+    with watchdog.phase("making tokens", "none", 0.0):  # of a corpus of any size: no limit suits all
+        tokens = tokenizer.Tokenizer(
+            processes.from_first(lambda: tokenizer.load_or_train(config, texts, workdir).model)
+        )
+        if config.eval.sample_tokens:  # said now, and not when all is trained
+            prompt = text.encode(tokens, config.eval.prompt)
+            check_lengths([prompt], config.eval.sample_tokens, config.model.sequence_length)
+        rows = records.prepare(config, texts, tokens, workdir)
     batches = pipeline.training_batches(config, rows, meshes.local_rows(mesh, config.train.batch_size))
     held_out = pipeline.held_out_rows(config, texts, tokens, config.eval.final_rows)
 

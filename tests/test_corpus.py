@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 import zstandard
+from etils import epath
 
 from lrt_jax.data.corpus import is_held_out, open_corpus, training_documents
 from lrt_jax.data.faults import DataError
@@ -220,6 +221,21 @@ def test_errors_name_the_field_the_place_and_what_is_allowed(tmp_path, write, er
     with pytest.raises(error, match=says) as raised:
         open_corpus(DataConfig(corpus=str(folder)))
     assert str(raised.value).startswith("config.data.corpus")
+
+
+def test_json_nested_without_end_is_a_bad_record(tmp_path):
+    (tmp_path / "a.jsonl").write_text("[" * 100_000 + "\n")
+    with pytest.raises(DataError, match=r"a\.jsonl:1 is not valid JSON"):
+        documents(tmp_path / "a.jsonl")
+
+
+def test_a_folder_that_cannot_be_listed_is_said(tmp_path, monkeypatch):
+    def refuse(path):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(type(epath.Path(tmp_path)), "iterdir", refuse)
+    with pytest.raises(ConfigError, match=r"cannot be listed \(Permission denied\)"):
+        documents(tmp_path)
 
 
 def test_a_pattern_must_match_and_have_no_double_star(tmp_path):

@@ -22,6 +22,10 @@ TRAINING = [
 ]
 
 
+# To a JobSet, and to the loop of tpu_vm.sh, 0 means complete.
+STOPPED = "--stopped_exit_code=75"
+
+
 def run(script: str, *arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run([str(LAUNCH / script), *arguments], capture_output=True, text=True, cwd="/")
 
@@ -79,7 +83,7 @@ def test_tpu_vm_creates_runs_logs_and_deletes():
     assert archive[:2] == ["git", "archive"]
     assert copy[3:7] == ["tpu-vm", "scp", "lrt-jax.tar.gz", "my-run:lrt-jax.tar.gz"] and "--worker=all" in copy
     assert start[3:6] == ["tpu-vm", "ssh", "my-run"] and "--worker=all" in start
-    assert training_of(start[-1].removesuffix(" >>$HOME/lrt-jax.log 2>&1")) == TRAINING
+    assert training_of(start[-1].removesuffix(" >>$HOME/lrt-jax.log 2>&1")) == [STOPPED, *TRAINING]
     (logs,) = commands_of(dry("tpu_vm.sh", "logs", *TPU))
     assert logs[3:6] == ["tpu-vm", "ssh", "my-run"] and logs[-1].startswith("--command=tail")
     (delete,) = commands_of(dry("tpu_vm.sh", "delete", *TPU))
@@ -91,7 +95,7 @@ def test_tpu_vm_slices_share_one_run_and_a_bucket():
     create, _, *others, delete = commands_of(out)
     assert "--node-count=2" in create and "--node-prefix=my-run" in create
     assert [words[5].partition(":")[0] for words in others[2:]] == ["my-run-0", "my-run-1"]
-    assert all("gcsfuse --implicit-dirs b /mnt/lrt" in words[-1] for words in others[2:])
+    assert all("gcsfuse --implicit-dirs --rename-dir-limit=200000 b /mnt/lrt" in words[-1] for words in others[2:])
     assert len({words[-1] for words in others[2:]}) == 1  # the same command everywhere
     assert delete[4] == "delete" and "preemption" in out
 
@@ -113,7 +117,7 @@ def test_gke():
     (command,) = re.findall(r"^ *command: (\[.*\])$", manifest, flags=re.MULTILINE)
     # Kubernetes takes $$( for $(, and what is no reference as it is.
     words = [word.replace("$$(", "$(") for word in json.loads(command)]
-    assert words == ["python", "-m", "lrt_jax.main", *TRAINING]
+    assert words == ["python", "-m", "lrt_jax.main", STOPPED, *TRAINING]
     rest = manifest.replace(command, "")
     assert (
         "replicas: 2" in rest and "completions: 64" in rest and 'gke-spot: "true"' in rest and "bucketName: b" in rest

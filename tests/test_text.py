@@ -2,7 +2,8 @@ import itertools
 
 import pytest
 
-from lrt_jax.inference.text import Reader
+from lrt_jax.inference.text import Reader, encode
+from lrt_jax.setup.errors import UserError
 
 
 class Bytes:
@@ -46,3 +47,8 @@ def test_nothing_of_a_stop_string_and_no_half_character_is_given_out_early():
     pieces, _ = read("ab STOé", ("STOP",))
     assert "".join(pieces) == "ab STOé"
     assert all(so_far in ("", "a", "ab", "ab ", "ab STOé") for so_far in itertools.accumulate(pieces))
+
+
+def test_a_prompt_that_is_no_text_is_said():
+    with pytest.raises(UserError, match=r"the prompt holds '\\udcff', which no UTF-8 text does"):
+        encode(Bytes, "good \udcff")  # what Python makes of the byte 0xff on a command line

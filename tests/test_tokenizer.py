@@ -12,6 +12,7 @@ from lrt_jax.data.corpus import is_held_out, open_corpus
 from lrt_jax.data.faults import DataError
 from lrt_jax.data.tokenizer import PROBE, Tokenizer, keep, load_or_train, train
 from lrt_jax.setup.config import Config, ConfigError, DataConfig, ModelConfig, TrainConfig
+from lrt_jax.training.interruption import Stopped
 
 SOURCES = [path.read_bytes().decode() for path in sorted(Path(sysconfig.get_path("stdlib")).glob("[a-d]*.py"))]
 MODEL = train(SOURCES[:12], 400)
@@ -182,3 +183,13 @@ def test_a_given_tokenizer_must_be_lossless(tmp_path, model, says):
     with pytest.raises(ConfigError, match=says):
         load_or_train(config, open_corpus(config.data), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("interruption", [KeyboardInterrupt, Stopped])
+def test_a_signal_during_training_is_no_fault_of_the_corpus(interruption):
+    def documents():
+        yield "some text " * 50
+        raise interruption
+
+    with pytest.raises(interruption):
+        train(documents(), 300)

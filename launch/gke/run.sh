@@ -83,7 +83,7 @@ json() {
 manifest() {
     local command line
     command=$(json python)
-    for argument in -m lrt_jax.main "$@"; do command+=", $(json "$argument")"; done
+    for argument in -m lrt_jax.main --stopped_exit_code=75 "$@"; do command+=", $(json "$argument")"; done
     while IFS= read -r line; do
         case $line in
             *'# if spot') [[ -n $spot ]] || continue ;;

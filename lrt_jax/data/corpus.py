@@ -170,7 +170,7 @@ class JsonlShard(Shard):
     def _text(self, line: bytes, where: str, begin: int) -> str:
         try:
             record = json.loads(line)
-        except ValueError as error:  # broken JSON or broken UTF-8
+        except (ValueError, RecursionError) as error:  # broken JSON or broken UTF-8, or nested without end
             at = begin + getattr(error, "pos", getattr(error, "start", 0))
             raise DataError(f"config.data.corpus: {where} is not valid JSON (byte offset {at}: {error})") from None
         if not isinstance(record, dict) or self.field not in record:
@@ -314,7 +314,11 @@ def _files(source: str) -> list[tuple[str, str]]:
 def _below(folder: epath.Path, suffixes: tuple[str, ...], skip: tuple[str, ...] = ()) -> list[epath.Path]:
     """The files that end so in a folder and its subfolders, without hidden ones and subfolders named in ``skip``."""
     found = []
-    for path in folder.iterdir():  # not walk(), whose paths lack the gs:// of a bucket
+    try:
+        entries = list(folder.iterdir())  # not walk(), whose paths lack the gs:// of a bucket
+    except OSError as error:
+        raise ConfigError(f"config.data.corpus: {folder} cannot be listed ({error.strerror or error})") from None
+    for path in entries:
         if path.name.startswith("."):
             continue
         if path.is_dir():

@@ -12,7 +12,7 @@ from etils import epath
 from lrt_jax.data.corpus import Corpus, training_documents
 from lrt_jax.data.faults import DataError
 from lrt_jax.setup.config import Config, ConfigError
-from lrt_jax.setup.errors import UserError, writing
+from lrt_jax.setup.errors import writing
 
 FILE = "tokenizer.model"  # in the work dir
 SPECIALS = 2  # <unk> and <s>
@@ -95,7 +95,7 @@ def train(documents: Iterable[str], vocab_size: int) -> bytes:
       DataError: there is no text.
     """
     model = io.BytesIO()
-    raised: list[UserError] = []
+    raised: list[BaseException] = []
     try:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=_sentences(documents, raised),
@@ -204,13 +204,15 @@ def _load(model: bytes, path: str, config: Config) -> Tokenizer:
     return tokenizer
 
 
-def _sentences(documents: Iterable[str], raised: list[UserError]) -> Iterator[str]:
+def _sentences(documents: Iterable[str], raised: list[BaseException]) -> Iterator[str]:
     """Pieces of documents. SentencePiece turns what reading them raises into its own error: here it is kept."""
     try:
         for text in documents:
             for start in range(0, len(text), SENTENCE):
                 yield text[start : start + SENTENCE]
-    except UserError as error:
+    except GeneratorExit:
+        raise
+    except BaseException as error:  # a signal that asks to stop, too
         raised.append(error)
         raise
 

@@ -11,6 +11,7 @@ from lrt_jax.data.tokenizer import Tokenizer
 from lrt_jax.inference.decode import PAD
 from lrt_jax.inference.generate import Generation, Method
 from lrt_jax.inference.load import Trained
+from lrt_jax.setup.errors import UserError
 
 # Tokens generated between two looks for stop strings, where nobody reads along.
 BLOCK = 16
@@ -74,7 +75,13 @@ class Reader:
 
 
 def encode(tokenizer: Tokenizer, prompt: str) -> np.ndarray:
-    """The prompt's token ids after BOS; an empty prompt is a new document."""
+    """The prompt's token ids after BOS; an empty prompt is a new document.
+
+    Raises:
+      UserError: the prompt is no text, but bytes that are not UTF-8.
+    """
+    if broken := [char for char in prompt if "\ud800" <= char <= "\udfff"]:
+        raise UserError(f"the prompt holds {broken[0]!r}, which no UTF-8 text does; it must be UTF-8")
     return np.concatenate([np.array([tokenizer.bos_id], np.int32), tokenizer.encode(prompt)])
 
 

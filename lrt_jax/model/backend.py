@@ -41,7 +41,8 @@ def compute_dtype(config: ModelConfig) -> jnp.dtype:
     if config.dtype != "auto":
         return jnp.dtype(config.dtype)
     device = target()
-    fast = device.platform == "tpu" or float(getattr(device, "compute_capability", 0)) >= 8
+    capability = str(getattr(device, "compute_capability", 0))  # of AMD's GPUs the name of the architecture
+    fast = device.platform == "tpu" or not capability[:1].isdecimal() or float(capability) >= 8
     return jnp.dtype("bfloat16" if fast else "float32")
 
 

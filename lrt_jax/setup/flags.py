@@ -44,7 +44,7 @@ def run(command: Callable[..., int | None], *, takes_arguments: bool = False) ->
     except UserError as error:
         _end(f"error: {error}", 1)
     except KeyboardInterrupt:
-        _end("stopped before training began; nothing was changed", 1)
+        _end("stopped; nothing was changed", 1)
     except Exception as error:
         if not processes.started():
             raise

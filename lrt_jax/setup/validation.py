@@ -19,6 +19,7 @@ def validate(config: "Config") -> "Config":
       ConfigError: naming the field, what was found and what is allowed.
     """
     _validate_ranges(config)
+    _require(0 <= config.seed < 2**63, "seed", config.seed, "it must be from 0 to 2**63 - 1")
     validate_model(config.model)
     _validate_schedule(config)
     _validate_durations(config)

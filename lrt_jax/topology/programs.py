@@ -1,6 +1,7 @@
 """The real programs of a run, compiled for devices that are not there: the train step, a decode step, evaluation."""
 
 import dataclasses
+import functools
 import importlib.util
 import math
 import os
@@ -22,7 +23,7 @@ from lrt_jax.model.parameters import axes_by_layer, table
 from lrt_jax.setup import mesh as meshes
 from lrt_jax.setup.config import Config, train_steps
 from lrt_jax.topology.chips import TopologyError
-from lrt_jax.training import optimizer, schedules, state, step
+from lrt_jax.training import guard, optimizer, schedules, state, step
 
 PROGRAMS = ("train", "decode", "evaluate")
 
@@ -126,6 +127,7 @@ def _train(config: Config, mesh: Mesh) -> Iterator[tuple[str, Any, tuple[Any, ..
             transformation,
             schedules.forward_names(stage.schedule),
             config.train.accumulation,
+            functools.partial(guard.judge, config=config.train),
         )
         label = "train step" if len(config.schedule.in_stages) == 1 else f"train step, stage {index + 1}"
         yield label, function, (whole, *batch)

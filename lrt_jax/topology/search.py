@@ -41,6 +41,8 @@ def candidates(config: Config, chip: Chip, chips: int, slices: int) -> list[Cand
     for sizes in _meshes(chips, slices):
         for factor in (0.5, 1.0, 2.0, 4.0):
             rows = int(config.train.batch_size * factor)
+            if not rows or rows % config.train.accumulation:
+                continue
             train = dataclasses.replace(config.train, batch_size=rows)
             tried = dataclasses.replace(config, train=train, mesh=MeshConfig(**sizes))
             try:

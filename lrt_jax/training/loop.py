@@ -162,7 +162,7 @@ def train(config: Config, parts: Parts, state: TrainState) -> tuple[TrainState, 
             _save(config, parts, clock, state)
             with _apart("a save", config, parts, clock):
                 parts.checkpoints.wait()
-    return state, step == parts.steps
+    return state, step >= parts.steps
 
 
 def _due(every: int, step: int) -> bool:

@@ -52,6 +52,21 @@ def test_a_signal_saves_and_ends_with_0(place, tell, number):
 
 
 @pytest.mark.faults
+def test_a_launcher_can_tell_stopped_from_complete(place, tell):
+    workdir = place.workdir("stopped")
+    run = place.start(workdir, flags=["--stopped_exit_code=75"], **LONG)
+    run.until_step(5)
+    run.send(signal.SIGTERM)
+    code, out, err = run.end()
+    assert code == 75 and "run the same command" in out, err
+    step = assert_good(workdir)[-1]
+    # Shorter than it already is: it is complete, says so and ends.
+    done = place.start(workdir, flags=["--stopped_exit_code=75"], **LONG | {"train__steps": step - 1}).succeed()
+    assert "val/bpb_sequential" in done
+    tell("SIGTERM, and a launcher to whom 0 means complete", "--stopped_exit_code, then 0", "exits 75 and 0")
+
+
+@pytest.mark.faults
 def test_a_second_signal_ends_at_once(place, tell):
     workdir = place.workdir("signals")
     run = place.start(workdir, "sleep:4:0", **SCHEDULE)  # where a step takes forever, and one signal does not help
