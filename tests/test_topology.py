@@ -115,6 +115,11 @@ def test_the_report_says_what_to_change():
             20.5 * 2**30,
         ),
         ("XLA:TPU compile permanent error. CompileTimeHbmOom: used 512.0M of 1.0M", 512 * 2**20),
+        (
+            "RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory required for HLO "
+            "temporaries (30.27G) exceeds available HBM (15.75G). HLO module: jit_step.",
+            30.27 * 2**30,
+        ),
         ("INVALID_ARGUMENT: something else", None),
     ],
 )

@@ -100,8 +100,12 @@ def _wanted(message: str) -> float | None:
     """Bytes that a program would have needed, from the compiler's words; None if they are not about memory."""
     if "RESOURCE_EXHAUSTED" not in message and "HbmOom" not in message:
         return None
-    found = re.search(r"[Uu]sed ([\d.]+)([KMGT]?) of", message)
-    return float(found[1]) * 2 ** (10 * " KMGT".index(found[2] or " ")) if found else math.nan
+    # Compilers differ; where just temporary memory is named, it is the least that is needed.
+    found = re.search(r"[Uu]sed ([\d.]+)([KMGT]?) of|required [^(]*\(([\d.]+)([KMGT]?)\)", message)
+    if found is None:
+        return math.nan
+    number, unit = (part for part in found.groups() if part is not None)
+    return float(number) * 2 ** (10 * " KMGT".index(unit or " "))
 
 
 def _bytes_here(leaf: Any) -> float:
