@@ -16,17 +16,17 @@ if sys.argv[1] == "keep" and not host_memory.keep_freed():
 import jax, jax.numpy as jnp
 x = jnp.ones((3072, 64))
 step = jax.jit(lambda x: (x @ x.T) @ x)  # 38 MB of temporary memory: past any threshold that glibc would find itself
-def run(times):
-    for _ in range(times):
+def eight():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(8):
         step(x).block_until_ready()
-run(8)
-before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-run(8)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+print(min(eight() for _ in range(8)))
 """
 
 
 def faults(how: str) -> int:
+    """Page faults of eight steps, the fewest of eight times: where the threads take turns badly, the heap still grows."""
     command = [sys.executable, "-c", FAULTS, how]
     return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
@@ -35,7 +35,7 @@ def faults(how: str) -> int:
 def test_a_step_asks_the_kernel_for_no_memory_again():
     pages = 8 * 4 * 3072 * 3072 // 4096  # of eight steps
     assert faults("give back") > 0.8 * pages  # or there is nothing to keep
-    assert faults("keep") < 0.5 * pages  # it may grow a last time
+    assert faults("keep") < 0.1 * pages
 
 
 @pytest.mark.parametrize(
