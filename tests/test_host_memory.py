@@ -26,7 +26,7 @@ print(min(eight() for _ in range(8)))
 
 
 def faults(how: str) -> int:
-    """Page faults of eight steps, the fewest of eight times: where the threads take turns badly, the heap still grows."""
+    """Page faults of eight steps, the fewest of eight times: on busy cores the heap grows late."""
     command = [sys.executable, "-c", FAULTS, how]
     return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
