@@ -1,5 +1,6 @@
 """The watchdog and the signals, in processes of their own, and how long a start takes."""
 
+import json
 import re
 import signal
 import subprocess
@@ -114,6 +115,15 @@ def test_laps_add_up_to_the_time_since_the_start():
     assert 0.05 <= startup.laps["data"] < startup.seconds
     assert abs(seconds_since_start() - startup.seconds) < 1.0
     assert "first step" in str(startup) and "data 0." in str(startup)
+
+
+def test_metrics_are_strict_json_whatever_a_bad_step_gave(tmp_path):
+    writer = Writer(tmp_path, 0, 1)
+    writer.write(1, {"train/loss": float("nan"), "train/grad_norm": float("inf"), "train/bad_steps": 1.0})
+    writer.close()
+    refuse = {"parse_constant": lambda name: pytest.fail(f"{name} is not JSON")}
+    row = json.loads((tmp_path / "metrics.jsonl").read_text(), **refuse)
+    assert row == {"step": 1, "train/loss": None, "train/grad_norm": None, "train/bad_steps": 1.0}
 
 
 def test_metrics_survive_a_kill_and_a_work_dir_that_goes(tmp_path):

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import sys
 import time
@@ -57,12 +58,15 @@ class Writer:
     def write(self, step: int, metrics: dict[str, float]) -> None:
         """Appends metrics, by the names of docs/DESIGN.md, for the state after ``step`` steps.
 
+        NaN and infinity, which JSON does not have, become null in ``metrics.jsonl``.
+
         Raises:
           WorkdirError: the disk is full, or the work dir gone.
         """
         self.check()
         with writing(self._path):
-            self._jsonl.write(json.dumps({"step": step, **metrics}) + "\n")
+            known = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+            self._jsonl.write(json.dumps({"step": step, **known}, allow_nan=False) + "\n")
             self._jsonl.flush()
             for name, value in metrics.items():
                 scalar = summary.scalar(name, value)
