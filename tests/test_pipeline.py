@@ -88,12 +88,51 @@ def test_records_are_the_training_documents_in_order_and_go_round(folder, tmp_pa
 def test_records_are_written_once_and_named_by_what_makes_them(folder, tmp_path):
     config, workdir = config_of(folder), tmp_path / "run"
     before = records_of(config, workdir)
-    (folder / "00.jsonl").write_text(json.dumps({"text": "something else"}))  # not read again
+    data = (folder / "00.jsonl").read_bytes()
+    (folder / "00.jsonl").write_text(json.dumps({"text": "something else"}).ljust(len(data)))  # not read again
     again = records_of(config, workdir)
+    (folder / "00.jsonl").write_bytes(data)
     assert again.name == before.name and again.tokens == before.tokens
     (folder / "12.jsonl").write_text(json.dumps({"text": "more"}))
     assert records_of(config, workdir).name != before.name
     assert records_of(config_of(folder, held_out=0.3), workdir).name != before.name
+
+
+def test_a_file_that_changes_under_its_name_is_told(folder, tmp_path):
+    config, workdir = config_of(folder), tmp_path / "run"
+    name = records_of(config, workdir).name
+    file, other = folder / "03.jsonl", folder / "07.jsonl"
+    data = file.read_bytes()
+    file.write_bytes(data + b"\n")
+    says = (
+        rf"03\.jsonl has {len(data) + 1:,} bytes, but had {len(data):,} when its tokens were made; put .*tokens/{name}"
+    )
+    with pytest.raises(DataError, match=says):
+        records_of(config, workdir)
+    other.write_bytes(other.read_bytes() + b"\n")
+    with pytest.raises(DataError, match=r"03\.jsonl has .* \(1 more have changed too\)"):
+        records_of(config, workdir)
+    (workdir / "tokens" / name / "sources.json").unlink()  # as in work dirs of before there was one
+    assert records_of(config, workdir).name == name
+    assert not (workdir / "tokens" / name / "sources.json").exists()
+
+
+def test_a_file_that_is_mended_before_the_tokens_are_complete_is_read_again(folder, tmp_path):
+    file, whole = folder / "03.jsonl", (folder / "03.jsonl").read_text()
+    file.write_text(whole + '{"text": \n')
+    (folder / "11.jsonl").write_text('{"text": ')
+    skip, stop = (config_of(folder, on_bad_record=policy) for policy in ("skip", "stop"))
+    files = tmp_path / "run" / "tokens" / records_of(skip, tmp_path / "run").name
+    (files / "index.json").unlink()  # it ended in the middle of 11.jsonl
+    (files / "00011.bin").unlink()
+    file.write_text(whole)
+    (folder / "11.jsonl").write_text(json.dumps({"text": "mended"}))
+    mended, fresh = records_of(stop, tmp_path / "run"), records_of(stop, tmp_path / "fresh")
+    assert mended.tokens == fresh.tokens
+    np.testing.assert_array_equal(
+        [mended[row] for row in range(len(mended))], [fresh[row] for row in range(len(fresh))]
+    )
+    assert mended.left_out == 0
 
 
 def test_unfinished_records_are_completed(folder, tmp_path):

@@ -6,6 +6,7 @@ wrote the files or read them: a place in the data is one number.
 """
 
 import bisect
+import concurrent.futures
 import hashlib
 import itertools
 import json
@@ -25,6 +26,8 @@ from lrt_jax.setup.errors import writing
 
 FOLDER = "tokens"  # in the work dir
 INDEX = "index.json"  # written last: where it lies, the files are complete
+SOURCES = "sources.json"  # written first: how many bytes each file of the corpus had
+ASKED_AT_ONCE = 32  # files of the corpus, for their sizes: a bucket takes its time for each
 # Files of a corpus with that many shards: few enough to open, enough for every process to write some.
 PARTS = 256
 LEFT_OUT = ".left_out"  # ends the name of a file that lists, for one of tokens, the bad records that are not in it
@@ -84,14 +87,14 @@ def prepare(config: Config, corpus: Corpus, tokenizer: Tokenizer, workdir: epath
     """The records of a work dir, written first where they are not complete; all processes share the writing.
 
     Raises:
-      DataError: a shard is unusable, or there is no document to train on.
+      DataError: a shard is unusable, there is no document to train on, or a file has changed since.
     """
     name = _name(config.data, corpus, tokenizer)
     folder = epath.Path(workdir) / FOLDER / name
-    index = processes.from_first(lambda: (folder / INDEX).read_bytes() if (folder / INDEX).exists() else b"")
+    parts = [list(part) for part in np.array_split(np.arange(len(corpus.shards)), min(PARTS, len(corpus.shards)))]
+    index = processes.from_first(lambda: _index_of_unchanged(folder, corpus, parts))
     if not index:
         dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
-        parts = [list(part) for part in np.array_split(np.arange(len(corpus.shards)), min(PARTS, len(corpus.shards)))]
         processes.together(lambda: _write_share(folder, config.data, corpus, tokenizer, parts, dtype))
         index = processes.from_first(lambda: _finish(folder, config.data, corpus, name, len(parts), dtype))
     return Records(folder, json.loads(index), config.model.sequence_length)
@@ -102,6 +105,52 @@ def _name(config: DataConfig, corpus: Corpus, tokenizer: Tokenizer) -> str:
     parts = [hashlib.blake2b(tokenizer.model).hexdigest(), config.held_out, config.document_bytes, config.text_field]
     text = json.dumps([*parts, [shard.name for shard in corpus.shards]])
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+def _index_of_unchanged(folder: epath.Path, corpus: Corpus, parts: list[list[int]]) -> bytes:
+    """The index, once the corpus's files are known to have the sizes of before; empty where there is none yet.
+
+    Tokens without an index belong to no run yet: those of files that were mended meanwhile are made again. Where no
+    sizes were noted, nothing is compared.
+
+    Raises:
+      DataError: a file has another size than when its tokens were made.
+    """
+    index = (folder / INDEX).read_bytes() if (folder / INDEX).exists() else b""
+    before = json.loads((folder / SOURCES).read_text()) if (folder / SOURCES).exists() else {}
+    names: dict[str, str] = {}
+    for shard in corpus.shards:
+        names.setdefault(shard.path, shard.name)  # of several shards of a file the first
+    with concurrent.futures.ThreadPoolExecutor(ASKED_AT_ONCE) as pool:
+        sizes = dict(zip(names, pool.map(_size, names), strict=True))
+    noted = {path: before.get(name) for path, name in names.items()}
+    changed = {path: size for path, size in noted.items() if None not in (size, sizes[path]) and size != sizes[path]}
+    if not index:
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            for part, shards in enumerate(parts):
+                if any(corpus.shards[shard].path in changed for shard in shards):
+                    for path in (folder / _file(part), (folder / _file(part)).with_suffix(LEFT_OUT)):
+                        path.unlink(missing_ok=True)
+            unfinished = folder / (SOURCES + ".tmp")
+            unfinished.write_text(json.dumps({name: sizes[path] for path, name in names.items()}))
+            unfinished.replace(folder / SOURCES)
+    elif changed:
+        path, size = next(iter(changed.items()))
+        more = f" ({len(changed) - 1} more have changed too)" if len(changed) > 1 else ""
+        raise DataError(
+            f"config.data.corpus: {path} has {sizes[path]:,} bytes, but had {size:,} when its tokens were made{more}; "
+            f"put that file back, begin anew in another --workdir, or remove {folder}, to go on with other rows"
+        )
+    return index
+
+
+def _size(path: str) -> int | None:
+    """A file's bytes; None where they cannot be told, which is for its reader to say."""
+    try:
+        return epath.Path(path).stat().length
+    except OSError:
+        return None
 
 
 def _file(part: int) -> str:
