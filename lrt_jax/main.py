@@ -1,5 +1,6 @@
 """Train: ``python -m lrt_jax.main --config=configs/base.py [--workdir=DIR] [--config.key=value …]``."""
 
+import contextlib
 import functools
 import re
 import sys
@@ -30,6 +31,7 @@ from lrt_jax.training import (
     checkpoint,
     guard,
     inventory,
+    lock,
     loop,
     metrics,
     optimizer,
@@ -83,7 +85,7 @@ def run(config: configs.Config, workdir: Path) -> dict[str, float]:
 
     Args:
       config: the run.
-      workdir: where it lives; if it holds checkpoints, the run goes on from the newest good one.
+      workdir: where it lives, and no other run; if it holds checkpoints, the run goes on from the newest good one.
 
     Returns:
       The closing metrics; empty if the run was interrupted.
@@ -97,7 +99,9 @@ def run(config: configs.Config, workdir: Path) -> dict[str, float]:
             stop.listening(),
             Watchdog(workdir / WATCHDOG_LOG) as watchdog,
             watchdog.phase("set-up or closing", "config.train.phase_timeout", config.train.phase_timeout),
+            contextlib.ExitStack() as alone,
         ):
+            processes.together(lambda: alone.enter_context(lock.held(workdir)) if processes.is_first() else None)
             return _run(config, workdir, startup, stop, watchdog)
     except Stopped:
         processes.say("stopped by a signal; run the same command to go on")

@@ -10,7 +10,7 @@ class UserError(Exception):
 
 
 class WorkdirError(UserError):
-    """The work dir cannot be written."""
+    """The work dir cannot be written, or another run is in it."""
 
 
 @contextlib.contextmanager

@@ -1,0 +1,122 @@
+"""Two runs in one work dir: the second one waits a little and ends; whatever ends the first one frees it."""
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from lrt_jax import main
+from lrt_jax.setup.config import Config, ConfigError, DataConfig, TrainConfig
+from lrt_jax.setup.errors import WorkdirError
+from lrt_jax.training import lock
+
+HOLDER = """
+import pathlib, sys, time
+from lrt_jax.training import lock
+with lock.held(pathlib.Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    monkeypatch.setattr(lock, "PATIENCE", 0.2)
+    monkeypatch.setattr(lock, "INTERVAL", 0.02)
+
+
+def test_it_leaves_nothing_behind_but_what_is_in_the_folder(tmp_path):
+    workdir = tmp_path / "runs" / "a"
+    with pytest.raises(ZeroDivisionError), lock.held(workdir):
+        assert [path.name for path in workdir.iterdir()] == [lock.FILE]
+        raise ZeroDivisionError
+    assert not (tmp_path / "runs").exists()
+    with lock.held(workdir):
+        (workdir / "config.json").write_text("{}")
+    assert [path.name for path in workdir.iterdir()] == ["config.json"]
+    (workdir / "config.json").unlink()
+    with lock.held(workdir):
+        pass
+    assert workdir.exists()  # it was there before
+
+
+def test_a_second_run_is_refused_and_waits_for_one_that_is_dying(tmp_path, monkeypatch):
+    first = lock.held(tmp_path)
+    first.__enter__()
+    says = rf"{tmp_path} is in use by another run \(process {os.getpid()} on .*\), which still holds run\.lock after"
+    with pytest.raises(WorkdirError, match=says), lock.held(tmp_path):
+        pass
+    monkeypatch.setattr(lock, "PATIENCE", 30.0)
+    threading.Timer(0.2, lambda: first.__exit__(None, None, None)).start()
+    begin = time.monotonic()
+    with lock.held(tmp_path):
+        assert 0.1 < time.monotonic() - begin < 20.0
+        assert (tmp_path / lock.FILE).exists()
+
+
+def test_a_file_that_its_run_removes_meanwhile_is_not_taken_for_the_lock(tmp_path, monkeypatch):
+    flock, calls = lock.fcntl.flock, []
+
+    def removed_first(descriptor, operation):
+        calls.append(operation)
+        if len(calls) == 1:
+            (tmp_path / lock.FILE).unlink()
+        flock(descriptor, operation)
+
+    monkeypatch.setattr(lock.fcntl, "flock", removed_first)
+    with lock.held(tmp_path):
+        assert len(calls) == 2
+        with pytest.raises(WorkdirError), lock.held(tmp_path):
+            pass
+
+
+def test_sigkill_frees_it(tmp_path):
+    command = [sys.executable, "-c", HOLDER, str(tmp_path)]
+    with subprocess.Popen(command, cwd=Path(__file__).parents[1], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "held\n"
+        with pytest.raises(WorkdirError, match=f"process {process.pid} on"), lock.held(tmp_path):
+            pass
+        process.send_signal(signal.SIGKILL)
+    assert (tmp_path / lock.FILE).exists()
+    with lock.held(tmp_path):
+        pass
+    assert not (tmp_path / lock.FILE).exists()
+
+
+def test_where_files_cannot_be_locked_a_line_says_so(tmp_path, monkeypatch, capsys):
+    def refuse(descriptor, operation):
+        raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+
+    monkeypatch.setattr(lock.fcntl, "flock", refuse)
+    with lock.held(tmp_path / "a"), lock.held(tmp_path / "a"):
+        assert not list((tmp_path / "a").iterdir())
+    monkeypatch.setattr(lock, "fcntl", None)
+    with lock.held(tmp_path / "a"):
+        pass
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 3 and all(f"warning: {tmp_path}/a cannot be locked (" in line for line in lines)
+    assert "(Operation not supported): nothing keeps a second run out of it" in lines[0]
+    assert not (tmp_path / "a").exists()
+
+
+def test_a_run_ends_before_it_touches_anything_of_another(tmp_path, tiny):
+    (tmp_path / "checkpoints" / "1.deleted").mkdir(parents=True)  # which a run that may write would remove
+    with lock.held(tmp_path), pytest.raises(WorkdirError, match="in use by another run"):
+        main.run(Config(tiny(), TrainConfig(batch_size=1, steps=1)), tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoints"]
+    assert (tmp_path / "checkpoints" / "1.deleted").exists()
+
+
+def test_a_run_that_fails_to_start_leaves_nothing_behind(tmp_path, tiny, monkeypatch):
+    monkeypatch.setattr(main.meshes, "cache_compilations", lambda workdir: None)  # for all tests after this one
+    with pytest.raises(ConfigError, match="'/nowhere'"):
+        main.run(
+            Config(tiny(), TrainConfig(batch_size=1, steps=1), DataConfig(corpus="/nowhere")), tmp_path / "runs" / "a"
+        )
+    assert not list(tmp_path.iterdir())
