@@ -35,6 +35,22 @@ with watchdog.Watchdog(Path(sys.argv[1])) as watch:
         stuck()
 print("the end")
 """
+HELD = """
+import ctypes, sys, time
+from pathlib import Path
+from lrt_jax.training import watchdog
+watchdog.INTERVAL, watchdog.FROZEN, watchdog.SLACK = 0.05, 0.3, 0.4
+def stuck():
+    ctypes.PyDLL(None).sleep(60)  # and holds the interpreter's lock
+with watchdog.Watchdog(Path(sys.argv[1])) as watch:
+    with watch.phase("a step", "config.train.step_timeout", 0.8):
+        print("begun", flush=True)
+        for _ in range(16):
+            time.sleep(0.05)
+            watch.beat()
+        {then}
+print("the end")
+"""
 SIGNALLED = """
 import sys, time
 import jax
@@ -80,6 +96,24 @@ def test_a_standstill_ends_with_the_stacks_and_nothing_else_does(tmp_path):
     process = run(WATCHED.format(stuck="pass"), str(tmp_path / "none.log"))
     assert process.communicate() == ("all of that was fine\nthe end\n", "") and process.returncode == 0
     assert not (tmp_path / "none.log").exists()
+
+
+def test_a_process_that_was_stopped_goes_on(tmp_path):
+    process = run(HELD.format(then="pass"), str(tmp_path / "stacks.log"))
+    assert process.stdout.readline() == "begun\n"
+    time.sleep(0.2)
+    process.send_signal(signal.SIGSTOP)
+    time.sleep(1.5)  # longer than limit and slack
+    process.send_signal(signal.SIGCONT)
+    assert process.communicate() == ("the end\n", "") and process.returncode == 0
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="the second watcher asks /proc")
+def test_a_process_whose_python_cannot_run_is_aborted_with_its_stacks(tmp_path):
+    process = run(HELD.format(then="stuck()"), str(tmp_path / "stacks.log"))
+    _, err = process.communicate()
+    assert process.returncode == -signal.SIGABRT
+    assert "native code keeps Python from ending the process; it is aborted, exit 134" in err and "in stuck" in err
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
