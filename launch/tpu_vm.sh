@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
 # Train on TPU VMs of Google Cloud, one slice or several, through a queued resource:
 #   launch/tpu_vm.sh [--dry-run] ACTION NAME [--zone=…] [--project=…] [--type=v5litepod-256] [--version=…] [--slices=N]
-#                    [--spot] [--bucket=BUCKET] [-- --config=… --workdir=… …]
+#                    [--spot] [--bucket=BUCKET] [--restarts=N] [-- --config=… --workdir=… …]
 #   create   asks for the machines, and waits until they are there
 #   run      installs this checkout on every worker and starts training there; what follows -- is passed on
 #   logs     follows the log of the first worker
 #   delete   stops everything and gives the machines back
-#   up       create, run, and after a preemption both again, until training ends
+#   up       create, run, and after a preemption both again, until training ends; where it stopped and there is more to
+#            do, only run again, after a pause that doubles, and at most N times (5) without a newer checkpoint
 # The same command on every worker makes one run: lrt_jax.main finds the others by itself. The work dir must be one that
 # all workers share: with --bucket, the bucket is mounted at /mnt/lrt by gcsfuse, so --workdir=/mnt/lrt/runs/NAME.
 # --dry-run prints every command that would be run, quoted for a shell, and runs none.
@@ -19,14 +20,14 @@ if [[ ${1:-} == --dry-run ]]; then
     shift
 fi
 usage() {
-    sed -n '2,14s/^# \{0,1\}//p' "launch/$(basename "$0")" >&2
+    sed -n '2,15s/^# \{0,1\}//p' "launch/$(basename "$0")" >&2
     exit 2
 }
 [[ $# -ge 2 ]] || usage
 action=$1 name=$2
 shift 2
 
-zone="" project="" type="" version="" slices=1 spot="" bucket=""
+zone="" project="" type="" version="" slices=1 spot="" bucket="" restarts=5
 while [[ $# -gt 0 ]]; do
     case $1 in
         --zone=*) zone=${1#*=} ;;
@@ -35,6 +36,7 @@ while [[ $# -gt 0 ]]; do
         --version=*) version=${1#*=} ;;
         --slices=*) slices=${1#*=} ;;
         --bucket=*) bucket=${1#*=} ;;
+        --restarts=*) restarts=${1#*=} ;;
         --spot) spot=1 ;;
         --)
             shift
@@ -53,6 +55,10 @@ done
 }
 [[ $slices =~ ^[1-9][0-9]*$ ]] || {
     echo "error: --slices is '$slices'; it must be a number above 0" >&2
+    exit 2
+}
+[[ $restarts =~ ^[0-9]+$ ]] || {
+    echo "error: --restarts is '$restarts'; it must be a number" >&2
     exit 2
 }
 
@@ -125,34 +131,69 @@ nodes() {
     fi
 }
 
-# What every worker does, as one line of shell in which every argument is quoted.
+# What every worker does, as one line of shell in which every argument is quoted. Its last words are how training ended
+# and the newest checkpoint, on standard output: whether gcloud hands on an exit code of --worker=all is not known.
 remote() {
-    local mount=
+    local mount="" workdir='runs/*' before="" argument
+    for argument in "$@"; do
+        if [[ $before == --workdir ]]; then workdir=$(printf %q "$argument"); fi
+        if [[ $argument == --workdir=* ]]; then workdir=$(printf %q "${argument#*=}"); fi
+        before=$argument
+    done
     if [[ -n $bucket ]]; then
         mount="sudo mkdir -p /mnt/lrt && sudo chown \"\$USER\" /mnt/lrt && (mountpoint -q /mnt/lrt || gcsfuse --implicit-dirs --rename-dir-limit=200000 $(printf %q "$bucket") /mnt/lrt) && "
     fi
     printf '%s' "${mount}mkdir -p lrt-jax && tar -xzf lrt-jax.tar.gz -C lrt-jax && cd lrt-jax && " \
         "python3 -m venv .venv && .venv/bin/pip install --quiet -e . 'jax[tpu]' && " \
-        ".venv/bin/python -m lrt_jax.main --stopped_exit_code=75$(printf ' %q' "$@") >>\$HOME/lrt-jax.log 2>&1"
+        ".venv/bin/python -m lrt_jax.main --stopped_exit_code=75$(printf ' %q' "$@") >>\$HOME/lrt-jax.log 2>&1; " \
+        "code=\$?; step=\$(ls -d $workdir/checkpoints/* 2>/dev/null | sed 's|.*/||' | grep -x '[0-9]*' | sort -n | tail -n 1); " \
+        "echo; echo \"lrt-jax ended: exit \$code, step \${step:-0}\"; exit \$code"
+}
+
+# How a run ended, by what its workers said, in files: 0 if it is complete, 75 if there is more to do, else the code of a
+# worker that failed; where none said anything gcloud's own code, the first argument, or 1. Keeps the newest checkpoint.
+newest=0
+verdict() {
+    local gcloud=$1 code step again=0 said=0
+    shift
+    while read -r code step; do
+        said=1
+        if [[ $step -gt $newest ]]; then newest=$step; fi
+        case $code in
+            0) ;;
+            75 | 134) again=75 ;; # 134: aborted, by the watchdog or by jax since another process was lost
+            *) return "$code" ;;
+        esac
+    done < <(sed -n 's/.*lrt-jax ended: exit \([0-9]*\), step \([0-9]*\).*/\1 \2/p' "$@")
+    if [[ $again -ne 0 ]]; then return "$again"; fi
+    if [[ $said -eq 0 && $gcloud -eq 0 ]]; then return 1; fi
+    return "$gcloud"
 }
 
 run() {
-    local archive pids=() failed=0 node
-    if [[ -n $dry ]]; then archive=lrt-jax.tar.gz; else archive=$(mktemp -d)/lrt-jax.tar.gz; fi
-    do_ git archive --format=tar.gz "--output=$archive" HEAD
+    local folder="" archive=lrt-jax.tar.gz pids=() failed=0 code=0 node
+    if [[ -z $dry ]]; then
+        folder=$(mktemp -d)
+        archive=$folder/$archive
+    fi
+    do_ git archive --format=tar.gz "--output=$archive" HEAD || return
     while read -r node; do
-        do_ gcloud compute tpus tpu-vm scp "$archive" "$node:lrt-jax.tar.gz" "${where[@]}" --worker=all
+        do_ gcloud compute tpus tpu-vm scp "$archive" "$node:lrt-jax.tar.gz" "${where[@]}" --worker=all </dev/null || return
     done < <(nodes)
     while read -r node; do
         if [[ -n $dry ]]; then
             do_ gcloud compute tpus tpu-vm ssh "$node" "${where[@]}" --worker=all "--command=$(remote "$@")"
         else # all slices at once: none begins before the others are there
-            gcloud compute tpus tpu-vm ssh "$node" "${where[@]}" --worker=all "--command=$(remote "$@")" </dev/null &
+            { gcloud compute tpus tpu-vm ssh "$node" "${where[@]}" --worker=all "--command=$(remote "$@")" </dev/null |
+                tee "$folder/$node.out"; } &
             pids+=($!)
         fi
     done < <(nodes)
+    if [[ -n $dry ]]; then return; fi
     for pid in "${pids[@]}"; do wait "$pid" || failed=$?; done
-    return "$failed"
+    verdict "$failed" "$folder"/*.out || code=$?
+    rm -r "$folder"
+    return "$code"
 }
 
 logs() {
@@ -168,30 +209,38 @@ delete() {
 }
 
 up() {
+    local code before pause without=0
+    create
     if [[ -n $dry ]]; then
-        create
         run "$@"
-        echo "# after a preemption deletes, creates and runs again; the same command goes on from the last checkpoint"
+        echo "# where training stopped before its end runs again, after 10 seconds to 10 minutes, at most $restarts times without"
+        echo "# a newer checkpoint; after a preemption deletes, creates and runs again; goes on from the last checkpoint"
         delete
         return
     fi
-    local code
-    create
     while true; do
-        code=0
+        code=0 before=$newest
         run "$@" || code=$?
         if [[ $code -eq 0 ]]; then break; fi
-        if [[ $(state) == ACTIVE && $code -eq 75 ]]; then # stopped by a signal, or a process was lost: there is more to do
-            echo "$name stopped before the end; running again" >&2
+        if [[ $(state) != ACTIVE ]]; then
+            echo "$name was preempted; asking for it again" >&2
+            delete
+            create
             continue
         fi
-        if [[ $(state) == ACTIVE ]]; then
+        if [[ $code -ne 75 ]]; then
             echo "error: training ended with an error and the machines are still there; see launch/tpu_vm.sh logs $name" >&2
             return 1
         fi
-        echo "$name was preempted; asking for it again" >&2
-        delete
-        create
+        if [[ $newest -gt $before ]]; then without=0; else without=$((without + 1)); fi
+        if [[ $without -gt $restarts ]]; then
+            echo "error: training stopped $without times without a checkpoint after step $newest (--restarts=$restarts), and the" \
+                "machines are still there; see launch/tpu_vm.sh logs $name" >&2
+            return 1
+        fi
+        pause=$((without < 6 ? 10 << without : 600))
+        echo "$name stopped before the end, its newest checkpoint is step $newest; running again in $pause seconds" >&2
+        sleep "$pause"
     done
     delete
 }

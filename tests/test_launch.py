@@ -1,6 +1,7 @@
 """Launch scripts: a dry run prints what a shell, sbatch or Kubernetes would run, whatever the arguments hold."""
 
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -83,7 +84,7 @@ def test_tpu_vm_creates_runs_logs_and_deletes():
     assert archive[:2] == ["git", "archive"]
     assert copy[3:7] == ["tpu-vm", "scp", "lrt-jax.tar.gz", "my-run:lrt-jax.tar.gz"] and "--worker=all" in copy
     assert start[3:6] == ["tpu-vm", "ssh", "my-run"] and "--worker=all" in start
-    assert training_of(start[-1].removesuffix(" >>$HOME/lrt-jax.log 2>&1")) == [STOPPED, *TRAINING]
+    assert training_of(start[-1].partition(" >>$HOME/lrt-jax.log 2>&1; ")[0]) == [STOPPED, *TRAINING]
     (logs,) = commands_of(dry("tpu_vm.sh", "logs", *TPU))
     assert logs[3:6] == ["tpu-vm", "ssh", "my-run"] and logs[-1].startswith("--command=tail")
     (delete,) = commands_of(dry("tpu_vm.sh", "delete", *TPU))
@@ -98,6 +99,53 @@ def test_tpu_vm_slices_share_one_run_and_a_bucket():
     assert all("gcsfuse --implicit-dirs --rename-dir-limit=200000 b /mnt/lrt" in words[-1] for words in others[2:])
     assert len({words[-1] for words in others[2:]}) == 1  # the same command everywhere
     assert delete[4] == "delete" and "preemption" in out
+    assert "at most 5 times without" in out and "at most 0 times" in dry(
+        "tpu_vm.sh", "up", *TPU, "--restarts=0", "--", "x"
+    )
+
+
+def test_tpu_vm_workers_say_how_they_ended(tmp_path):
+    for name in ("8", "24", "100.deleted", "damaged"):
+        (tmp_path / "my run" / "checkpoints" / name).mkdir(parents=True)
+    for workdir, step in ((["--workdir=my run"], 24), (["--workdir", "my run"], 24), ([], 0)):
+        *_, start = commands_of(dry("tpu_vm.sh", "run", *TPU, "--", *workdir, "--config=x"))
+        ending = start[-1].partition(" >>$HOME/lrt-jax.log 2>&1; ")[2]
+        done = subprocess.run(["bash", "-c", f"(exit 75); {ending}"], capture_output=True, text=True, cwd=tmp_path)
+        assert done.returncode == 75 and done.stdout.splitlines()[-1] == f"lrt-jax ended: exit 75, step {step}"
+
+
+# Prints what workers said in the run of the day, and hands on no exit code.
+GCLOUD = """#!/usr/bin/env bash
+echo "$*" >>calls
+case $* in
+    *describe*) echo ACTIVE ;;
+    *" ssh "*) head -n 1 days | tr ';' '\\n' && sed -i 1d days ;;
+esac
+"""
+
+
+@pytest.mark.parametrize(
+    ("days", "code", "pauses", "says"),
+    [
+        (["75 10;75 10", "134 10;75 10", "75 20;134 20", "0 30;0 30"], 0, ["10", "20", "10"], "step 20"),
+        (["75 10"] * 9, 1, ["10", "20", "40"], "error: training stopped 3 times without a checkpoint after step 10"),
+        (["75 10;1 10", "0 20"], 1, [], "error: training ended with an error"),
+        (["", "0 20"], 1, [], "error: training ended with an error"),
+    ],
+)
+def test_tpu_vm_runs_again_while_there_is_progress(tmp_path, days, code, pauses, says):
+    for name, text in (("gcloud", GCLOUD), ("git", "#!/bin/sh\n"), ("sleep", '#!/bin/sh\necho "$1" >>pauses\n')):
+        (tmp_path / name).write_text(text.replace(">>", f">>{tmp_path}/").replace(" days", f" {tmp_path}/days"))
+        (tmp_path / name).chmod(0o755)
+    said = [re.sub(r"(\d+) (\d+)", r"lrt-jax ended: exit \1, step \2", day) for day in days]
+    (tmp_path / "days").write_text("\n".join(said) + "\n")
+    arguments = ["up", *TPU, "--restarts=2", "--", *TRAINING]
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    command = [str(LAUNCH / "tpu_vm.sh"), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == code and says in done.stderr, done
+    assert (tmp_path / "pauses").read_text().split() == pauses if pauses else not (tmp_path / "pauses").exists()
+    assert ("delete" in (tmp_path / "calls").read_text()) == (code == 0)  # machines of a run that failed are kept
 
 
 def test_slurm():
@@ -136,6 +184,7 @@ def test_gke():
         ("tpu_vm.sh", ["run", "my-run"], "error: what to train is not set"),
         ("tpu_vm.sh", ["run", "my-run", "--config=x"], "error: --config=x is not an option"),
         ("tpu_vm.sh", ["create", "my-run", "--slices=0"], "error: --slices is '0'"),
+        ("tpu_vm.sh", ["up", "my-run", "--restarts=x"], "error: --restarts is 'x'"),
         ("slurm.sh", ["--nodes=2", "--", "--config=x"], "error: --gpus is ''"),
         ("slurm.sh", ["--nodes=2", "--gpus=8", "--partition=a b", "--", "x"], "error: '--partition=a b' cannot stand"),
         ("gke/run.sh", ["my-run", "--hosts=64", "--", "x"], "error: --image is ''"),
