@@ -155,15 +155,23 @@ def _in_blocks_backward(plan: Plan, kept: Any, d_out: jax.Array) -> Any:
     d_v: dict[tuple[int, int, int], list[jax.Array]] = collections.defaultdict(list)
     for begin, end, stretches in plan:
         q_b = q[:, :, :, begin:end]
-        d_out_b, logsumexp_b, common_b = (_flat(array[:, :, :, begin:end]) for array in (d_out, logsumexp, common))
+        q_flat, d_out_b, logsumexp_b, common_b = (
+            _flat(array[:, :, :, begin:end]) for array in (q, d_out, logsumexp, common)
+        )
         d_q_b = []
         for tile in ((piece, *stretch) for piece in range(len(k)) for stretch in stretches):
             k_t, v_t = (pieces[tile[0]][:, :, tile[1] : tile[2]] for pieces in (k, v))
-            weights = jnp.exp(_tile_scores(q_b, k, where, (begin, end), tile) - logsumexp_b)
-            d_scores = (weights * (product("bkqc,bknc->bkqn", d_out_b, v_t) - common_b)).astype(q.dtype)
-            d_q_b.append(product("bkqn,bknc->bkqc", d_scores, k_t))
-            d_k[tile].append(product("bkqn,bkqc->bknc", d_scores, _flat(q_b)))
-            d_v[tile].append(product("bkqn,bkqc->bknc", weights.astype(q.dtype), d_out_b))
+            # Keys before queries: two of the three products below would else contract the first axes of both.
+            seen = jnp.swapaxes(_tile_seen(where, (begin, end), tile), 1, 2)
+            scores = product("bknc,bkqc->bknq", k_t, q_flat)
+            scores = jnp.where(jnp.tile(seen, (1, 1, q_b.shape[2]))[:, None], scores, MASKED)
+            weights = jnp.exp(scores - jnp.swapaxes(logsumexp_b, -1, -2))
+            d_scores = (weights * (product("bknc,bkqc->bknq", v_t, d_out_b) - jnp.swapaxes(common_b, -1, -2))).astype(
+                q.dtype
+            )
+            d_q_b.append(product("bknq,bknc->bkqc", d_scores, k_t))
+            d_k[tile].append(product("bknq,bkqc->bknc", d_scores, q_flat))
+            d_v[tile].append(product("bknq,bkqc->bknc", weights.astype(q.dtype), d_out_b))
         d_q.append(_add(d_q_b).reshape(q_b.shape))
     # Every stretch is seen by the block of its own queries.
     d_kv = (
@@ -183,9 +191,14 @@ def _tile_scores(
     q_BxKxGxpxC: jax.Array, k: Pieces, where: Where, block: tuple[int, int], tile: tuple[int, int, int]
 ) -> jax.Array:
     """The scores of a block of queries under a stretch of one piece's keys."""
+    piece, begin, end = tile
+    return _scores(q_BxKxGxpxC, k[piece][:, :, begin:end], _tile_seen(where, block, tile))
+
+
+def _tile_seen(where: Where, block: tuple[int, int], tile: tuple[int, int, int]) -> jax.Array:
+    """Which keys of a stretch each query of a block sees: bool [B, p, n]."""
     (queries_BxP, keys_BxSxP, window), (piece, begin, end) = where, tile
-    seen_Bxpxn = visible(queries_BxP[:, slice(*block)], keys_BxSxP[:, piece, begin:end], window)
-    return _scores(q_BxKxGxpxC, k[piece][:, :, begin:end], seen_Bxpxn)
+    return visible(queries_BxP[:, slice(*block)], keys_BxSxP[:, piece, begin:end], window)
 
 
 def _add(parts: Iterable[jax.Array]) -> jax.Array:

@@ -31,7 +31,7 @@ def forward(
     decoder: Decoder,
     params: Any,
     embedded: Embedded,
-    positions_P: jax.Array,
+    positions_P: jax.Array | np.ndarray,
     memory_BxPxD: jax.Array | None,
     buffer: Buffer | None,
     slot: jax.Array | int,
@@ -75,7 +75,7 @@ def _positions_axis(embedded: jax.Array) -> int:
 
 def initialization(decoder: Decoder, params: Any, embedded: Embedded, *, keep_refreshable: bool = False) -> Forward:
     """The full forward with zero memory."""
-    positions_T = jnp.arange(embedded.x0_BxPxD.shape[1])
+    positions_T = np.arange(embedded.x0_BxPxD.shape[1], dtype=np.int32)
     return forward(decoder, params, embedded, positions_T, None, None, 0, subsets=1, keep_refreshable=keep_refreshable)
 
 
@@ -175,7 +175,7 @@ def subset_forwards(
         buffer, sources_BxTxD = carry
         if refreshable is not None:
             buffer = up_to_date(buffer, sources_BxTxD, subset.slot)
-        positions_P, previous_slots_P = jnp.asarray(subset.positions_P), jnp.asarray(subset.previous_slots_P)
+        positions_P, previous_slots_P = subset.positions_P, subset.previous_slots_P
         memory_BxPxD = memory_of(sources_BxTxD, positions_P, previous_slots_P)
         out = forward(
             decoder,

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 from jax import lax
 
@@ -184,7 +185,7 @@ def multi_refinement(
       unroll: unroll the scan over forwards.
       weights: of the K + 1 forwards' losses; empty for equal.
     """
-    positions_T = jnp.arange(tokens_BxT.shape[1])
+    positions_T = np.arange(tokens_BxT.shape[1], dtype=np.int32)
     params = forwards.by_layer(decoder, params)
     (embedded,) = forwards.embed(decoder, params, tokens_BxT)
     first = forwards.initialization(decoder, params, embedded)
