@@ -8,6 +8,9 @@ import numpy as np
 
 from lrt_jax.model.backend import target
 
+# Constants of a program may be NumPy's.
+Array = jax.Array | np.ndarray
+
 
 def rms_norm(x: jax.Array) -> jax.Array:
     """RMS norm over the last axis, without parameters (method.md, "Backbone": ``norm``).
@@ -20,9 +23,7 @@ def rms_norm(x: jax.Array) -> jax.Array:
     return (wide * scale).astype(x.dtype)
 
 
-def rope_tables(
-    positions_BxP: jax.Array | np.ndarray, head_width: int, base: float, dtype: jnp.dtype
-) -> tuple[jax.Array | np.ndarray, jax.Array | np.ndarray]:
+def rope_tables(positions_BxP: Array, head_width: int, base: float, dtype: jnp.dtype) -> tuple[Array, Array]:
     """Cosine and sine of the rotary angles: two arrays [B, P, 1, C/2], in float32 or wider.
 
     Positions that are a NumPy array give constants. On a CPU, XLA would compute both again for every element of every
@@ -36,7 +37,7 @@ def rope_tables(
     return xp.cos(angles), xp.sin(angles)
 
 
-def rope(x_BxPxHxC: jax.Array, cos: jax.Array | np.ndarray, sin: jax.Array | np.ndarray) -> jax.Array:
+def rope(x_BxPxHxC: jax.Array, cos: Array, sin: Array) -> jax.Array:
     """Rotates channel i with channel i + C/2: (x1 cos + x2 sin, -x1 sin + x2 cos)."""
     x1, x2 = jnp.split(x_BxPxHxC.astype(cos.dtype), 2, axis=-1)
     rotated = jnp.concatenate([x1 * cos + x2 * sin, x2 * cos - x1 * sin], axis=-1)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lrt_jax.model.layers import linear, rms_norm, rope
+from lrt_jax.model.layers import Array, linear, rms_norm, rope
 
 
 class KV(NamedTuple):
@@ -117,7 +117,7 @@ def mix_keys_values(
     return KV(k, v), recurrent
 
 
-def refresh(stale: Refreshable, projected: KV, rope_tables: tuple[jax.Array, jax.Array]) -> KV:
+def refresh(stale: Refreshable, projected: KV, rope_tables: tuple[Array, Array]) -> KV:
     """KV refresh (method.md): keys and values under the latest memory, the layer not recomputed.
 
     Both are linear in the memory, so g_mem ⊙ U m is added to what they were under zero memory; k then passes

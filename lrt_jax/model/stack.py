@@ -33,7 +33,7 @@ class Context(NamedTuple):
     x0_BxPxD: jax.Array
     memory_BxPxD: jax.Array | None
     projected: KV | None
-    rope: tuple[jax.Array, jax.Array]
+    rope: tuple[layers.Array, layers.Array]
     queries_BxP: jax.Array
     keys_BxN: jax.Array
     slot: jax.Array | int
