@@ -3,6 +3,7 @@
 import http.server
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -38,6 +39,8 @@ RUN = [
     "--config.data.held_out=0.3",
     "--config.data.document_bytes=400",
 ]
+# What Gloo says, in pieces: its threads write between each other.
+GLOO = re.compile(r"\[Gloo\] Rank|is connected to|Expected number of connected peer ranks is :|peer ranks\.|\d+|\s")
 # What the helpers do in two processes, and batches on a mesh whose rows both processes hold.
 PROGRAM = """
 import sys
@@ -130,7 +133,7 @@ def test_two_processes_of_two_devices_equal_one_of_four(corpus, tmp_path):
     two, one = tmp_path / "two", tmp_path / "one"
     first, second = on_two(*RUN, corpus, f"--workdir={two}")
     assert "val/bpb_sequential" in first
-    assert not [line for line in second.splitlines() if not line.startswith("[Gloo]")]  # the first alone speaks
+    assert not GLOO.sub("", second)  # the first alone speaks
     together(["-m", *RUN, corpus, f"--workdir={one}", "--config.train.steps=6"], devices=4)
     losses, expected = losses_of(two), losses_of(one)
     assert sorted(losses) == [1, 2, 3, 4] and losses[4] != losses[1]
@@ -142,7 +145,7 @@ def test_two_processes_of_two_devices_equal_one_of_four(corpus, tmp_path):
 
     # Two processes score and sample what they have saved.
     scores, silence = on_two("lrt_jax.evaluate", f"--workdir={two}")
-    scores = json.loads("\n".join(line for line in scores.splitlines() if not line.startswith("[Gloo]")))
+    scores = json.loads(scores[scores.index("{") : scores.rindex("}") + 1])
     assert scores["val/bpb_sequential"] == pytest.approx(score["val/bpb_sequential"], rel=1e-6)
     assert "val/" not in silence
     sampled = on_two("lrt_jax.generate", f"--workdir={two}", "--prompt=word", "--tokens=4")

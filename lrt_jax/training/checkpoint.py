@@ -3,6 +3,7 @@
 The only module that knows orbax, whose API still moves.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -117,10 +118,15 @@ class Checkpoints:
             raise failure
 
     def close(self) -> None:
-        """Waits, and lets go of the folder. What could not be saved has been told by :meth:`wait`."""
+        """Waits, and lets go of the folder.
+
+        Raises nothing: what could not be saved is told by :meth:`wait`, or something else has ended the run, and telling
+        of this would hide it.
+        """
         if self._sealing is not None:
             self._sealing.join()
-        self._manager.close()
+        with contextlib.suppress(Exception):
+            self._manager.close()
 
     def _begin(self, step: int, items: dict[str, ocp.args.CheckpointArgs]) -> None:
         self.wait()
