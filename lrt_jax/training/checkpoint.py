@@ -120,8 +120,8 @@ class Checkpoints:
     def close(self) -> None:
         """Waits, and lets go of the folder.
 
-        Raises nothing: what could not be saved is told by :meth:`wait`, or something else has ended the run, and telling
-        of this would hide it.
+        Raises nothing: what could not be saved is told by :meth:`wait`; or something else has ended the run, and must
+        not be hidden.
         """
         if self._sealing is not None:
             self._sealing.join()
