@@ -6,7 +6,7 @@ from absl import flags
 
 from lrt_jax.setup import flags as command_line
 from lrt_jax.setup.config import ConfigError
-from lrt_jax.training import inventory
+from lrt_jax.training import inventory, lock
 
 
 def define_flags() -> None:
@@ -14,7 +14,7 @@ def define_flags() -> None:
     flags.DEFINE_integer(
         "rewind",
         None,
-        "Go on from this step: newer checkpoints are moved to checkpoints/superseded/ first. Not while the run is on.",
+        "Go on from this step; newer checkpoints go to checkpoints/superseded/ first. Refused while a run is on.",
         lower_bound=0,
     )
 
@@ -27,7 +27,9 @@ def main(*arguments: str) -> int:
     if not inventory.folder_of(workdir).exists():
         raise ConfigError(f"{str(workdir)!r} has no folder {inventory.FOLDER}; it must be a run's work dir")
     if flags.FLAGS.rewind is not None:
-        for step in inventory.rewind(workdir, flags.FLAGS.rewind):
+        with lock.held(workdir):
+            moved = inventory.rewind(workdir, flags.FLAGS.rewind)
+        for step in moved:
             print(f"step {step:>10,}  moved to {inventory.FOLDER}/{inventory.SUPERSEDED}/")
     return show(workdir)
 

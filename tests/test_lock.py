@@ -8,13 +8,15 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from lrt_jax import main
+from lrt_jax import checkpoints, main
 from lrt_jax.setup.config import Config, ConfigError, DataConfig, TrainConfig
 from lrt_jax.setup.errors import WorkdirError
 from lrt_jax.training import lock
+from lrt_jax.training.inventory import CheckpointError
 
 HOLDER = """
 import pathlib, sys, time
@@ -111,6 +113,15 @@ def test_a_run_ends_before_it_touches_anything_of_another(tmp_path, tiny):
         main.run(Config(tiny(), TrainConfig(batch_size=1, steps=1)), tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoints"]
     assert (tmp_path / "checkpoints" / "1.deleted").exists()
+
+
+def test_checkpoints_are_not_moved_under_a_run(tmp_path, monkeypatch):
+    (tmp_path / "checkpoints").mkdir()
+    monkeypatch.setattr(checkpoints, "flags", SimpleNamespace(FLAGS=SimpleNamespace(rewind=1)))
+    with lock.held(tmp_path), pytest.raises(WorkdirError, match="in use by another run"):
+        checkpoints.main(str(tmp_path))
+    with pytest.raises(CheckpointError, match="no checkpoint of that step"):
+        checkpoints.main(str(tmp_path))
 
 
 def test_a_run_that_fails_to_start_leaves_nothing_behind(tmp_path, tiny, monkeypatch):
