@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lrt_jax.model import attention
+from lrt_jax.model import attention, blocks
 from lrt_jax.model.backend import HOMES
 from lrt_jax.model.stack import KERNELS
 from lrt_jax.setup import host_memory
@@ -42,7 +42,7 @@ def attend(kind: str, partition: partitions.Strided, subset: int, window: int) -
         options = {"subsets": subsets, "subset": subset, "mesh": None, "interpret": False}
         return lambda q, k, v: KERNELS[kind](q, k, v, window, **options)
     if kind == "blocked":
-        return lambda q, k, v: attention.attend_in_blocks(
+        return lambda q, k, v: blocks.attend_in_blocks(
             q, [k], [v], queries, keys, window, subsets=subsets, farthest=window
         )
     return lambda q, k, v: attention.attend(q, k, v, queries, keys, window)

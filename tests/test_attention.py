@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.extend.core import jaxprs_in_params
 
-from lrt_jax.model import attention, backend, stack
+from lrt_jax.model import attention, backend, blocks, stack
 from lrt_jax.model.decoder import Decoder
 from lrt_jax.setup.config import ConfigError, ModelConfig, ScheduleConfig
 from lrt_jax.training import partitions, schedules
@@ -29,34 +29,41 @@ def arrays(subsets: int, subset: int, heads: int, kv_heads: int):
 
 @pytest.mark.parametrize(("block", "window"), [(4, 0), (4, 3), (4, T), (1, 5), (100, 12)])
 @pytest.mark.parametrize(("subsets", "subset", "heads", "kv_heads"), [(1, 0, 2, 2), (2, 1, 4, 2), (4, 2, 2, 1)])
-def test_blocks_leave_out_only_what_is_hidden(subsets, subset, heads, kv_heads, block, window):
+def test_blocks_leave_out_only_what_is_hidden(subsets, subset, heads, kv_heads, block, window, monkeypatch):
+    # Tiles of some stretches, not of all keys that a block sees.
+    monkeypatch.setattr(blocks, "TILE", 40)
     with jax.enable_x64(True):
         inputs, weights, queries, keys = arrays(subsets, subset, heads, kv_heads)
 
         def dense(*inputs):
             return jnp.sum(weights * attention.attend(*inputs, queries, keys, window))
 
-        def blocks(farthest, pieces, q, *kv):
+        def in_blocks(farthest, pieces, q, *kv):
             options = {"subsets": subsets, "farthest": farthest, "block": block}
             in_pieces = (jnp.split(array, pieces, axis=2) for array in kv)
-            return jnp.sum(weights * attention.attend_in_blocks(q, *in_pieces, queries, keys, window, **options))
+            return jnp.sum(weights * blocks.attend_in_blocks(q, *in_pieces, queries, keys, window, **options))
 
         expected = jax.jit(jax.value_and_grad(dense, (0, 1, 2)))(*inputs)
         # The window itself, or the widest of scanned layers; keys in one piece, or in one for each subset.
         for farthest, pieces in {(window, 1), (T, subsets)}:
-            found = jax.jit(jax.value_and_grad(blocks, (2, 3, 4)), static_argnums=(0, 1))(farthest, pieces, *inputs)
+            found = jax.jit(jax.value_and_grad(in_blocks, (2, 3, 4)), static_argnums=(0, 1))(farthest, pieces, *inputs)
             jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12), found, expected)
 
 
-def test_blocks_that_are_hidden_are_not_computed():
+def test_keys_that_are_hidden_are_not_computed(monkeypatch):
     (q, k, v), _, queries, keys = arrays(1, 0, 2, 2)
 
-    def run(q, k, v):
-        return attention.attend_in_blocks(q, [k], [v], queries, keys, 6, subsets=1, farthest=6, block=6)
+    def shapes():
+        def run(q, k, v):
+            return blocks.attend_in_blocks(q, [k], [v], queries, keys, 6, subsets=1, farthest=6, block=6)
 
-    shapes = [eqn.outvars[0].aval.shape for eqn in products(jax.make_jaxpr(run)(q, k, v).jaxpr)]
-    # Of 24 keys, each block of 6 queries meets its own 6 and, but for the first block, the 6 before: 7 of 16 tiles.
-    assert shapes.count((2, 2, 6, 6)) == 7 and len(shapes) == 14
+        found = [eqn.outvars[0].aval.shape for eqn in products(jax.make_jaxpr(run)(q, k, v).jaxpr)]
+        return [shape for shape in found if shape[-1] != C]
+
+    # Of 24 keys, each block of 6 queries meets its own 6 and, but for the first block, the 6 before.
+    assert shapes() == [(2, 2, 6, 6)] + 3 * [(2, 2, 6, 12)]
+    monkeypatch.setattr(blocks, "TILE", 36)
+    assert shapes() == 7 * [(2, 2, 6, 6)]
 
 
 def products(jaxpr):
@@ -81,7 +88,7 @@ def products(jaxpr):
 def test_models_compute_the_same_with_either(tiny, random_params, random_batch, schedule, monkeypatch):
     scan_layers = schedule.name == "multi_refinement"  # where a layer's window is traced
     # Blocks of two positions, so that the tiny model has several.
-    monkeypatch.setattr(attention, "BLOCK", 2)
+    monkeypatch.setattr(blocks, "BLOCK", 2)
 
     def loss_and_gradients(kind):
         config = tiny(dtype="float64", attention=kind, scan_layers=scan_layers)

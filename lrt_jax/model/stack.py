@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import Mesh
 
-from lrt_jax.model import attention, cache, kernels, layers, memory
+from lrt_jax.model import attention, blocks, cache, kernels, layers, memory
 from lrt_jax.model.backend import attention_kind, target
 from lrt_jax.model.memory import KV, Refreshable
 from lrt_jax.model.parameters import table, unstack
@@ -135,7 +135,7 @@ def attention_for(
     """
     kind = attention_kind(config, length, mesh)
     if kind == "blocked" and subsets is not None:
-        return functools.partial(attention.attend_in_blocks, subsets=subsets)
+        return functools.partial(blocks.attend_in_blocks, subsets=subsets)
     if kind in KERNELS and subsets is not None and not ragged and isinstance(slot, int):
         on_cpu = target().platform == "cpu"
         kernel = functools.partial(KERNELS[kind], subsets=subsets, subset=slot // length, mesh=mesh, interpret=on_cpu)
