@@ -14,9 +14,10 @@ from flax import struct
 from jax import lax
 from jax.sharding import Mesh
 
-from lrt_jax.model import attention, cache, layers, memory, stack
+from lrt_jax.model import attention, cache, embedding, layers, memory, stack
 from lrt_jax.model.backend import compute_dtype
 from lrt_jax.model.cache import Cache
+from lrt_jax.model.embedding import Embedded
 from lrt_jax.model.memory import KV, Refreshable
 from lrt_jax.model.parameters import is_by_layer, table, unstack
 from lrt_jax.setup import mesh as meshes
@@ -36,18 +37,6 @@ class Buffer(struct.PyTreeNode):
 
     pieces: tuple[Any, ...]
     positions_BxN: jax.Array
-
-
-class Embedded(NamedTuple):
-    """Tokens looked up: what a forward needs of them.
-
-    Attributes:
-      x0_BxPxD: x⁰ = norm(E[token]).
-      values_ExBxPxKxC: VE[token] of the E layers that have a table, stacked or a tuple; None without value embeddings.
-    """
-
-    x0_BxPxD: jax.Array
-    values_ExBxPxKxC: Any
 
 
 class Forward(NamedTuple):
@@ -143,7 +132,7 @@ class Decoder(nn.Module):
         """
         config, dtype = self.config, compute_dtype(self.config)
         arrays = self.parameters
-        embedded = tokens_BxP if isinstance(tokens_BxP, Embedded) else self.embed(tokens_BxP)
+        embedded = tokens_BxP if isinstance(tokens_BxP, Embedded) else self.embed(tokens_BxP)[0]
         x0_BxPxD = embedded.x0_BxPxD
         _check_shapes(x0_BxPxD.shape[:2], positions_BxP, memory_BxPxD, buffer)
         if past is not None and (buffer is not None or config.scan_layers or len(past.position_B) != len(x0_BxPxD)):
@@ -217,23 +206,9 @@ class Decoder(nn.Module):
             for stale, layer in zip(refreshable, own, strict=True)
         )
 
-    def embed(self, tokens_BxP: jax.Array) -> Embedded:
-        """x⁰ and the value embeddings of int tokens [B, P]."""
-        dtype = compute_dtype(self.config)
-        sharded = functools.partial(meshes.constrain, self.mesh)
-
-        def look_up(name: str, axis: int, *axes: str | None) -> jax.Array:
-            # Where a table's last axis lies, all rows of the batch are looked up in that part of it, and only then
-            # do rows and columns change places: the table itself, and its gradient, never travel.
-            found = jnp.take(self.parameters[name], tokens_BxP, axis=axis).astype(dtype)
-            return sharded(found, *axes)
-
-        x0_BxPxD = look_up("embedding", 0, "looked_up", "sequence", "embed")
-        x0_BxPxD = layers.rms_norm(sharded(x0_BxPxD, "batch", "sequence", None))
-        if not self.config.value_embedding_layers:
-            return Embedded(x0_BxPxD, None)
-        values_ExBxPxKxC = look_up("value_embedding", 1, None, "looked_up", "sequence", None, "value")
-        return Embedded(x0_BxPxD, sharded(values_ExBxPxKxC, None, "batch", "sequence", "kv_heads", None))
+    def embed(self, *tokens_BxP: jax.Array) -> list[Embedded]:
+        """x⁰ and the value embeddings of int tokens [B, P], those of several forwards together."""
+        return embedding.embed(self.config, self.mesh, self.parameters, *tokens_BxP)
 
     def logits(self, hidden_BxPxD: jax.Array) -> jax.Array:
         """15 tanh(Whead h_final / 15), in float32 or wider: [B, P, V]."""

@@ -10,7 +10,8 @@ from jax import lax
 from lrt_jax.model import parameters
 from lrt_jax.model.attention import EMPTY
 from lrt_jax.model.backend import compute_dtype
-from lrt_jax.model.decoder import Buffer, Decoder, Embedded, Forward, empty_buffer
+from lrt_jax.model.decoder import Buffer, Decoder, Forward, empty_buffer
+from lrt_jax.model.embedding import Embedded
 from lrt_jax.model.head import cross_entropy
 from lrt_jax.model.stack import SLOTS
 from lrt_jax.training.partitions import Partition, Strided
@@ -57,20 +58,24 @@ def by_layer(decoder: Decoder, params: Any) -> Any:
     return params if decoder.config.scan_layers else parameters.by_layer(decoder.config, params)
 
 
-def embed(decoder: Decoder, params: Any, *tokens_BxT: jax.Array) -> list[Embedded]:
-    """Rows of tokens, as many as a schedule's forwards want, all looked up at once."""
-    looked_up = decoder.apply({"params": params}, jnp.concatenate(tokens_BxT, axis=1), method=Decoder.embed)
-    if not decoder.config.scan_layers and looked_up.values_ExBxPxKxC is not None:
-        looked_up = looked_up._replace(values_ExBxPxKxC=parameters.cut(looked_up.values_ExBxPxKxC))
-    edges = np.cumsum([rows.shape[1] for rows in tokens_BxT])[:-1]
-    leaves, structure = jax.tree.flatten(looked_up)
-    cut = [jnp.split(leaf, edges, axis=_positions_axis(leaf)) for leaf in leaves]
-    return [jax.tree.unflatten(structure, parts) for parts in zip(*cut, strict=True)]
+def embed(decoder: Decoder, params: Any, *tokens_BxP: jax.Array) -> list[Embedded]:
+    """The tokens of as many forwards as a schedule wants, all looked up together."""
+    return decoder.apply({"params": params}, *tokens_BxP, method=Decoder.embed)
 
 
-def _positions_axis(embedded: jax.Array) -> int:
-    """x⁰ is [B, P, D], value embeddings are [(E,) B, P, K, C]."""
-    return 1 if embedded.ndim == 3 else embedded.ndim - 3
+def embed_subsets(
+    decoder: Decoder, params: Any, tokens_BxT: jax.Array, partition: Partition, *others_BxP: jax.Array, unroll: bool
+) -> list[Embedded]:
+    """The same of each subset's tokens, after those of ``others_BxP``."""
+    slots_BxT = partition.in_slots(tokens_BxT, 1)
+    if unroll:
+        return embed(decoder, params, *others_BxP, *jnp.split(slots_BxT, partition.subsets, axis=1))
+    # A scan over subsets reads stacks: one lookup, however many subsets there are.
+    *others, slots = embed(decoder, params, *others_BxP, slots_BxT)
+    leaves, structure = jax.tree.flatten(slots)
+    # x⁰ is [B, P, D], value embeddings are [(E,) B, P, K, C].
+    parts = [jnp.split(leaf, partition.subsets, axis=1 if leaf.ndim == 3 else leaf.ndim - 3) for leaf in leaves]
+    return [*others, *(jax.tree.unflatten(structure, mine) for mine in zip(*parts, strict=True))]
 
 
 def initialization(decoder: Decoder, params: Any, embedded: Embedded, *, keep_refreshable: bool = False) -> Forward:
@@ -118,7 +123,7 @@ def _scan(body: Any, carry: Any, subsets: list[Subset], unroll: bool) -> tuple[A
 def subset_forwards(
     decoder: Decoder,
     params: Any,
-    embedded: Embedded,
+    embedded: list[Embedded],
     targets_BxT: jax.Array,
     partition: Partition,
     shared: Buffer,
@@ -132,7 +137,7 @@ def subset_forwards(
     Args:
       decoder: the model.
       params: its parameters.
-      embedded: the inputs, looked up, in slot order.
+      embedded: the inputs of each subset, looked up.
       targets_BxT: int targets.
       partition: the subsets.
       shared: the buffer, in slot order, in one piece or one for each subset; it may be empty.
@@ -191,14 +196,10 @@ def subset_forwards(
         losses_BxP = token_losses(decoder, params, out.hidden_BxPxD, subset.targets_BxP)
         return (out.buffer, sources_BxTxD), losses_BxP
 
-    def parts(array: jax.Array) -> list[jax.Array]:
-        return jnp.split(array, partition.subsets, axis=_positions_axis(array))
-
-    leaves, structure = jax.tree.flatten(embedded)
     subsets = [
-        Subset(jax.tree.unflatten(structure, mine), targets_BxP, *known)
-        for *mine, targets_BxP, known in zip(
-            *map(parts, leaves),
+        Subset(mine, targets_BxP, *known)
+        for mine, targets_BxP, known in zip(
+            embedded,
             jnp.split(partition.in_slots(targets_BxT, 1), partition.subsets, axis=1),
             zip(
                 partition.positions_SxP,
@@ -229,5 +230,5 @@ def subset_forwards_alone(
     empty = Buffer(in_pieces(whole, partition.subsets if unroll else 1), jnp.full((1, length), EMPTY, jnp.int32))
     sources_BxTxD = jnp.zeros((rows, length, config.width), compute_dtype(config))
     params = by_layer(decoder, params)
-    (embedded,) = embed(decoder, params, partition.in_slots(tokens_BxT, 1))
+    embedded = embed_subsets(decoder, params, tokens_BxT, partition, unroll=unroll)
     return subset_forwards(decoder, params, embedded, targets_BxT, partition, empty, sources_BxTxD, unroll=unroll)

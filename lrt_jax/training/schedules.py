@@ -130,8 +130,8 @@ def interleaved(
       weights: of the 1 + S forwards' losses; empty for equal.
     """
     params = forwards.by_layer(decoder, params)
-    # Both orders are looked up at once: reordering what was looked up would copy far more than ids.
-    natural, in_slots = forwards.embed(decoder, params, tokens_BxT, partition.in_slots(tokens_BxT, 1))
+    # Both orders are looked up: reordering what was looked up would copy far more than ids.
+    natural, *in_subsets = forwards.embed_subsets(decoder, params, tokens_BxT, partition, tokens_BxT, unroll=unroll)
     first = forwards.initialization(decoder, params, natural, keep_refreshable=kv_refresh)
     init_losses_BxT = forwards.token_losses(decoder, params, first.hidden_BxPxD, targets_BxT)
 
@@ -146,7 +146,7 @@ def interleaved(
     losses_BxT, sources_BxTxD = forwards.subset_forwards(
         decoder,
         params,
-        in_slots,
+        in_subsets,
         targets_BxT,
         partition,
         Buffer(pieces, jnp.asarray(partition.positions_SxP.reshape(1, -1))),

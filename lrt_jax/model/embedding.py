@@ -1,0 +1,114 @@
+"""Tokens looked up: x⁰ and value embeddings, for one forward or for several at once.
+
+The gradient of a lookup is a whole table. Forwards that look tokens up together share one, where each would
+else fill its own, most of it with zeros.
+"""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from lrt_jax.model import layers
+from lrt_jax.model.backend import compute_dtype, target
+from lrt_jax.model.parameters import cut
+from lrt_jax.setup import mesh as meshes
+from lrt_jax.setup.config import ModelConfig
+
+
+class Embedded(NamedTuple):
+    """Tokens looked up: what a forward needs of them.
+
+    Attributes:
+      x0_BxPxD: x⁰ = norm(E[token]).
+      values_ExBxPxKxC: VE[token] of the E layers that have a table: a tuple, or stacked where layers are scanned; None
+        without value embeddings.
+    """
+
+    x0_BxPxD: jax.Array
+    values_ExBxPxKxC: Any
+
+
+def embed(
+    config: ModelConfig, mesh: Mesh | None, parameters: Mapping[str, Any], *tokens_BxP: jax.Array
+) -> list[Embedded]:
+    """Looks up the int tokens [B, P] of several forwards, each with a P of its own."""
+    found = _row_by_row if target().platform == "cpu" and (mesh is None or mesh.size == 1) else _at_once
+    dtype = compute_dtype(config)
+    x0, values = found(mesh, parameters["embedding"], parameters.get("value_embedding"), tokens_BxP, dtype)
+    if config.scan_layers:
+        values = [jnp.stack(own) if isinstance(own, tuple) else own for own in values]
+    else:
+        values = [own if own is None or isinstance(own, tuple) else cut(own) for own in values]
+    return [Embedded(layers.rms_norm(x0_BxPxD), own) for x0_BxPxD, own in zip(x0, values, strict=True)]
+
+
+# Of each forward: what is looked up for x⁰ [B, P, D], and of E tables, [B, P, K, C] of each or stacked, or None.
+Found = tuple[list[jax.Array], list[Any]]
+
+
+def _at_once(
+    mesh: Mesh | None, embedding_VxD: jax.Array, values_ExVxKxC: Any, tokens: tuple[jax.Array, ...], dtype: jnp.dtype
+) -> Found:
+    """One lookup of all tokens in all tables, cut up afterwards."""
+    tokens_BxP = jnp.concatenate(tokens, axis=1)
+    edges = np.cumsum([rows.shape[1] for rows in tokens])[:-1]
+
+    def look_up(table: jax.Array, axis: int, *axes: str | None) -> jax.Array:
+        # Where a table's last axis lies, all rows of the batch are looked up in that part of it, and only then
+        # do rows and columns change places: the table itself, and its gradient, never travel.
+        return meshes.constrain(mesh, jnp.take(table, tokens_BxP, axis=axis).astype(dtype), *axes)
+
+    x0_BxPxD = look_up(embedding_VxD, 0, "looked_up", "sequence", "embed")
+    x0 = jnp.split(meshes.constrain(mesh, x0_BxPxD, "batch", "sequence", None), edges, axis=1)
+    if values_ExVxKxC is None:
+        return x0, [None] * len(tokens)
+    values_ExBxPxKxC = look_up(values_ExVxKxC, 1, None, "looked_up", "sequence", None, "value")
+    values_ExBxPxKxC = meshes.constrain(mesh, values_ExBxPxKxC, None, "batch", "sequence", "kv_heads", None)
+    return x0, jnp.split(values_ExBxPxKxC, edges, axis=2)
+
+
+def _row_by_row(
+    mesh: Mesh | None, embedding_VxD: jax.Array, values_ExVxKxC: Any, tokens: tuple[jax.Array, ...], dtype: jnp.dtype
+) -> Found:
+    """Every forward's lookup in every table by itself, for XLA's CPU backend.
+
+    It would put tokens before tables, and cut up and join what was looked up, and gradients, element by element: 70 of
+    4,000 ms of an interleaved step on one core, against 12 (docs/LOG.md).
+    """
+    del mesh
+    x0 = [found.astype(dtype) for found in _rows_of(embedding_VxD, tokens)]
+    if values_ExVxKxC is None:
+        return x0, [None] * len(tokens)
+    tables, words, *each = values_ExVxKxC.shape
+    places = tuple(tokens_BxP + words * table for tokens_BxP in tokens for table in range(tables))
+    rows = [
+        found.reshape(*found.shape[:-1], *each).astype(dtype)
+        for found in _rows_of(values_ExVxKxC.reshape(tables * words, -1), places)
+    ]
+    return x0, [tuple(rows[first : first + tables]) for first in range(0, len(rows), tables)]
+
+
+@jax.custom_vjp
+def _rows_of(table_RxN: jax.Array, places: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    """Rows of a table, [..., N] for each of several arrays of row numbers; all add to one gradient, in place."""
+    return tuple(jnp.take(table_RxN, rows, axis=0) for rows in places)
+
+
+def _rows_of_forward(table_RxN: jax.Array, places: tuple[jax.Array, ...]) -> Any:
+    return _rows_of(table_RxN, places), (table_RxN, places)
+
+
+def _rows_of_backward(kept: tuple[jax.Array, tuple[jax.Array, ...]], gradients: tuple[jax.Array, ...]) -> Any:
+    table_RxN, places = kept
+    gradient_RxN = jnp.zeros_like(table_RxN)
+    # What was looked up last has its gradient first.
+    for rows, gradient in reversed(list(zip(places, gradients, strict=True))):
+        gradient_RxN = gradient_RxN.at[rows].add(gradient)
+    return gradient_RxN, None
+
+
+_rows_of.defvjp(_rows_of_forward, _rows_of_backward)
