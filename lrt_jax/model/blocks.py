@@ -1,7 +1,7 @@
 """Attention in blocks: the numbers of ``attention.attend``, without the work that causality and windows spare.
 
-A block of queries meets its keys tile by tile. A tile holds the keys of one subset or of several, as many as make a
-product of good size, so that a short subset's queries do not meet S small pieces one by one.
+A block of queries meets its keys tile by tile. A tile is a run of one subset's keys. To join those of several subsets
+would make fewer and faster products, but XLA keeps what it joined, S copies of all keys (docs/LOG.md).
 """
 
 import collections
@@ -15,17 +15,16 @@ import jax.numpy as jnp
 
 from lrt_jax.model import attention
 
-# A block has about this many queries, or more where there would be too many blocks to compile; of short subsets, blocks
-# of 32 spare a quarter of the work (docs/LOG.md).
-BLOCK = 32
+# A block has about this many queries, or more where there would be too many blocks to compile.
+BLOCK = 64
 MOST_BLOCKS = 4
-# Queries times keys of a tile: 2 CPU cores are fastest at this size.
+# Queries times keys of a tile, at most, unless a block is larger: a size at which 2 CPU cores are fast.
 TILE = 32768
 
 # Keys of a piece: the piece, the first key, the last + 1.
 Stretch = tuple[int, int, int]
 # The blocks of queries, each as its first, its last + 1, and its tiles.
-Plan = tuple[tuple[int, int, tuple[tuple[Stretch, ...], ...]], ...]
+Plan = tuple[tuple[int, int, tuple[Stretch, ...]], ...]
 # Positions of queries and keys, and the window.
 Where = tuple[jax.Array, jax.Array, jax.Array | int]
 Pieces = tuple[jax.Array, ...]
@@ -69,7 +68,8 @@ def attend_in_blocks(
     k, v = (_in_subsets(pieces, subsets) for pieces in (k_BxKxNxC, v_BxKxNxC))
     where = (queries_BxP, keys_BxN.reshape(-1, subsets, length), window)
     q_BxKxGxPxC = attention.grouped(q_BxPxHxC, k[0].shape[1])
-    return attention.ungrouped(_attend(q_BxKxGxPxC, k, v, where, _plan(length, subsets, farthest, block or BLOCK)))
+    plan = _plan(length, subsets, farthest, block or BLOCK)
+    return attention.ungrouped(_attend(q_BxKxGxPxC, k, v, where, plan))
 
 
 def _plan(length: int, subsets: int, farthest: int, block: int) -> Plan:
@@ -81,17 +81,11 @@ def _plan(length: int, subsets: int, farthest: int, block: int) -> Plan:
     plan = []
     for number, (begin, end) in enumerate(edges):
         near = [edge for edge in edges[: number + 1] if edge[1] > begin - reach]
-        # At least one stretch of keys, or a tile would hold nothing.
-        most = max(TILE // (end - begin), *(b - a for a, b in near))
-        tiles: list[tuple[Stretch, ...]] = []
-        room = 0
-        for piece, (a, b) in itertools.product(range(subsets), near):
-            if room < b - a:
-                tiles.append(())
-                room = most
-            tiles[-1] += ((piece, a, b),)
-            room -= b - a
-        plan.append((begin, end, tuple(tiles)))
+        # Stretches of keys in a tile: at least one.
+        count = max(1, TILE // (end - begin) // max(b - a for a, b in near))
+        runs = [near[first : first + count] for first in range(0, len(near), count)]
+        tiles = tuple((piece, run[0][0], run[-1][1]) for piece in range(subsets) for run in runs)
+        plan.append((begin, end, tiles))
     return tuple(plan)
 
 
@@ -144,8 +138,8 @@ def _attend_backward(plan: Plan, kept: Any, d_out: jax.Array) -> Any:
                 q.dtype
             )
             d_q_b.append(product("bknq,bknc->bkqc", d_scores, k_t))
-            _share_out(d_k, tile, product("bknq,bkqc->bknc", d_scores, q_flat))
-            _share_out(d_v, tile, product("bknq,bkqc->bknc", weights.astype(q.dtype), d_out_b))
+            _share_out(d_k, plan, tile, product("bknq,bkqc->bknc", d_scores, q_flat))
+            _share_out(d_v, plan, tile, product("bknq,bkqc->bknc", weights.astype(q.dtype), d_out_b))
         d_q.append(_add(d_q_b).reshape(q_b.shape))
     # Every stretch is seen by the block of its own queries.
     d_kv = (
@@ -161,23 +155,24 @@ def _attend_backward(plan: Plan, kept: Any, d_out: jax.Array) -> Any:
 _attend.defvjp(_attend_forward, _attend_backward)
 
 
-def _keys_of(pieces: Pieces, tile: tuple[Stretch, ...]) -> jax.Array:
+def _keys_of(pieces: Pieces, tile: Stretch) -> jax.Array:
     """A tile's keys, or values: [B, K, n, C]."""
-    return jnp.concatenate([pieces[piece][:, :, begin:end] for piece, begin, end in tile], axis=2)
+    piece, begin, end = tile
+    return pieces[piece][:, :, begin:end]
 
 
-def _seen(where: Where, block: tuple[int, int], tile: tuple[Stretch, ...]) -> jax.Array:
+def _seen(where: Where, block: tuple[int, int], tile: Stretch) -> jax.Array:
     """Which of a tile's keys each query of a block sees: bool [B, p, n]."""
-    queries_BxP, keys_BxSxP, window = where
-    keys_Bxn = jnp.concatenate([keys_BxSxP[:, piece, begin:end] for piece, begin, end in tile], axis=1)
-    return attention.visible(queries_BxP[:, slice(*block)], keys_Bxn, window)
+    (queries_BxP, keys_BxSxP, window), (piece, begin, end) = where, tile
+    return attention.visible(queries_BxP[:, slice(*block)], keys_BxSxP[:, piece, begin:end], window)
 
 
-def _share_out(parts: dict[Stretch, list[jax.Array]], tile: tuple[Stretch, ...], gradient_BxKxnxC: jax.Array) -> None:
-    """Gives each stretch of a tile its part of the gradient."""
-    edges = list(itertools.accumulate(end - begin for _, begin, end in tile))[:-1]
-    for stretch, part in zip(tile, jnp.split(gradient_BxKxnxC, edges, axis=2), strict=True):
-        parts[stretch].append(part)
+def _share_out(parts: dict[Stretch, list[jax.Array]], plan: Plan, tile: Stretch, gradient_BxKxnxC: jax.Array) -> None:
+    """Gives each block's stretch of a tile its part of the gradient."""
+    piece, first, last = tile
+    for begin, end, _ in plan:
+        if first <= begin and end <= last:
+            parts[piece, begin, end].append(gradient_BxKxnxC[:, :, begin - first : end - first])
 
 
 def _add(parts: Iterable[jax.Array]) -> jax.Array:
