@@ -1,4 +1,4 @@
-"""Attention in blocks: the numbers of ``attention.attend``, without the work that causality and windows spare.
+"""Attention in blocks: the numbers of ``attention.attend``, without the work for keys that a whole block cannot see.
 
 A block of queries meets its keys tile by tile. A tile is a run of one subset's keys. To join those of several subsets
 would make fewer and faster products, but XLA keeps what it joined, S copies of all keys (docs/LOG.md).
@@ -18,8 +18,9 @@ from lrt_jax.model import attention
 # A block has about this many queries, or more where there would be too many blocks to compile.
 BLOCK = 64
 MOST_BLOCKS = 4
-# Queries times keys of a tile, at most, unless a block is larger: a size at which 2 CPU cores are fast.
-TILE = 32768
+# Queries times keys of a tile, at most, unless a block is larger. Larger ones are no faster on 2 CPU cores, and XLA
+# keeps more copies of keys for them (docs/LOG.md).
+TILE = 8192
 
 # Keys of a piece: the piece, the first key, the last + 1.
 Stretch = tuple[int, int, int]
@@ -46,9 +47,9 @@ def attend_in_blocks(
 
     The queries are one subset of S, in ascending order, and the N = S P keys are in slot order (slot r P + j holds
     position j S + r). A block of queries a to b sees nothing of the slots j ≥ b of any subset, nor of
-    those farther back than the window: neither is computed, which nearly halves the work. Scores are computed again in
-    the backward pass instead of being kept, so memory does not grow with P N; keys and values are kept as they came,
-    so S forwards over the same pieces keep them once.
+    those farther back than the window: neither is computed, which nearly halves the work. Nothing of size P N is kept
+    for the backward pass, which computes scores again; XLA's CPU backend does that early, and then keeps them
+    (docs/LOG.md). Keys and values are kept as they came, so S forwards over the same pieces keep them once.
 
     Args:
       q_BxPxHxC: as in ``attention.attend``.

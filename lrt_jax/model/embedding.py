@@ -36,9 +36,11 @@ def embed(
     config: ModelConfig, mesh: Mesh | None, parameters: Mapping[str, Any], *tokens_BxP: jax.Array
 ) -> list[Embedded]:
     """Looks up the int tokens [B, P] of several forwards, each with a P of its own."""
-    found = _row_by_row if target().platform == "cpu" and (mesh is None or mesh.size == 1) else _at_once
-    dtype = compute_dtype(config)
-    x0, values = found(mesh, parameters["embedding"], parameters.get("value_embedding"), tokens_BxP, dtype)
+    tables = (parameters["embedding"], parameters.get("value_embedding"))
+    if target().platform == "cpu" and (mesh is None or mesh.size == 1):
+        x0, values = _each_alone(*tables, tokens_BxP, compute_dtype(config))
+    else:
+        x0, values = _at_once(mesh, *tables, tokens_BxP, compute_dtype(config))
     if config.scan_layers:
         values = [jnp.stack(own) if isinstance(own, tuple) else own for own in values]
     else:
@@ -71,15 +73,14 @@ def _at_once(
     return x0, jnp.split(values_ExBxPxKxC, edges, axis=2)
 
 
-def _row_by_row(
-    mesh: Mesh | None, embedding_VxD: jax.Array, values_ExVxKxC: Any, tokens: tuple[jax.Array, ...], dtype: jnp.dtype
+def _each_alone(
+    embedding_VxD: jax.Array, values_ExVxKxC: Any, tokens: tuple[jax.Array, ...], dtype: jnp.dtype
 ) -> Found:
     """Every forward's lookup in every table by itself, for XLA's CPU backend.
 
     It would put tokens before tables, and cut up and join what was looked up, and gradients, element by element: 70 of
     4,000 ms of an interleaved step on one core, against 12 (docs/LOG.md).
     """
-    del mesh
     x0 = [found.astype(dtype) for found in _rows_of(embedding_VxD, tokens)]
     if values_ExVxKxC is None:
         return x0, [None] * len(tokens)
