@@ -28,7 +28,8 @@ from lrt_jax.model.decoder import Decoder
 from lrt_jax.model.parameters import table
 from lrt_jax.setup import hardware, host_memory
 from lrt_jax.setup import mesh as meshes
-from lrt_jax.setup.config import MeshConfig, ModelConfig, OptimizerConfig, ScheduleConfig
+from lrt_jax.setup.config import MeshConfig, ModelConfig, OptimizerConfig, ScheduleConfig, from_json
+from lrt_jax.setup.errors import UserError
 from lrt_jax.training import optimizer, schedules, state, step
 
 ROW = "{:<26}{:>10}{:>9}{:>9}{:>12}{:>7}{:>10}{:>10}"
@@ -126,6 +127,25 @@ class Timed:
         return time.perf_counter() - begin
 
 
+def model_of(model: ModelConfig, row: Row) -> ModelConfig:
+    """The model with a row's memory."""
+    return dataclasses.replace(model, memory=row.memory, residual_injection=row.schedule != "plain")
+
+
+def check(model: ModelConfig, schedule: ScheduleConfig, options: argparse.Namespace) -> None:
+    """Checks a row as a config of ``lrt_jax.main`` is checked, before anything is compiled.
+
+    Raises:
+      ConfigError: naming the field, what was found and what is allowed.
+    """
+    fields = {
+        "model": dataclasses.asdict(model),
+        "schedule": dataclasses.asdict(schedule),
+        "train": {"batch_size": options.batch, "accumulation": options.accumulation, "steps": 1},
+    }
+    from_json(json.dumps(fields))
+
+
 def measure(
     model: ModelConfig,
     chosen: list[tuple[Row, ScheduleConfig]],
@@ -141,12 +161,8 @@ def measure(
 
     batch = options.batch
 
-    def model_of(row: Row) -> ModelConfig:
-        recurrent = row.schedule != "plain"
-        return dataclasses.replace(model, memory=row.memory, residual_injection=recurrent)
-
     def timed(row: Row, schedule: ScheduleConfig) -> Timed:
-        made = Timed(model_of(row), schedule, batch, options)
+        made = Timed(model_of(model, row), schedule, batch, options)
         row.compile_seconds, row.temp_bytes = made.compile_seconds, made.temp_bytes
         print(f"  compiled {row.name} in {made.compile_seconds:.1f} s", file=sys.stderr, flush=True)
         return made
@@ -169,9 +185,9 @@ def measure(
                 del steps[id(row)]
 
     peak = hardware.peak_flops(jax.devices()[0]) * jax.device_count()
-    baseline_flops = costs.train_flops(model_of(plain), plain_schedule)
+    baseline_flops = costs.train_flops(model_of(model, plain), plain_schedule)
     for row, schedule in chosen:
-        flops = costs.train_flops(model_of(row), schedule)
+        flops = costs.train_flops(model_of(model, row), schedule)
         row.step_seconds = statistics.median(seconds[id(row)])
         row.step_ratio = statistics.median(paired[id(row)]) if paired[id(row)] else 1.0
         row.ideal_ratio = flops / baseline_flops
@@ -194,7 +210,16 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     on_cpu = jax.default_backend() == "cpu"
-    numbers = lambda text: [int(item) for item in text.split(",") if item]  # noqa: E731
+
+    def numbers(text: str) -> list[int]:
+        return [int(item) for item in text.split(",") if item]
+
+    def pattern(text: str) -> re.Pattern[str]:
+        try:
+            return re.compile(text)
+        except re.error as error:
+            raise argparse.ArgumentTypeError(f"{text!r} is no regular expression ({error})") from None
+
     parser.add_argument("--json", type=Path, help="write the rows here")
     parser.add_argument("--depth", type=int, default=0, help="nanochat's dial: sets layers, width and heads of 128")
     parser.add_argument("--layers", type=int, default=6)
@@ -218,7 +243,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         default=not on_cpu,
         help="all S and K with every memory; else memories after the first come with the first S and K only",
     )
-    parser.add_argument("--only", default="", help="a regular expression that a row's name must match")
+    parser.add_argument("--only", type=pattern, default="", help="a regular expression that a row's name must match")
     parser.add_argument("--repeats", type=int, default=3 if on_cpu else 10)
     parser.add_argument("--one_by_one", action="store_true", help="hold one row's state beside the plain one's")
     options = parser.parse_args(arguments)
@@ -244,7 +269,12 @@ def main() -> None:
         remat=options.remat,
     )
     chosen = list(rows(options.subsets, options.refinements, options.memories, options.everything))
-    chosen = [chosen[0], *(pair for pair in chosen[1:] if re.search(options.only, pair[0].name))]
+    chosen = [chosen[0], *(pair for pair in chosen[1:] if options.only.search(pair[0].name))]
+    try:
+        for row, schedule in chosen:
+            check(model_of(model, row), schedule, options)
+    except UserError as error:
+        raise SystemExit(f"error: {error}") from None
     device = jax.devices()[0]
     kind = f"{jax.device_count()} × {device.device_kind}, jax {jax.__version__}, {compute_dtype(model)}"
     print(f"{kind}, batch {options.batch}")

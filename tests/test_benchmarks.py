@@ -1,0 +1,30 @@
+"""Benchmarks: what they refuse before they compile anything."""
+
+import pytest
+
+from benchmarks import step
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--memories=bogus"], "config.model.memory is 'bogus'; allowed are: shared, layerwise, none"),
+        (["--subsets=7"], "config.schedule.subsets is 7"),
+        (["--width=100"], "config.model.heads is 6"),
+        (["--batch=4", "--accumulation=3"], "config.train.accumulation is 3"),
+    ],
+)
+def test_a_row_that_cannot_be_is_refused_in_one_line(arguments, message, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["step", *arguments])
+    monkeypatch.setattr(step.host_memory, "keep_freed", lambda: None)  # of the whole process
+    monkeypatch.setattr(step, "measure", lambda *_: pytest.fail("measured"))
+    with pytest.raises(SystemExit) as stopped:
+        step.main()
+    assert str(stopped.value).startswith(f"error: {message}") and "\n" not in str(stopped.value)
+
+
+@pytest.mark.parametrize("argument", ["--only=(", "--subsets=two"])
+def test_an_argument_that_cannot_be_read_is_named(argument, capsys):
+    with pytest.raises(SystemExit):
+        step.parse([argument])
+    assert f"argument {argument.partition('=')[0]}: " in capsys.readouterr().err
