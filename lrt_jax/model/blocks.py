@@ -52,7 +52,8 @@ def attend_in_blocks(
     (docs/LOG.md). Keys and values are kept as they came, so S forwards over the same pieces keep them once.
 
     Args:
-      q_BxPxHxC: as in ``attention.attend``.
+      q_BxPxHxC: as in ``attention.attend``, after QK norm, as the keys: no score exceeds √C, which the softmax takes
+        for its largest.
       k_BxKxNxC: keys, in one piece or in S pieces of P.
       v_BxKxNxC: values, likewise.
       queries_BxP: position of each query.
@@ -98,18 +99,20 @@ def _attend(q_BxKxGxPxC: jax.Array, k_BxKxPxC: Pieces, v_BxKxPxC: Pieces, where:
 
 def _attend_forward(q: jax.Array, k: Pieces, v: Pieces, where: Where, plan: Plan) -> Any:
     mixed, logsumexp = [], []
+    # |q| = |k| = √C after QK norm, and scores are scaled by 1/√C. Looking for the largest would cost one more pass
+    # over all scores, and hold up every tile until the last is there.
+    bound = q.shape[-1] ** 0.5
     for begin, end, tiles in plan:
         q_b = q[:, :, :, begin:end]
         scores = [attention.scores(q_b, _keys_of(k, tile), _seen(where, (begin, end), tile)) for tile in tiles]
-        largest = functools.reduce(jnp.maximum, (jnp.max(part, axis=-1, keepdims=True) for part in scores))
-        weights = [jnp.exp(part - largest) for part in scores]
+        weights = [jnp.exp(part - bound) for part in scores]
         total = _add(jnp.sum(part, axis=-1, keepdims=True) for part in weights)
         product = _add(
             jnp.einsum("bkqn,bknc->bkqc", part.astype(q.dtype), _keys_of(v, tile), preferred_element_type=total.dtype)
             for part, tile in zip(weights, tiles, strict=True)
         )
         mixed.append((product / total).astype(q.dtype).reshape(q_b.shape))
-        logsumexp.append((largest + jnp.log(total)).reshape(*q_b.shape[:-1], 1))
+        logsumexp.append((bound + jnp.log(total)).reshape(*q_b.shape[:-1], 1))
     out = jnp.concatenate(mixed, axis=3)
     return out, (q, k, v, where, jnp.concatenate(logsumexp, axis=3), out)
 
@@ -138,7 +141,9 @@ def _attend_backward(plan: Plan, kept: Any, d_out: jax.Array) -> Any:
             d_scores = (weights * (product("bknc,bkqc->bknq", v_t, d_out_b) - jnp.swapaxes(common_b, -1, -2))).astype(
                 q.dtype
             )
-            d_q_b.append(product("bknq,bknc->bkqc", d_scores, k_t))
+            # Transposed first, and behind a barrier, or XLA would put both back into one slow product (docs/LOG.md).
+            transposed = jax.lax.optimization_barrier(jnp.swapaxes(d_scores, -1, -2))
+            d_q_b.append(product("bkqn,bknc->bkqc", transposed, k_t))
             _share_out(d_k, plan, tile, product("bknq,bkqc->bknc", d_scores, q_flat))
             _share_out(d_v, plan, tile, product("bknq,bkqc->bknc", weights.astype(q.dtype), d_out_b))
         d_q.append(_add(d_q_b).reshape(q_b.shape))
