@@ -17,10 +17,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lrt_jax.model import attention, blocks
+from benchmarks.arguments import positive, several
+from benchmarks.step import check
+from lrt_jax.model import attention, blocks, layers
 from lrt_jax.model.backend import HOMES
 from lrt_jax.model.stack import KERNELS
 from lrt_jax.setup import host_memory
+from lrt_jax.setup.config import ModelConfig, ScheduleConfig
 from lrt_jax.training import partitions
 
 ROW = "{:<28}{:>10}{:>9}{:>10}{:>12}"
@@ -58,6 +61,7 @@ def compiled(kind: str, subsets: int, window: int, options: argparse.Namespace) 
         *[(options.rows, options.heads, options.length, options.width)] * 2,
     ]
     q, k, v = (jax.random.normal(key, shape, dtype) for key, shape in zip(keys[:3], shapes, strict=True))
+    q, k = layers.rms_norm(q), layers.rms_norm(k)
     weights = jax.random.normal(keys[3], q.shape, dtype)
     one = attend(kind, partition, subsets - 1, window)
 
@@ -80,16 +84,19 @@ def main() -> None:
     host_memory.keep_freed()
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     on_cpu = jax.default_backend() == "cpu"
-    numbers = lambda text: [int(item) for item in text.split(",")]  # noqa: E731
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--length", type=int, default=512 if on_cpu else 2048)
-    parser.add_argument("--heads", type=int, default=6)
-    parser.add_argument("--width", type=int, default=64 if on_cpu else 128)
-    parser.add_argument("--rows", type=int, default=4 if on_cpu else 16)
-    parser.add_argument("--dtype", default="float32" if on_cpu else "bfloat16")
-    parser.add_argument("--subsets", type=numbers, default=[1, 2, 4, 8])
-    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--length", type=positive, default=512 if on_cpu else 2048)
+    parser.add_argument("--heads", type=positive, default=6)
+    parser.add_argument("--width", type=positive, default=64 if on_cpu else 128, help="of a head")
+    parser.add_argument("--rows", type=positive, default=4 if on_cpu else 16)
+    parser.add_argument("--dtype", default="float32" if on_cpu else "bfloat16", choices=["float32", "bfloat16"])
+    parser.add_argument("--subsets", type=several(positive), default=[1, 2, 4, 8])
+    parser.add_argument("--repeats", type=positive, default=15)
     options = parser.parse_args()
+    for subsets in options.subsets:
+        heads, width = options.heads, options.heads * options.width
+        model = ModelConfig(1, width, heads, heads, sequence_length=options.length, vocab_size=1)
+        check(model, ScheduleConfig(subsets=subsets) if subsets > 1 else None)
     device = jax.devices()[0]
     print(f"{device.device_kind}, jax {jax.__version__}, {options.dtype}, batch {options.rows}, T {options.length}")
     print(ROW.format("", "time", "ratio", "memory", "GB/s of KV"))

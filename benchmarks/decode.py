@@ -23,6 +23,8 @@ import numpy as np
 from flax import linen as nn
 from jax import lax
 
+from benchmarks.arguments import positive
+from benchmarks.step import check
 from lrt_jax.inference import decode
 from lrt_jax.inference.generate import Generation, Method
 from lrt_jax.inference.sampling import GREEDY
@@ -203,16 +205,16 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--json", type=Path, help="write the rows here")
-    parser.add_argument("--layers", type=int, default=6)
-    parser.add_argument("--width", type=int, default=384)
-    parser.add_argument("--heads", type=int, default=6)
-    parser.add_argument("--length", type=int, default=512)
-    parser.add_argument("--vocab", type=int, default=4096)
+    parser.add_argument("--layers", type=positive, default=6)
+    parser.add_argument("--width", type=positive, default=384)
+    parser.add_argument("--heads", type=positive, default=6)
+    parser.add_argument("--length", type=positive, default=512)
+    parser.add_argument("--vocab", type=positive, default=4096)
     parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"])
-    parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--prompt", type=int, default=64, help="tokens of the prompt")
-    parser.add_argument("--tokens", type=int, default=192, help="tokens generated")
-    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--batch", type=positive, default=1)
+    parser.add_argument("--prompt", type=positive, default=64, help="tokens of the prompt")
+    parser.add_argument("--tokens", type=positive, default=192, help="tokens generated")
+    parser.add_argument("--repeats", type=positive, default=9)
     return parser.parse_args(arguments)
 
 
@@ -229,6 +231,10 @@ def main() -> None:
         vocab_size=options.vocab,
         dtype=options.dtype,
     )
+    check(model)
+    if options.prompt + options.tokens > options.length:
+        found = f"{options.prompt} + {options.tokens}"
+        raise SystemExit(f"error: --prompt and --tokens are {found}; together they may be --length = {options.length}")
     device = jax.devices()[0]
     print(f"{device.device_kind}, jax {jax.__version__}, {compute_dtype(model)}, batch {options.batch}")
     print(f"{model.layers} layers, width {model.width}, T {options.length}; {options.prompt} + {options.tokens} tokens")

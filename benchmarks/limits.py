@@ -9,6 +9,7 @@ nothing else touches memory: weights once a forward and twice a backward pass, a
 
 import argparse
 
+from benchmarks.arguments import positive
 from lrt_jax.model import costs
 from lrt_jax.model.parameters import table
 from lrt_jax.setup.config import ModelConfig, ScheduleConfig
@@ -53,9 +54,9 @@ def activation_bytes(model: ModelConfig) -> float:
 def main() -> None:
     """Prints the tables."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--length", type=int, default=2048)
-    parser.add_argument("--vocab", type=int, default=32768)
-    parser.add_argument("--rows", type=int, default=8, help="rows of a device, over which weights are read once")
+    parser.add_argument("--length", type=positive, default=2048)
+    parser.add_argument("--vocab", type=positive, default=32768)
+    parser.add_argument("--rows", type=positive, default=8, help="rows of a device, over which weights are read once")
     options = parser.parse_args()
     print("| depth | MFLOP a token: layer | head | plain step | KB a token: layers | head | weights of a forward |")
     print("|---|---|---|---|---|---|---|")

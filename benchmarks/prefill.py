@@ -21,10 +21,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks.arguments import positive, several
 from lrt_jax.inference import decode, prefill, scoring
 from lrt_jax.model.decoder import Decoder
 from lrt_jax.setup import host_memory
 from lrt_jax.setup.config import DecodeConfig
+from lrt_jax.setup.errors import UserError
 
 TABLE = "{:>7}{:>11}{:>13}{:>6}{:>11}{:>13}{:>12}{:>14}"
 
@@ -117,15 +119,16 @@ def measure(
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    numbers = lambda kind: lambda text: [kind(item) for item in text.split(",")]  # noqa: E731
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("workdir", type=Path)
     parser.add_argument("--json", type=Path, help="write the rows here")
-    parser.add_argument("--lengths", type=numbers(int), default=[], help="default: 64, 256 and T, as far as T goes")
-    parser.add_argument("--tolerances", type=numbers(float), default=[1.0, 0.3, 0.1, 0.01, 0.001])
-    parser.add_argument("--max_refinements", type=int, default=DecodeConfig().max_refinements)
-    parser.add_argument("--rows", type=int, default=32, help="held-out rows")
-    parser.add_argument("--timed", type=int, default=9, help="prompts that are timed")
+    parser.add_argument(
+        "--lengths", type=several(positive), default=[], help="default: 64, 256 and T, as far as T goes"
+    )
+    parser.add_argument("--tolerances", type=several(float), default=[1.0, 0.3, 0.1, 0.01, 0.001])
+    parser.add_argument("--max_refinements", type=positive, default=DecodeConfig().max_refinements)
+    parser.add_argument("--rows", type=positive, default=32, help="held-out rows")
+    parser.add_argument("--timed", type=positive, default=9, help="prompts that are timed")
     return parser.parse_args(arguments)
 
 
@@ -137,7 +140,10 @@ def main() -> None:
     from lrt_jax.inference import load
 
     options = parse()
-    trained = load.load(options.workdir)
+    try:
+        trained = load.load(options.workdir)
+    except UserError as error:
+        raise SystemExit(f"error: {error}") from None
     config = trained.config
     held_out = pipeline.held_out_rows(config, corpus.open_corpus(config.data), trained.tokenizer, options.rows)
     whole = config.model.sequence_length

@@ -11,7 +11,6 @@ import argparse
 import dataclasses
 import functools
 import json
-import re
 import statistics
 import sys
 import time
@@ -22,6 +21,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from benchmarks.arguments import pattern, positive, several
 from lrt_jax.model import costs
 from lrt_jax.model.backend import compute_dtype
 from lrt_jax.model.decoder import Decoder
@@ -132,18 +132,26 @@ def model_of(model: ModelConfig, row: Row) -> ModelConfig:
     return dataclasses.replace(model, memory=row.memory, residual_injection=row.schedule != "plain")
 
 
-def check(model: ModelConfig, schedule: ScheduleConfig, options: argparse.Namespace) -> None:
-    """Checks a row as a config of ``lrt_jax.main`` is checked, before anything is compiled.
+def check(model: ModelConfig, schedule: ScheduleConfig | None = None, **train: int) -> None:
+    """Checks a model, and what trains it, as a config of ``lrt_jax.main`` is checked.
+
+    Args:
+      model: of a row.
+      schedule: of the row; None: the plain one.
+      **train: fields of ``config.train``.
 
     Raises:
-      ConfigError: naming the field, what was found and what is allowed.
+      SystemExit: with one line that names the field, what was found and what is allowed.
     """
     fields = {
         "model": dataclasses.asdict(model),
-        "schedule": dataclasses.asdict(schedule),
-        "train": {"batch_size": options.batch, "accumulation": options.accumulation, "steps": 1},
+        "schedule": dataclasses.asdict(schedule or ScheduleConfig(name="plain")),
+        "train": {"steps": 1, "batch_size": 1} | train,
     }
-    from_json(json.dumps(fields))
+    try:
+        from_json(json.dumps(fields))
+    except UserError as error:
+        raise SystemExit(f"error: {error}") from None
 
 
 def measure(
@@ -211,32 +219,23 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     on_cpu = jax.default_backend() == "cpu"
 
-    def numbers(text: str) -> list[int]:
-        return [int(item) for item in text.split(",") if item]
-
-    def pattern(text: str) -> re.Pattern[str]:
-        try:
-            return re.compile(text)
-        except re.error as error:
-            raise argparse.ArgumentTypeError(f"{text!r} is no regular expression ({error})") from None
-
     parser.add_argument("--json", type=Path, help="write the rows here")
     parser.add_argument("--depth", type=int, default=0, help="nanochat's dial: sets layers, width and heads of 128")
-    parser.add_argument("--layers", type=int, default=6)
-    parser.add_argument("--width", type=int, default=384)
-    parser.add_argument("--heads", type=int, default=6)
+    parser.add_argument("--layers", type=positive, default=6)
+    parser.add_argument("--width", type=positive, default=384)
+    parser.add_argument("--heads", type=positive, default=6)
     parser.add_argument("--kv_heads", type=int, default=0, help="0: as many as heads")
-    parser.add_argument("--length", type=int, default=512 if on_cpu else 2048)
-    parser.add_argument("--vocab", type=int, default=4096 if on_cpu else 32768)
-    parser.add_argument("--batch", type=int, default=4 if on_cpu else 16)
-    parser.add_argument("--accumulation", type=int, default=1)
+    parser.add_argument("--length", type=positive, default=512 if on_cpu else 2048)
+    parser.add_argument("--vocab", type=positive, default=4096 if on_cpu else 32768)
+    parser.add_argument("--batch", type=positive, default=4 if on_cpu else 16)
+    parser.add_argument("--accumulation", type=positive, default=1)
     parser.add_argument("--optimizer", default="adamw", choices=["adamw", "muon"])
     parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"])
     parser.add_argument("--scan_layers", action="store_true")
     parser.add_argument("--remat", action="store_true")
-    parser.add_argument("--subsets", type=numbers, default=[2, 4, 8])
-    parser.add_argument("--refinements", type=numbers, default=[1, 2] if on_cpu else [1, 2, 3])
-    parser.add_argument("--memories", type=lambda text: text.split(","), default=["shared", "layerwise"])
+    parser.add_argument("--subsets", type=several(positive), default=[2, 4, 8])
+    parser.add_argument("--refinements", type=several(positive), default=[1, 2] if on_cpu else [1, 2, 3])
+    parser.add_argument("--memories", type=several(str), default=["shared", "layerwise"])
     parser.add_argument(
         "--everything",
         action=argparse.BooleanOptionalAction,
@@ -244,7 +243,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         help="all S and K with every memory; else memories after the first come with the first S and K only",
     )
     parser.add_argument("--only", type=pattern, default="", help="a regular expression that a row's name must match")
-    parser.add_argument("--repeats", type=int, default=3 if on_cpu else 10)
+    parser.add_argument("--repeats", type=positive, default=3 if on_cpu else 10)
     parser.add_argument("--one_by_one", action="store_true", help="hold one row's state beside the plain one's")
     options = parser.parse_args(arguments)
     if options.depth:
@@ -270,11 +269,8 @@ def main() -> None:
     )
     chosen = list(rows(options.subsets, options.refinements, options.memories, options.everything))
     chosen = [chosen[0], *(pair for pair in chosen[1:] if options.only.search(pair[0].name))]
-    try:
-        for row, schedule in chosen:
-            check(model_of(model, row), schedule, options)
-    except UserError as error:
-        raise SystemExit(f"error: {error}") from None
+    for row, schedule in chosen:
+        check(model_of(model, row), schedule, batch_size=options.batch, accumulation=options.accumulation)
     device = jax.devices()[0]
     kind = f"{jax.device_count()} × {device.device_kind}, jax {jax.__version__}, {compute_dtype(model)}"
     print(f"{kind}, batch {options.batch}")

@@ -17,16 +17,18 @@ import time
 from pathlib import Path
 from typing import Any
 
+from benchmarks.arguments import positive
+
 
 def parse() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--json", default="", help="write tokens per second here")
     parser.add_argument("--against", default="", help="a Python that has torch: compare lrt_jax with it")
-    parser.add_argument("--rounds", type=int, default=3, help="with --against: turns")
+    parser.add_argument("--rounds", type=positive, default=3, help="with --against: turns")
     sizes = {"layers": 6, "width": 384, "heads": 6, "length": 512, "vocab": 4096, "batch": 4, "subsets": 2}
     for name, default in (sizes | {"repeats": 5}).items():
-        parser.add_argument(f"--{name}", type=int, default=default)
+        parser.add_argument(f"--{name}", type=positive, default=default)
     return parser.parse_args()
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks import step
+from benchmarks import attention, decode, prefill, step
 
 
 @pytest.mark.parametrize(
@@ -23,8 +23,26 @@ def test_a_row_that_cannot_be_is_refused_in_one_line(arguments, message, monkeyp
     assert str(stopped.value).startswith(f"error: {message}") and "\n" not in str(stopped.value)
 
 
-@pytest.mark.parametrize("argument", ["--only=(", "--subsets=two"])
+@pytest.mark.parametrize("argument", ["--only=(", "--subsets=two", "--subsets=0", "--repeats=0"])
 def test_an_argument_that_cannot_be_read_is_named(argument, capsys):
     with pytest.raises(SystemExit):
         step.parse([argument])
     assert f"argument {argument.partition('=')[0]}: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("benchmark", "argument", "message"),
+    [
+        (attention, "--subsets=7", "config.schedule.subsets is 7"),
+        (attention, "--width=63", "config.model.heads is 6; the head width 378 / 6 = 63 must be even"),
+        (decode, "--width=100", "config.model.heads is 6"),
+        (decode, "--tokens=500", "--prompt and --tokens are 64 + 500"),
+        (prefill, "/nowhere", "--workdir is '/nowhere'"),
+    ],
+)
+def test_other_benchmarks_refuse_likewise(benchmark, argument, message, monkeypatch):
+    monkeypatch.setattr("sys.argv", [benchmark.__name__, argument])
+    monkeypatch.setattr(benchmark.host_memory, "keep_freed", lambda: None)  # of the whole process
+    with pytest.raises(SystemExit) as stopped:
+        benchmark.main()
+    assert str(stopped.value).startswith(f"error: {message}") and "\n" not in str(stopped.value)

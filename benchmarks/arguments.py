@@ -1,0 +1,26 @@
+"""Kinds of arguments of the benchmarks' command lines. It needs Python alone: the yardstick runs where torch is."""
+
+import argparse
+import re
+from collections.abc import Callable
+from typing import Any
+
+
+def positive(text: str) -> int:
+    """A whole number from 1 up."""
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not allowed; allowed are whole numbers from 1 up")
+    return int(text)
+
+
+def several(kind: Callable[[str], Any]) -> Callable[[str], list[Any]]:
+    """A list of a kind, separated by commas; it may be empty."""
+    return lambda text: [kind(item) for item in text.split(",") if item]
+
+
+def pattern(text: str) -> re.Pattern[str]:
+    """A regular expression."""
+    try:
+        return re.compile(text)
+    except re.error as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no regular expression ({error})") from None
