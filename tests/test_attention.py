@@ -50,6 +50,29 @@ def test_blocks_leave_out_only_what_is_hidden(subsets, subset, heads, kv_heads, 
             jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12), found, expected)
 
 
+@pytest.mark.parametrize("width", [64, 512])
+def test_the_largest_and_smallest_scores_that_qk_norm_leaves(width):
+    """Queries and keys along ±one direction: scores are ±√C, and no softmax subtracts the largest."""
+    partition = partitions.strided(T, 2)
+    queries, keys = jnp.asarray(partition.positions_SxP[:1]), jnp.asarray(partition.positions_SxP.reshape(1, -1))
+    random = np.random.default_rng(width)
+    # The first query and its only key point apart: of all sums of exponentials, the smallest.
+    signs = [np.concatenate([[first], random.choice([-1, 1], count - 1)]) for first, count in ((1, T // 2), (-1, T))]
+    q = np.broadcast_to(signs[0][None, :, None, None], (1, T // 2, 1, width)).astype(np.float32)
+    k = np.broadcast_to(signs[1][None, None, :, None], (1, 1, T, width)).astype(np.float32)
+    v = random.normal(size=k.shape).astype(np.float32)
+
+    def dense(q, k, v):
+        return jnp.sum(v[:, 0, : T // 2, None] * attention.attend(q, k, v, queries, keys, T))
+
+    def in_blocks(q, k, v):
+        mixed = blocks.attend_in_blocks(q, [k], [v], queries, keys, T, subsets=2, farthest=T, block=4)
+        return jnp.sum(v[:, 0, : T // 2, None] * mixed)
+
+    expected, found = (jax.jit(jax.value_and_grad(of, (0, 1, 2)))(q, k, v) for of in (dense, in_blocks))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), found, expected)
+
+
 def test_keys_that_are_hidden_are_not_computed(monkeypatch):
     (q, k, v), _, queries, keys = arrays(1, 0, 2, 2)
 

@@ -52,8 +52,8 @@ def attend_in_blocks(
     (docs/LOG.md). Keys and values are kept as they came, so S forwards over the same pieces keep them once.
 
     Args:
-      q_BxPxHxC: as in ``attention.attend``, after QK norm, as the keys: no score exceeds √C, which the softmax takes
-        for its largest.
+      q_BxPxHxC: as in ``attention.attend``; after QK norm, as the keys: no score is beyond ±√C, and its exponential is
+        taken as it is.
       k_BxKxNxC: keys, in one piece or in S pieces of P.
       v_BxKxNxC: values, likewise.
       queries_BxP: position of each query.
@@ -99,20 +99,19 @@ def _attend(q_BxKxGxPxC: jax.Array, k_BxKxPxC: Pieces, v_BxKxPxC: Pieces, where:
 
 def _attend_forward(q: jax.Array, k: Pieces, v: Pieces, where: Where, plan: Plan) -> Any:
     mixed, logsumexp = [], []
-    # |q| = |k| = √C after QK norm, and scores are scaled by 1/√C. Looking for the largest would cost one more pass
-    # over all scores, and hold up every tile until the last is there.
-    bound = q.shape[-1] ** 0.5
     for begin, end, tiles in plan:
         q_b = q[:, :, :, begin:end]
         scores = [attention.scores(q_b, _keys_of(k, tile), _seen(where, (begin, end), tile)) for tile in tiles]
-        weights = [jnp.exp(part - bound) for part in scores]
+        # No larger one is subtracted: |score| ≤ √C. Looking for the largest would cost one more pass over all scores,
+        # and hold up every tile until the last is there.
+        weights = [jnp.exp(part) for part in scores]
         total = _add(jnp.sum(part, axis=-1, keepdims=True) for part in weights)
         product = _add(
             jnp.einsum("bkqn,bknc->bkqc", part.astype(q.dtype), _keys_of(v, tile), preferred_element_type=total.dtype)
             for part, tile in zip(weights, tiles, strict=True)
         )
         mixed.append((product / total).astype(q.dtype).reshape(q_b.shape))
-        logsumexp.append((bound + jnp.log(total)).reshape(*q_b.shape[:-1], 1))
+        logsumexp.append(jnp.log(total).reshape(*q_b.shape[:-1], 1))
     out = jnp.concatenate(mixed, axis=3)
     return out, (q, k, v, where, jnp.concatenate(logsumexp, axis=3), out)
 
