@@ -87,7 +87,7 @@ def programs(decoder: Decoder, method: Method) -> Programs:
         for stop in method.stop_tokens:
             going_B &= tokens_B != stop
         newest_B = jnp.where(going_B, tokens_B, PAD)
-        column = (0, carry.count)
+        column = (jnp.zeros_like(carry.count), carry.count)
         # Every process reads them.
         newest_B = meshes.constrain(decoder.mesh, newest_B, None)
         log_probabilities_B = meshes.constrain(decoder.mesh, log_probabilities_B, None)
