@@ -1,14 +1,18 @@
 """Which checkpoints count, on real ones: any damage is found, told by name, and survived."""
 
+import asyncio
 import dataclasses
 import json
 import shutil
+import sys
+import threading
 from pathlib import Path
 
 import grain
 import jax
 import numpy as np
 import pytest
+import tensorstore
 from etils import epath
 
 from lrt_jax import checkpoints as command
@@ -217,3 +221,32 @@ def test_a_manifest_reads_files_in_pieces(tmp_path, monkeypatch):
     manifest.write(folder)
     assert json.loads((tmp_path / manifest.FILE).read_text())["files"]["a"]["bytes"] == 100
     assert manifest.faults(folder) == [] and manifest.total_bytes(folder) == 100
+
+
+def test_a_write_that_ends_after_a_save_failed_prints_no_traceback(tmp_path, monkeypatch):
+    told = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda event: told.append(event.exc_value))
+    for _ in range(2):
+        checkpoint.Checkpoints(tmp_path).close()
+
+    async def wait_in_vain(future):
+        waiting = asyncio.ensure_future(asyncio.wait_for(future, None))
+        await asyncio.sleep(0.01)
+        return waiting
+
+    def later(promise):
+        thread = threading.Thread(target=promise.set_result, args=(None,))
+        thread.start()
+        thread.join()
+
+    promise, future = tensorstore.Promise.new()
+    loop = asyncio.new_event_loop()
+    loop.set_exception_handler(lambda *_: None)  # that a task was left
+    waiting = loop.run_until_complete(wait_in_vain(future))
+    loop.close()
+    later(promise)
+    assert told == [] and not waiting.done()
+    promise, future = tensorstore.Promise.new()
+    future.add_done_callback(lambda _: 1 / 0)  # anything else is told, once
+    later(promise)
+    assert [str(error) for error in told] == ["division by zero"]

@@ -8,6 +8,7 @@ import dataclasses
 import json
 import os
 import re
+import sys
 import threading
 from typing import Any
 
@@ -46,6 +47,7 @@ class Checkpoints:
           CheckpointError: the folder cannot be made.
         """
         self._workdir, self._keep = epath.Path(workdir), keep
+        _leave_out_late_writes()
         options = ocp.CheckpointManagerOptions(preservation_policy=preservation_policy.PreserveAll())
         try:
             self._manager = ocp.CheckpointManager(inventory.folder_of(workdir), options=options)
@@ -163,6 +165,24 @@ class Checkpoints:
             f"the checkpoint of step {step:,} cannot be written to {inventory.folder_of(self._workdir)} ({reason}); "
             f"what was saved before is untouched (steps: {kept}): mend that, and the same command goes on from there"
         )
+
+
+def _leave_out_late_writes() -> None:
+    """Keeps Python from printing that nobody waits for a write any more.
+
+    When one write of a save fails, orbax ends the event loop of all, and each that ends later finds it closed: an
+    exception in a thread of tensorstore's, of which Python prints a traceback. The failure itself is told by
+    :meth:`Checkpoints.wait`, in one line.
+    """
+    before = sys.unraisablehook
+
+    def leave_out(event: "sys.UnraisableHookArgs") -> None:
+        late = isinstance(event.exc_value, RuntimeError) and str(event.exc_value) == "Event loop is closed"
+        if not late or event.object is not None:
+            before(event)
+
+    if getattr(before, "__qualname__", "") != leave_out.__qualname__:
+        sys.unraisablehook = leave_out
 
 
 def _beside_params(state: TrainState) -> dict[str, Any]:
