@@ -6,11 +6,22 @@ from collections.abc import Callable
 from typing import Any
 
 
+def natural(text: str) -> int:
+    """A whole number from 0 up."""
+    return _whole(text, 0)
+
+
 def positive(text: str) -> int:
     """A whole number from 1 up."""
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not allowed; allowed are whole numbers from 1 up")
-    return int(text)
+    return _whole(text, 1)
+
+
+def number(text: str) -> float:
+    """A number."""
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number") from None
 
 
 def several(kind: Callable[[str], Any]) -> Callable[[str], list[Any]]:
@@ -24,3 +35,9 @@ def pattern(text: str) -> re.Pattern[str]:
         return re.compile(text)
     except re.error as error:
         raise argparse.ArgumentTypeError(f"{text!r} is no regular expression ({error})") from None
+
+
+def _whole(text: str, least: int) -> int:
+    if not text.isdecimal() or int(text) < least:
+        raise argparse.ArgumentTypeError(f"{text!r} is not allowed; allowed are whole numbers from {least} up")
+    return int(text)

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks.arguments import positive, several
-from benchmarks.step import check
+from benchmarks.checks import check
 from lrt_jax.model import attention, blocks, layers
 from lrt_jax.model.backend import HOMES
 from lrt_jax.model.stack import KERNELS

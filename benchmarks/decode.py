@@ -24,7 +24,7 @@ from flax import linen as nn
 from jax import lax
 
 from benchmarks.arguments import positive
-from benchmarks.step import check
+from benchmarks.checks import check
 from lrt_jax.inference import decode
 from lrt_jax.inference.generate import Generation, Method
 from lrt_jax.inference.sampling import GREEDY

@@ -21,12 +21,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.arguments import positive, several
+from benchmarks.arguments import natural, number, positive, several
+from benchmarks.checks import in_one_line
 from lrt_jax.inference import decode, prefill, scoring
 from lrt_jax.model.decoder import Decoder
 from lrt_jax.setup import host_memory
 from lrt_jax.setup.config import DecodeConfig
-from lrt_jax.setup.errors import UserError
 
 TABLE = "{:>7}{:>11}{:>13}{:>6}{:>11}{:>13}{:>12}{:>14}"
 
@@ -125,8 +125,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--lengths", type=several(positive), default=[], help="default: 64, 256 and T, as far as T goes"
     )
-    parser.add_argument("--tolerances", type=several(float), default=[1.0, 0.3, 0.1, 0.01, 0.001])
-    parser.add_argument("--max_refinements", type=positive, default=DecodeConfig().max_refinements)
+    parser.add_argument("--tolerances", type=several(number), default=[1.0, 0.3, 0.1, 0.01, 0.001])
+    parser.add_argument("--max_refinements", type=natural, default=DecodeConfig().max_refinements)
     parser.add_argument("--rows", type=positive, default=32, help="held-out rows")
     parser.add_argument("--timed", type=positive, default=9, help="prompts that are timed")
     return parser.parse_args(arguments)
@@ -140,14 +140,16 @@ def main() -> None:
     from lrt_jax.inference import load
 
     options = parse()
-    try:
+    with in_one_line():
         trained = load.load(options.workdir)
-    except UserError as error:
-        raise SystemExit(f"error: {error}") from None
-    config = trained.config
-    held_out = pipeline.held_out_rows(config, corpus.open_corpus(config.data), trained.tokenizer, options.rows)
+        config = trained.config
+        held_out = pipeline.held_out_rows(config, corpus.open_corpus(config.data), trained.tokenizer, options.rows)
     whole = config.model.sequence_length
     lengths = options.lengths or sorted({length for length in (64, 256, whole) if length <= whole})
+    if max(lengths) > whole:
+        raise SystemExit(
+            f"error: --lengths is {max(lengths)}; the model's context is {whole}, and no length exceeds it"
+        )
     device = jax.devices()[0]
     print(f"{device.device_kind}, jax {jax.__version__}; {options.workdir}, step {trained.step}, T {whole}")
     print(TABLE.format("tokens", "tolerance", "refinements", "max", "speed-up", "one prompt", "BPB", "not converged"))

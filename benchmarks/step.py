@@ -21,15 +21,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from benchmarks.arguments import pattern, positive, several
+from benchmarks.arguments import natural, pattern, positive, several
+from benchmarks.checks import check
 from lrt_jax.model import costs
 from lrt_jax.model.backend import compute_dtype
 from lrt_jax.model.decoder import Decoder
 from lrt_jax.model.parameters import table
 from lrt_jax.setup import hardware, host_memory
 from lrt_jax.setup import mesh as meshes
-from lrt_jax.setup.config import MeshConfig, ModelConfig, OptimizerConfig, ScheduleConfig, from_json
-from lrt_jax.setup.errors import UserError
+from lrt_jax.setup.config import MeshConfig, ModelConfig, OptimizerConfig, ScheduleConfig
 from lrt_jax.training import optimizer, schedules, state, step
 
 ROW = "{:<26}{:>10}{:>9}{:>9}{:>12}{:>7}{:>10}{:>10}"
@@ -132,28 +132,6 @@ def model_of(model: ModelConfig, row: Row) -> ModelConfig:
     return dataclasses.replace(model, memory=row.memory, residual_injection=row.schedule != "plain")
 
 
-def check(model: ModelConfig, schedule: ScheduleConfig | None = None, **train: int) -> None:
-    """Checks a model, and what trains it, as a config of ``lrt_jax.main`` is checked.
-
-    Args:
-      model: of a row.
-      schedule: of the row; None: the plain one.
-      **train: fields of ``config.train``.
-
-    Raises:
-      SystemExit: with one line that names the field, what was found and what is allowed.
-    """
-    fields = {
-        "model": dataclasses.asdict(model),
-        "schedule": dataclasses.asdict(schedule or ScheduleConfig(name="plain")),
-        "train": {"steps": 1, "batch_size": 1} | train,
-    }
-    try:
-        from_json(json.dumps(fields))
-    except UserError as error:
-        raise SystemExit(f"error: {error}") from None
-
-
 def measure(
     model: ModelConfig,
     chosen: list[tuple[Row, ScheduleConfig]],
@@ -220,11 +198,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     on_cpu = jax.default_backend() == "cpu"
 
     parser.add_argument("--json", type=Path, help="write the rows here")
-    parser.add_argument("--depth", type=int, default=0, help="nanochat's dial: sets layers, width and heads of 128")
+    parser.add_argument("--depth", type=natural, default=0, help="nanochat's dial: sets layers, width and heads of 128")
     parser.add_argument("--layers", type=positive, default=6)
     parser.add_argument("--width", type=positive, default=384)
     parser.add_argument("--heads", type=positive, default=6)
-    parser.add_argument("--kv_heads", type=int, default=0, help="0: as many as heads")
+    parser.add_argument("--kv_heads", type=natural, default=0, help="0: as many as heads")
     parser.add_argument("--length", type=positive, default=512 if on_cpu else 2048)
     parser.add_argument("--vocab", type=positive, default=4096 if on_cpu else 32768)
     parser.add_argument("--batch", type=positive, default=4 if on_cpu else 16)

@@ -23,10 +23,20 @@ def test_a_row_that_cannot_be_is_refused_in_one_line(arguments, message, monkeyp
     assert str(stopped.value).startswith(f"error: {message}") and "\n" not in str(stopped.value)
 
 
-@pytest.mark.parametrize("argument", ["--only=(", "--subsets=two", "--subsets=0", "--repeats=0"])
-def test_an_argument_that_cannot_be_read_is_named(argument, capsys):
+@pytest.mark.parametrize(
+    ("benchmark", "argument"),
+    [
+        (step, "--only=("),
+        (step, "--subsets=two"),
+        (step, "--subsets=0"),
+        (step, "--depth=-1"),
+        (step, "--repeats=0"),
+        (prefill, "--tolerances=small"),
+    ],
+)
+def test_an_argument_that_cannot_be_read_is_named(benchmark, argument, capsys):
     with pytest.raises(SystemExit):
-        step.parse([argument])
+        benchmark.parse([argument, *(["workdir"] if benchmark is prefill else [])])
     assert f"argument {argument.partition('=')[0]}: " in capsys.readouterr().err
 
 
