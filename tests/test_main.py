@@ -79,6 +79,8 @@ def test_train_ends_with_scores_and_a_sample(undisturbed):
     assert {"train/loss", "train/loss_init", "train/loss_subset_0", "train/loss_subset_1"} <= names
     assert {"val/bpb", "val/bpb_init", "val/bpb_sequential", "perf/tokens_per_second", "perf/mfu"} <= names
     assert "compute/effective" in names
+    timed = {row["step"]: "perf/mfu" in row for row in rows if "train/loss" in row}
+    assert timed == {step: step > 1 for step in range(1, STEPS + 1)}  # the first runs as a part of its compilation
     losses = {row["step"]: row["train/loss"] for row in rows if "train/loss" in row}
     assert sorted(losses) == list(range(1, STEPS + 1))
     assert losses[STEPS] < losses[1]

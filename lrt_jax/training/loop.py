@@ -138,6 +138,10 @@ def train(config: Config, parts: Parts, state: TrainState) -> tuple[TrainState, 
             if stage is running:
                 state, metrics = stage.step(state, *rows)
             else:
+                if previous is not None:  # its rate is that of its own stage
+                    _report(config, parts, clock, previous, state)
+                    previous = None
+                clock.leave_out_step()
                 with _apart("compilation", config, parts, clock):  # of every process: the slowest one is waited for
                     state, metrics = jax.block_until_ready(stage.step(state, *rows))
             running = stage
@@ -211,17 +215,18 @@ def _report(config: Config, parts: Parts, clock: "_Clock", done: _Done, state: T
         )
     if not (in_a_row or _due(config.train.log_every, step) or step == parts.steps):
         return
-    tokens_per_second, seconds_left = clock.rates(step)
+    rates = clock.rates(step)
     tokens_per_step = config.train.batch_size * config.model.sequence_length
-    flops_per_token = parts.stage_of(step).flops_per_step / tokens_per_step
     values |= parts.constant | {
-        "perf/tokens_per_second": tokens_per_second,
-        "perf/mfu": tokens_per_second * flops_per_token / parts.peak_flops,
         "compute/tokens": step * tokens_per_step,
         "compute/effective": parts.forwards_until(step) * tokens_per_step,
     }
+    if rates is not None:
+        flops_per_token = parts.stage_of(step).flops_per_step / tokens_per_step
+        values["perf/tokens_per_second"] = rates[0]
+        values["perf/mfu"] = rates[0] * flops_per_token / parts.peak_flops
     parts.writer.write(step, values)
-    parts.writer.progress(step, values["train/loss"], tokens_per_second, seconds_left)
+    parts.writer.progress(step, values["train/loss"], rates)
 
 
 def _stop(config: Config, parts: Parts, done: _Done, values: dict[str, float], state: TrainState) -> None:
@@ -253,7 +258,10 @@ class _Clock:
         self._tokens_per_step = config.train.batch_size * config.model.sequence_length
         self._steps = parts.steps
         self._step, self._time, self._paused = step, time.perf_counter(), 0.0
-        self._first = step
+
+    def leave_out_step(self) -> None:
+        """Leaves out the next step, which runs as a part of its compilation."""
+        self._step += 1
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -264,9 +272,14 @@ class _Clock:
         finally:
             self._paused += time.perf_counter() - begin
 
-    def rates(self, step: int) -> tuple[float, float]:
-        """Tokens per second since the last call, and the seconds that the rest of the run will take."""
+    def rates(self, step: int) -> tuple[float, float] | None:
+        """Tokens per second since the last call, and the seconds that the rest of the run will take.
+
+        None where no step but one that was left out has run since.
+        """
         now = time.perf_counter()
-        seconds_per_step = max(now - self._time - self._paused, 1e-9) / max(step - self._step, 1)
+        steps, seconds = step - self._step, now - self._time - self._paused
         self._step, self._time, self._paused = step, now, 0.0
-        return self._tokens_per_step / seconds_per_step, seconds_per_step * (self._steps - step)
+        if steps == 0:
+            return None
+        return self._tokens_per_step * steps / seconds, seconds / steps * (self._steps - step)

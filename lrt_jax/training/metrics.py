@@ -93,17 +93,16 @@ class Writer:
                 f"{self._path} was replaced by another file while the run was on; nothing more is written"
             )
 
-    def progress(self, step: int, loss: float, tokens_per_second: float, seconds_left: float) -> None:
-        """Shows step, loss, tokens/s and time left."""
-        self._bar.set_postfix_str(f"loss {loss:.3f}  {tokens_per_second:,.0f} tokens/s", refresh=False)
+    def progress(self, step: int, loss: float, rates: tuple[float, float] | None) -> None:
+        """Shows step, loss and, where they are known, tokens per second and seconds left."""
+        speed = f"  {rates[0]:,.0f} tokens/s" if rates else ""
+        self._bar.set_postfix_str(f"loss {loss:.3f}{speed}", refresh=False)
         self._bar.update(step - self._bar.n)
         now = time.monotonic()
         if not self._terminal and (now - self._last_line > SECONDS_BETWEEN_LINES or step == self._bar.total):
             self._last_line = now
-            self.line(
-                f"step {step:,}/{self._bar.total:,}  loss {loss:.3f}  {tokens_per_second:,.0f} tokens/s  "
-                f"{tqdm.tqdm.format_interval(seconds_left)} left"
-            )
+            left = f"  {tqdm.tqdm.format_interval(rates[1])} left" if rates else ""
+            self.line(f"step {step:,}/{self._bar.total:,}  loss {loss:.3f}{speed}{left}")
 
     def line(self, text: str) -> None:
         """Prints a line without breaking the progress bar."""
@@ -130,7 +129,7 @@ class Silent(Writer):
     def check(self) -> None:
         """Leaves the work dir to the first process."""
 
-    def progress(self, step: int, loss: float, tokens_per_second: float, seconds_left: float) -> None:
+    def progress(self, step: int, loss: float, rates: tuple[float, float] | None) -> None:
         """Shows nothing."""
 
     def line(self, text: str) -> None:
