@@ -1,7 +1,8 @@
-"""Freed memory is kept where the CPU is the device: seen from the page faults of a process of its own."""
+"""Freed memory is kept where the CPU is the device, in huge pages: seen from a process of its own."""
 
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import pytest
@@ -24,6 +25,16 @@ def eight():
 print(min(eight() for _ in range(8)))
 """
 
+HUGE = """
+import re
+from lrt_jax.setup import host_memory
+host_memory.keep_freed()
+import jax, jax.numpy as jnp
+jax.jit(lambda x: x + 1)(jnp.ones((4096, 4096))).block_until_ready()  # 64 MB each
+areas = re.split(r"\\n(?=[0-9a-f]+-[0-9a-f]+ )", open("/proc/self/smaps").read())
+print(sum(int(re.search(r"AnonHugePages: +(\\d+)", area)[1]) for area in areas if "[heap]" in area))
+"""
+
 
 def faults(how: str) -> int:
     """Page faults of eight steps, the fewest of eight times: on busy cores the heap grows late."""
@@ -36,6 +47,14 @@ def test_a_step_asks_the_kernel_for_no_memory_again():
     pages = 8 * 4 * 3072 * 3072 // 4096  # of eight steps
     assert faults("give back") > 0.8 * pages  # or there is nothing to keep
     assert faults("keep") < 0.1 * pages
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="a page's size is asked of Linux")
+def test_arrays_lie_in_huge_pages():
+    if "[never]" in Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text():
+        pytest.skip("this machine gives nobody huge pages")
+    done = subprocess.run([sys.executable, "-c", HUGE], check=True, capture_output=True, text=True)
+    assert int(done.stdout) > 100 * 1024  # KB
 
 
 @pytest.mark.parametrize(
