@@ -226,6 +226,7 @@ def _stages(
 ) -> Iterator[loop.Stage]:
     """The run's stages, each with a training step of its own and all with one optimizer."""
     share, stages = 0.0, config.schedule.in_stages
+    once = decoder.mesh is not None and meshes.gathers_once(config.mesh, decoder.mesh.shape)
     for stage in stages:
         share += stage.share
         schedule = schedules.build(stage.schedule, config.model.sequence_length)
@@ -239,11 +240,12 @@ def _stages(
                 names,
                 config.train.accumulation,
                 functools.partial(guard.judge, config=config.train),
+                gather_once=once,
             ),
             forwards_equivalent=stage.schedule.forwards_equivalent,
             flops_per_step=costs.train_flops(config.model, stage.schedule) * config.train.batch_size,
             statistics=guard.statistics(
-                step.gradient_of(decoder, schedule, names, config.train.accumulation),
+                step.gradient_of(decoder, schedule, names, config.train.accumulation, gather_once=once),
                 {name for name, parameter in table(config.model).items() if parameter.axes[0] == "layers"},
             ),
         )
@@ -262,6 +264,10 @@ def _opening(
         f"{jax.device_count()} × {device.device_kind} ({device.platform}), {compute_dtype(model)} compute, "
         f"{attention_kind(model, model.sequence_length, mesh)} attention"
     )
+    if mesh.size > 1:
+        axes = " × ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1)
+        often = "once a step" if meshes.gathers_once(config.mesh, mesh.shape) else "in every forward"
+        yield f"mesh: {axes}; weights are gathered, and gradients summed, {often}"
     tokens = steps * train.batch_size * model.sequence_length
     schedule = config.schedule.stages or config.schedule.name
     yield f"{schedule}, {config.optimizer.name}, {steps:,} steps, {tokens:,} tokens"

@@ -24,15 +24,19 @@ ROWS, T, V = 8, 16, 48
 config = ModelConfig(2, 32, 4, 2, T, V, dtype="float64", scan_layers=True)
 rows = np.random.default_rng(0).integers(0, V, (ROWS, T + 1), dtype=np.int32)
 initial = None
-MESHES = ((1, 1, 1, 1), (8, 1, 1, 1), (1, 8, 1, 1), (2, 2, 2, 1), (1, 2, 2, 2), (1, 1, 1, 8))
+# Those that shard just rows gather weights once a step, unless told otherwise.
+MESHES = (((1, 1, 1, 1), "auto"), ((8, 1, 1, 1), "auto"), ((1, 8, 1, 1), "auto"), ((2, 4, 1, 1), "forward"),
+          ((2, 2, 2, 1), "auto"), ((1, 2, 2, 2), "auto"), ((1, 1, 1, 8), "auto"))
 for name, schedule in (
     ("interleaved", ScheduleConfig(subsets=2)),
     ("multi_refinement", ScheduleConfig(name="multi_refinement", refinements=1, unroll=False)),
 ):
-    for sizes in MESHES:
+    for sizes, gather in MESHES:
         mesh = meshes.make_mesh(MeshConfig(*sizes), jax.devices()[: int(np.prod(sizes))])
         decoder, sgd = Decoder(config, mesh), optax.sgd(0.1, momentum=0.9)
-        train = step.build(decoder, schedules.build(schedule, T), sgd, schedules.forward_names(schedule))
+        once = meshes.gathers_once(MeshConfig(gather=gather), mesh.shape)
+        built, names = schedules.build(schedule, T), schedules.forward_names(schedule)
+        train = step.build(decoder, built, sgd, names, gather_once=once)
         if initial is None:
             initial = jax.tree.map(np.asarray, state.create(decoder, sgd, mesh, seed=0))
         current, losses, score = jax.device_put(initial, state.state_shardings(decoder, sgd, mesh)), [], None
@@ -57,7 +61,7 @@ def test_7_losses_and_scores_are_the_same_on_every_mesh():
     )
     assert done.returncode == 0, done.stderr
     runs = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(runs) == 12
+    assert len(runs) == 14
     for name in ("interleaved", "multi_refinement"):
         single, *others = [run for run in runs if run["schedule"] == name]
         assert single["mesh"] == [1, 1, 1, 1] and single["losses"][-1] < single["losses"][0]

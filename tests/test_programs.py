@@ -10,7 +10,7 @@ import pytest
 from lrt_jax.model.decoder import Decoder
 from lrt_jax.model.parameters import table
 from lrt_jax.setup.config import OptimizerConfig, ScheduleConfig
-from lrt_jax.training import optimizer, schedules, state, step
+from lrt_jax.training import forwards, optimizer, schedules, state, step
 
 EXACT = {"rtol": 1e-12, "atol": 1e-12}  # float64: everything but the order of sums
 
@@ -59,6 +59,19 @@ def test_scanned_and_rematerialized_programs_compute_the_same(x64, tiny, unrolle
     assert np.isfinite(expected[0]) and all(np.abs(grad).max() > 1e-6 for grad in expected[1].values())
     found = loss_and_gradients(tiny(**MODEL | model), dataclasses.replace(schedule, unroll=unroll), params, batch)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-12), found, expected)
+
+
+@pytest.mark.parametrize("unrolled", ["interleaved"], indirect=True)
+def test_logits_some_positions_at_a_time(x64, tiny, unrolled, monkeypatch):
+    config, schedule, params, batch, expected = unrolled
+    monkeypatch.setattr(forwards, "LOGITS", 4 * 2 * config.vocab_size)  # of 2 positions of all rows
+    rematerialized = tiny(**MODEL, remat=True)
+    found = loss_and_gradients(rematerialized, schedule, params, batch)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-12), found, expected)
+    built = schedules.build(schedule, config.sequence_length)
+    objective = jax.grad(lambda params: built(Decoder(rematerialized), params, *batch).loss)
+    text, rows, words = str(jax.make_jaxpr(objective)(params)), len(batch[0]), config.vocab_size
+    assert f"f64[{rows},2,{words}]" in text and f"f64[{rows},{config.sequence_length},{words}]" not in text
 
 
 @pytest.mark.parametrize("unrolled", ["interleaved"], indirect=True)

@@ -29,8 +29,8 @@ def config_of(rows=64, schedule="interleaved", **mesh) -> Config:
     )
 
 
-def step_of(rows=64, schedule="interleaved", **sizes) -> traffic.Step:
-    config = config_of(rows, schedule)
+def step_of(rows=64, schedule="interleaved", gather="auto", **sizes) -> traffic.Step:
+    config = config_of(rows, schedule, gather=gather)
     return traffic.of_step(config, ALONE | sizes, config.schedule)
 
 
@@ -55,9 +55,13 @@ def test_flops_and_traffic_by_hand():
         if parameter.group in ("matrix", "head") and "gate_inputs" not in parameter.axes
     )
     total = sum(parameter.size for parameter in spec.values())
-    fsdp = {t.name: t.received for t in step_of(schedule="plain", fsdp=4).transfers}
+    fsdp = {t.name: t.received for t in step_of(schedule="plain", fsdp=4, gather="forward").transfers}
     assert fsdp["all-gather of weights"] == pytest.approx(2 * 2 * matrices * 3 / 4)  # twice, bfloat16
-    assert fsdp["reduce-scatter of gradients"] == pytest.approx(4 * matrices * 3 / 4)  # once, float32
+    assert fsdp["reduce-scatter of gradients"] == pytest.approx(2 * matrices * 3 / 4)  # once, bfloat16
+    for schedule in ("plain", "interleaved"):
+        once = {t.name: t.received for t in step_of(schedule=schedule, fsdp=4).transfers}
+        assert once["all-gather of weights"] == pytest.approx(2 * matrices * 3 / 4)
+        assert once["reduce-scatter of gradients"] == pytest.approx(4 * matrices * 3 / 4)  # float32
     values = 64 / 4 * 256 * (512 + 4 * 8 * 64)
     assert fsdp["all-to-all of looked-up embeddings"] == pytest.approx(2 * 2 * values * 3 / 4)
     (data,) = step_of(schedule="plain", data=4).transfers
@@ -69,7 +73,8 @@ def test_flops_and_traffic_by_hand():
 
 
 def test_traffic_grows_with_forwards_and_slices():
-    plain, interleaved = (received(step_of(schedule=name, fsdp=8)) for name in ("plain", "interleaved"))
+    each = (received(step_of(schedule=name, gather="forward", fsdp=8)) for name in ("plain", "interleaved"))
+    plain, interleaved = each
     assert interleaved["fsdp"] == 3 * plain["fsdp"]  # 1 + S forwards gather all weights each
     one, two = (step_of(schedule="plain", data=4, slices=slices).transfers[0] for slices in (1, 2))
     assert one.received == two.received and one.dcn == 0
@@ -103,6 +108,8 @@ def test_the_report_says_what_to_change():
     without = dataclasses.replace(MODEL, remat=False, scan_layers=False)
     report = dataclasses.replace(report, config=dataclasses.replace(report.config, model=without))
     assert "set config.model.remat=True" in list(report.lines())[-1]
+    wide = dataclasses.replace(report.config, model=dataclasses.replace(MODEL, layers=96, width=2048))
+    assert ", so set config.mesh.gather=forward; a chip" in list(dataclasses.replace(report, config=wide).lines())[-1]
     held = dataclasses.replace(report, compiled=(Compiled("train step", 1.0, math.nan, 12 * 2**30, False),))
     assert "raise config.mesh.fsdp" in list(held.lines())[-1]
 

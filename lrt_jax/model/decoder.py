@@ -75,15 +75,18 @@ class Decoder(nn.Module):
     Attributes:
       config: its shape and switches.
       mesh: where its activations lie, sharded by ``setup.mesh.RULES``; None: on one device.
+      columns: within ``jax.shard_map``, the axis of devices that have each some columns of the embedding tables; None:
+        tables are whole.
     """
 
     config: ModelConfig
     mesh: Mesh | None = None
+    columns: str | None = None
 
     def setup(self) -> None:
-        """Declares the arrays of the parameter table, with logical axes; or takes what ``by_layer`` made of them."""
+        """Declares the arrays of the parameter table, with logical axes; or takes shards, or what ``by_layer`` made."""
         given = self.variables.get("params", {})
-        if is_by_layer(given):
+        if is_by_layer(given) or (given and self.columns):
             self.parameters = dict(given)
             return
         dtype = jnp.promote_types(jnp.float32, compute_dtype(self.config))
@@ -208,7 +211,7 @@ class Decoder(nn.Module):
 
     def embed(self, *tokens_BxP: jax.Array) -> list[Embedded]:
         """x⁰ and the value embeddings of int tokens [B, P], those of several forwards together."""
-        return embedding.embed(self.config, self.mesh, self.parameters, *tokens_BxP)
+        return embedding.embed(self.config, self.mesh, self.parameters, *tokens_BxP, columns=self.columns)
 
     def logits(self, hidden_BxPxD: jax.Array) -> jax.Array:
         """15 tanh(Whead h_final / 15), in float32 or wider: [B, P, V]."""

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.sharding import Mesh
 
 from lrt_jax.model import layers
@@ -33,14 +34,18 @@ class Embedded(NamedTuple):
 
 
 def embed(
-    config: ModelConfig, mesh: Mesh | None, parameters: Mapping[str, Any], *tokens_BxP: jax.Array
+    config: ModelConfig,
+    mesh: Mesh | None,
+    parameters: Mapping[str, Any],
+    *tokens_BxP: jax.Array,
+    columns: str | None = None,
 ) -> list[Embedded]:
-    """Looks up the int tokens [B, P] of several forwards, each with a P of its own."""
+    """Looks up the int tokens [B, P] of several forwards, each with a P of its own; ``columns`` as in ``Decoder``."""
     tables = (parameters["embedding"], parameters.get("value_embedding"))
-    if target().platform == "cpu" and (mesh is None or mesh.size == 1):
+    if target().platform == "cpu" and columns is None and (mesh is None or mesh.size == 1):
         x0, values = _each_alone(*tables, tokens_BxP, compute_dtype(config))
     else:
-        x0, values = _at_once(mesh, *tables, tokens_BxP, compute_dtype(config))
+        x0, values = _at_once(mesh, columns, *tables, tokens_BxP, compute_dtype(config))
     if config.scan_layers:
         values = [jnp.stack(own) if isinstance(own, tuple) else own for own in values]
     else:
@@ -53,16 +58,24 @@ Found = tuple[list[jax.Array], list[Any]]
 
 
 def _at_once(
-    mesh: Mesh | None, embedding_VxD: jax.Array, values_ExVxKxC: Any, tokens: tuple[jax.Array, ...], dtype: jnp.dtype
+    mesh: Mesh | None,
+    columns: str | None,
+    embedding_VxD: jax.Array,
+    values_ExVxKxC: Any,
+    tokens: tuple[jax.Array, ...],
+    dtype: jnp.dtype,
 ) -> Found:
     """One lookup of all tokens in all tables, cut up afterwards."""
     tokens_BxP = jnp.concatenate(tokens, axis=1)
     edges = np.cumsum([rows.shape[1] for rows in tokens])[:-1]
+    wanted = tokens_BxP if columns is None else lax.all_gather(tokens_BxP, columns)  # of one device, or of N
 
     def look_up(table: jax.Array, axis: int, *axes: str | None) -> jax.Array:
         # Where a table's last axis lies, all rows of the batch are looked up in that part of it, and only then
         # do rows and columns change places: the table itself, and its gradient, never travel.
-        return meshes.constrain(mesh, jnp.take(table, tokens_BxP, axis=axis).astype(dtype), *axes)
+        if columns is not None:
+            return _of_all_columns(table, wanted, columns, axis, dtype)
+        return meshes.constrain(mesh, jnp.take(table, wanted, axis=axis).astype(dtype), *axes)
 
     x0_BxPxD = look_up(embedding_VxD, 0, "looked_up", "sequence", "embed")
     x0 = jnp.split(meshes.constrain(mesh, x0_BxPxD, "batch", "sequence", None), edges, axis=1)
@@ -71,6 +84,19 @@ def _at_once(
     values_ExBxPxKxC = look_up(values_ExVxKxC, 1, None, "looked_up", "sequence", None, "value")
     values_ExBxPxKxC = meshes.constrain(mesh, values_ExBxPxKxC, None, "batch", "sequence", "kv_heads", None)
     return x0, jnp.split(values_ExBxPxKxC, edges, axis=2)
+
+
+def _of_all_columns(table: jax.Array, tokens_NxBxP: jax.Array, columns: str, axis: int, dtype: jnp.dtype) -> jax.Array:
+    """What ``_at_once`` says, by hand: ``table`` has some of the last axis, and this device is to have its own rows.
+
+    All behind ``axis``, that of the vocabulary, is one axis meanwhile: a device's part of a head is narrower than a
+    TPU's vectors, which would be filled with nothing (4 times the memory at depth 12; docs/LOG.md).
+    """
+    (*before, _), behind = table.shape[: axis + 1], table.shape[axis + 1 :]
+    found = jnp.take(table.reshape(*table.shape[: axis + 1], -1), tokens_NxBxP, axis=axis).astype(dtype)
+    found = lax.all_to_all(found, columns, split_axis=axis, concat_axis=axis)  # N are devices' columns now
+    parts = jnp.moveaxis(found.reshape(*before, *tokens_NxBxP.shape, *behind), axis, -2)
+    return parts.reshape(*parts.shape[:-2], -1)
 
 
 def _each_alone(

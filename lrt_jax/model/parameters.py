@@ -141,7 +141,8 @@ def by_layer(config: ModelConfig, params: dict[str, Any], dtype: jnp.dtype | Non
             array = cut(array)
         ready[name] = array
     query, *key_value = (ready.pop(name) for name in ("query", "key", "value"))
-    in_groups = (config.width, config.kv_heads, -1, config.head_width)
+    # As many rows as there are: it may be a shard.
+    in_groups = (len(query[0]), config.kv_heads, -1, config.head_width)
     ready["attention_in"] = tuple(
         jnp.concatenate([array.reshape(in_groups) for array in arrays], axis=2)
         for arrays in zip(query, *key_value, strict=True)

@@ -23,6 +23,7 @@ Memory = Literal["shared", "layerwise", "none"]
 ValueEmbeddings = Literal["all", "alternate", "none"]
 Dtype = Literal["auto", "float32", "bfloat16", "float64"]
 Prefill = Literal["sequential", "fixed_point"]
+Gather = Literal["auto", "step", "forward"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -276,6 +277,8 @@ class MeshConfig:
     tensor: int = 1  # heads, MLP and vocabulary
     sequence: int = 1  # positions: T of a full forward, P = T/S of a subset
     slices: int = 1  # of a multi-slice TPU; a factor of data, the one axis that goes over them
+    # Weights are gathered, and gradients summed, once a step, or by every forward, which needs less memory.
+    gather: Gather = "auto"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -75,12 +75,30 @@ def resolve(config: MeshConfig, devices: int) -> dict[str, int]:
     return sizes
 
 
-def check_divisibility(config: Config, sizes: Mapping[str, int]) -> None:
-    """Checks that the mesh axes, of these sizes, divide what they shard.
+def gathers_once(config: MeshConfig, sizes: Mapping[str, int]) -> bool:
+    """Whether a training step gathers weights, and sums gradients, once, on a mesh of these sizes; else each forward.
+
+    ``auto`` does where it can: where a mesh shards just rows and parameters.
 
     Raises:
-      ConfigError: naming the mesh axis and the field that it does not divide.
+      ConfigError: ``config.mesh.gather`` asks for it where it cannot.
     """
+    others = [axis for axis in ("tensor", "sequence") if sizes[axis] > 1]
+    if config.gather == "step" and others:
+        raise ConfigError(
+            f'config.mesh.gather is "step", which needs {" and ".join(others)} to be 1, not '
+            f"{' and '.join(str(sizes[axis]) for axis in others)}; allowed there: auto, forward"
+        )
+    return config.gather != "forward" and not others and sizes["data"] * sizes["fsdp"] > 1
+
+
+def check_divisibility(config: Config, sizes: Mapping[str, int]) -> None:
+    """Checks that the mesh axes, of these sizes, divide what they shard, and allow ``config.mesh.gather``.
+
+    Raises:
+      ConfigError: naming the mesh axis and the field that it does not divide, or allow.
+    """
+    gathers_once(config.mesh, sizes)
     model, train = config.model, config.train
     checks: list[tuple[tuple[str, ...], str, int]] = [
         (("data", "fsdp"), "train.batch_size / train.accumulation", train.batch_size // train.accumulation),

@@ -74,7 +74,7 @@ def _validate_ranges(config: "Config") -> None:
             _require(0 <= value <= 1, f"{group}.{name}", value, "it must lie between 0 and 1")
     _require(0 < config.data.held_out < 1, "data.held_out", config.data.held_out, "it must lie between 0 and 1")
     sizes = dataclasses.asdict(config.mesh)
-    slices = sizes.pop("slices")
+    slices, _ = sizes.pop("slices"), sizes.pop("gather")
     _require(slices > 0, "mesh.slices", slices, "it must be above 0")
     for axis, size in sizes.items():
         _require(size > 0 or size == -1, f"mesh.{axis}", size, 'it must be above 0, or -1 for "the rest"')

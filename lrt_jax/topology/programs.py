@@ -132,6 +132,7 @@ def _train(config: Config, mesh: Mesh) -> Iterator[tuple[str, Any, tuple[Any, ..
             schedules.forward_names(stage.schedule),
             config.train.accumulation,
             functools.partial(guard.judge, config=config.train),
+            gather_once=meshes.gathers_once(config.mesh, mesh.shape),
         )
         label = "train step" if len(config.schedule.in_stages) == 1 else f"train step, stage {index + 1}"
         yield label, function, (whole, *batch)

@@ -95,6 +95,9 @@ class Report:
         held = max((program.arguments for program in failed), default=0.0)
         if held > self.chip.hbm / 2 and sizes["fsdp"] < self.chips // sizes["slices"]:
             yield f"parameters and optimizer state alone take {held / GIB:.1f} GiB, so raise config.mesh.fsdp"
+        whole = traffic.held_whole(self.config, sizes)
+        if whole > self.chip.hbm / 8:
+            yield f"weights and gradients of a whole step take {whole / GIB:.1f} GiB, so set config.mesh.gather=forward"
         if not model.remat:
             yield "set config.model.remat=True"
         if not model.scan_layers:

@@ -1,12 +1,13 @@
 """The meshes and batch sizes worth trying on a topology, ranked on paper before anything is compiled."""
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Iterator
 
 from lrt_jax.model import costs
 from lrt_jax.setup import mesh as meshes
-from lrt_jax.setup.config import Config, MeshConfig
+from lrt_jax.setup.config import Config, Gather
 from lrt_jax.setup.schema import ConfigError
 from lrt_jax.topology import traffic
 from lrt_jax.topology.chips import Chip
@@ -38,13 +39,15 @@ def candidates(config: Config, chip: Chip, chips: int, slices: int) -> list[Cand
       slices: of the topology.
     """
     found = []
+    gathers: tuple[Gather, ...] = ("step", "forward") if config.mesh.gather == "auto" else (config.mesh.gather,)
     for sizes in _meshes(chips, slices):
-        for factor in (0.5, 1.0, 2.0, 4.0):
+        for gather, factor in itertools.product(gathers, (0.5, 1.0, 2.0, 4.0)):
             rows = int(config.train.batch_size * factor)
             if not rows or rows % config.train.accumulation:
                 continue
             train = dataclasses.replace(config.train, batch_size=rows)
-            tried = dataclasses.replace(config, train=train, mesh=MeshConfig(**sizes))
+            mesh = dataclasses.replace(config.mesh, **sizes, gather=gather)
+            tried = dataclasses.replace(config, train=train, mesh=mesh)
             try:
                 meshes.check_divisibility(tried, sizes)
             except ConfigError:
@@ -81,4 +84,4 @@ def _memory(config: Config, sizes: dict[str, int]) -> float:
     kept = model.layers * (2 * model.width + 2 * model.kv_heads * model.head_width / sizes["tensor"])
     looked_up = len(model.value_embedding_layers) * model.kv_heads * model.head_width / sizes["tensor"]
     computed = sum(traffic.forwards_of(config.schedule.in_stages[-1].schedule))
-    return state + tokens * traffic.ACTIVATION * (computed * kept + 2 * looked_up)
+    return state + traffic.held_whole(config, sizes) + tokens * traffic.ACTIVATION * (computed * kept + 2 * looked_up)

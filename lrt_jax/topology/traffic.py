@@ -1,7 +1,8 @@
 """Bytes that one chip receives in a training step, by collective, counted on paper; and what they cost in time.
 
-Counted for what the shardings of ``setup.mesh.RULES`` ask for, forward by forward: a subset forward over a part of
-the positions still gathers all weights. The compiler may do better (share a gather) or worse (its own reshardings).
+Counted for what the shardings of ``setup.mesh.RULES`` and ``training.replicas`` ask for. Where forwards gather their
+weights themselves, a subset forward over a part of the positions still needs them all; the compiler may do better
+(share a gather) or worse (its own reshardings).
 """
 
 import dataclasses
@@ -10,7 +11,8 @@ from collections.abc import Mapping
 
 from lrt_jax.model import costs
 from lrt_jax.model.parameters import table
-from lrt_jax.setup.config import Config, ScheduleConfig
+from lrt_jax.setup import mesh as meshes
+from lrt_jax.setup.config import Config, ModelConfig, ScheduleConfig
 from lrt_jax.topology.chips import Chip
 
 ACTIVATION = 2  # bytes of bfloat16
@@ -85,6 +87,23 @@ def forwards_of(schedule: ScheduleConfig) -> list[float]:
     }.get(schedule.name, [1.0])
 
 
+def weights_of(model: ModelConfig) -> int:
+    """Parameters that forwards multiply with whole: all but tables, gates and scalars."""
+    return sum(
+        parameter.size
+        for parameter in table(model).values()
+        if parameter.group in ("matrix", "head") and "gate_inputs" not in parameter.axes
+    )
+
+
+def held_whole(config: Config, sizes: Mapping[str, int]) -> float:
+    """Bytes on a chip of weights gathered for a whole step, and of their gradients; 0 where each forward gathers."""
+    if not meshes.gathers_once(config.mesh, sizes):
+        return 0.0
+    gathered = ACTIVATION if sizes["fsdp"] > 1 else 0
+    return weights_of(config.model) * (gathered + GRADIENT)
+
+
 def of_step(config: Config, sizes: Mapping[str, int], schedule: ScheduleConfig) -> Step:
     """One training step of ``schedule`` on a mesh of these sizes.
 
@@ -95,18 +114,17 @@ def of_step(config: Config, sizes: Mapping[str, int], schedule: ScheduleConfig) 
     """
     model, train = config.model, config.train
     ways = math.prod(sizes[axis] for axis in ("data", "fsdp", "tensor", "sequence"))
-    spec = table(model)
     forwards, passes = forwards_of(schedule), train.accumulation
     tokens = train.batch_size * model.sequence_length / (sizes["data"] * sizes["fsdp"] * sizes["sequence"])
-    weights = {
-        name: parameter.size / sizes["tensor"]
-        for name, parameter in spec.items()
-        if parameter.group in ("matrix", "head") and "gate_inputs" not in parameter.axes
-    }
-    gathered = sum(weights.values())
-    total = sum(parameter.size for parameter in spec.values())
-    # Gathered for the forward pass, and again where the backward pass computes anew and multiplies with them.
-    gathers = passes * len(forwards) * 2
+    gathered = weights_of(model) / sizes["tensor"]
+    total = sum(parameter.size for parameter in table(model).values())
+    if meshes.gathers_once(config.mesh, sizes):
+        gathers, sums, gradient = 1, 1, GRADIENT
+    else:
+        # Gathered for the forward pass, and again where the backward pass computes anew and multiplies with them; the
+        # partitioner sums the gradients of a product where it ends, in the dtype of activations.
+        gathers, sums, gradient = passes * len(forwards) * 2, passes * len(forwards), ACTIVATION
+    summed, rest = sums * gathered * gradient, (total / sizes["tensor"] - gathered) * GRADIENT
     flops = costs.train_flops(model, schedule) * train.batch_size / ways
     return Step(
         flops=flops,
@@ -116,9 +134,9 @@ def of_step(config: Config, sizes: Mapping[str, int], schedule: ScheduleConfig) 
             transfer
             for transfer in (
                 _over("fsdp", "all-gather of weights", gathers * gathered * ACTIVATION, sizes),
-                _over("fsdp", "reduce-scatter of gradients", passes * len(forwards) * gathered * GRADIENT, sizes),
+                _over("fsdp", "reduce-scatter of gradients", summed, sizes),
                 _over("fsdp", "all-to-all of looked-up embeddings", _looked_up(config, sizes, tokens, forwards), sizes),
-                _gradients_over_data(passes, forwards, gathered, total, sizes),
+                _over_data((summed + rest) / sizes["fsdp"], sizes),
                 _over("tensor", "all-reduce of activations", _reduced(config, tokens, sum(forwards)), sizes),
                 _over("sequence", "all-gather of keys and values", _keys_values(config, sizes, forwards), sizes),
             )
@@ -140,12 +158,9 @@ def _looked_up(config: Config, sizes: Mapping[str, int], tokens: float, forwards
     return 2 * orders * tokens * (model.width + values / sizes["tensor"]) * ACTIVATION
 
 
-def _gradients_over_data(
-    passes: int, forwards: list[float], gathered: float, total: float, sizes: Mapping[str, int]
-) -> Transfer:
-    """All-reduce over copies: of matrices in each forward's backward pass, of embeddings once."""
+def _over_data(shard: float, sizes: Mapping[str, int]) -> Transfer:
+    """All-reduce over copies of so many bytes of gradients, of embeddings too."""
     copies, slices = sizes["data"], sizes["slices"]
-    shard = (passes * len(forwards) * gathered + (total / sizes["tensor"] - gathered)) / sizes["fsdp"] * GRADIENT
     received = 2 * shard * (copies - 1) / copies
     # Within a slice first, so that slices exchange one share of it each.
     within = copies // slices

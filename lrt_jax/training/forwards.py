@@ -16,16 +16,42 @@ from lrt_jax.model.head import cross_entropy
 from lrt_jax.model.stack import SLOTS
 from lrt_jax.training.partitions import Partition, Strided
 
+# With ``model.remat``: how many logits a device holds at once, about; 512 MB in float32.
+LOGITS = 2**27
+
 
 def token_losses(decoder: Decoder, params: Any, hidden_BxPxD: jax.Array, targets_BxP: jax.Array) -> jax.Array:
-    """Cross entropy of each target, in nats: [B, P], float32 or wider."""
+    """Cross entropy of each target, in nats: [B, P], float32 or wider.
 
-    def losses(params: Any, hidden_BxPxD: jax.Array) -> jax.Array:
+    V is many times D, so with ``model.remat`` logits are the first of all activations to be computed again, and, where
+    there are many, some positions at a time.
+    """
+
+    def losses(hidden_BxPxD: jax.Array, targets_BxP: jax.Array) -> jax.Array:
         logits_BxPxV = decoder.apply({"params": params}, hidden_BxPxD, method=Decoder.logits)
         return cross_entropy(logits_BxPxV, targets_BxP)
 
-    # V is many times D: of all activations, logits are the first to be computed again.
-    return (jax.checkpoint(losses) if decoder.config.remat else losses)(params, hidden_BxPxD)
+    if not decoder.config.remat:
+        return losses(hidden_BxPxD, targets_BxP)
+    count = _parts(decoder, *targets_BxP.shape)
+    if count == 1:
+        return jax.checkpoint(losses)(hidden_BxPxD, targets_BxP)
+    parts = [
+        jnp.moveaxis(array.reshape(len(array), count, -1, *array.shape[2:]), 1, 0)
+        for array in (hidden_BxPxD, targets_BxP)
+    ]
+    losses_NxBxP = lax.map(lambda part: jax.checkpoint(losses)(*part), tuple(parts))
+    return jnp.moveaxis(losses_NxBxP, 0, 1).reshape(targets_BxP.shape)
+
+
+def _parts(decoder: Decoder, rows: int, length: int) -> int:
+    """Into how many parts the positions of a forward are cut for their logits: a divisor of ``length``."""
+    mesh = decoder.mesh
+    if mesh is not None and mesh.shape["sequence"] > 1:
+        return 1  # devices share positions already
+    ways = 1 if mesh is None else mesh.size
+    wanted = min(length, -(-rows * length * decoder.config.vocab_size // ways // LOGITS))
+    return next(count for count in range(max(wanted, 1), length + 1) if length % count == 0)
 
 
 def forward(

@@ -10,7 +10,7 @@ from jax import lax
 
 from lrt_jax.model.decoder import Decoder
 from lrt_jax.setup import mesh as meshes
-from lrt_jax.training import guard
+from lrt_jax.training import guard, replicas
 from lrt_jax.training.schedules import Schedule
 from lrt_jax.training.state import TrainState, state_shardings
 
@@ -26,6 +26,8 @@ def build(
     forward_names: list[str],
     accumulation: int = 1,
     judge: Judge | None = None,
+    *,
+    gather_once: bool = False,
 ) -> Step:
     """The jitted ``(state, tokens_BxT, targets_BxT) -> (state, metrics)``; it takes over ``state``'s memory.
 
@@ -37,12 +39,13 @@ def build(
       accumulation: microbatches that the rows are split into, one after the other; the gradient is
         that of the whole batch.
       judge: tells good steps from bad ones, whose updates are then held back; None: every step is good.
+      gather_once: as in :func:`gradient_of`.
 
     Returns:
       The step. Its metrics are scalars on the device: ``train/loss``, ``train/loss_<forward>`` (nats
       per token) and ``train/grad_norm``; with a judge also ``train/bad_steps`` so far and ``train/bad_in_a_row``.
     """
-    gradient = gradient_of(decoder, schedule, forward_names, accumulation)
+    gradient = gradient_of(decoder, schedule, forward_names, accumulation, gather_once=gather_once)
 
     def step(
         state: TrainState, tokens_BxT: jax.Array, targets_BxT: jax.Array
@@ -67,10 +70,29 @@ def build(
 
 
 def gradient_of(
-    decoder: Decoder, schedule: Schedule, forward_names: list[str], accumulation: int = 1
+    decoder: Decoder,
+    schedule: Schedule,
+    forward_names: list[str],
+    accumulation: int = 1,
+    *,
+    gather_once: bool = False,
 ) -> guard.Gradient:
-    """The function ``(params, tokens_BxT, targets_BxT) -> (metrics, gradient)`` of :func:`build`, not jitted."""
+    """The function ``(params, tokens_BxT, targets_BxT) -> (metrics, gradient)`` of :func:`build`, not jitted.
 
+    Args:
+      decoder: the model.
+      schedule: computes the loss.
+      forward_names: of its forwards.
+      accumulation: microbatches.
+      gather_once: weights are gathered, and gradients summed over devices, once, and not by every forward of every
+        microbatch (``replicas``); where ``setup.mesh.gathers_once``.
+    """
+    if gather_once:
+        return replicas.gradient_of(decoder, lambda alone: _gradient_of(alone, schedule, forward_names, accumulation))
+    return _gradient_of(decoder, schedule, forward_names, accumulation)
+
+
+def _gradient_of(decoder: Decoder, schedule: Schedule, forward_names: list[str], accumulation: int) -> guard.Gradient:
     def gradient(params: Any, tokens_BxT: jax.Array, targets_BxT: jax.Array) -> tuple[dict[str, jax.Array], Any]:
         def objective(params: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
             outcome = schedule(decoder, params, tokens_BxT, targets_BxT)
