@@ -167,7 +167,7 @@ def _run(
         stop.check(mesh)
 
     parts = loop.Parts(
-        stages=tuple(_stages(config, decoder, transformation, steps)),
+        stages=tuple(_stages(config, decoder, mesh, transformation, steps)),
         batches=batches,
         mesh=mesh,
         checkpoints=checkpoints,
@@ -222,11 +222,11 @@ def _left_out(rows: records.Records) -> Iterator[str]:
 
 
 def _stages(
-    config: configs.Config, decoder: Decoder, transformation: optax.GradientTransformation, steps: int
+    config: configs.Config, decoder: Decoder, mesh: Mesh, transformation: optax.GradientTransformation, steps: int
 ) -> Iterator[loop.Stage]:
     """The run's stages, each with a training step of its own and all with one optimizer."""
     share, stages = 0.0, config.schedule.in_stages
-    once = decoder.mesh is not None and meshes.gathers_once(config.mesh, decoder.mesh.shape)
+    once = meshes.gathers_once(config.mesh, mesh.shape)
     for stage in stages:
         share += stage.share
         schedule = schedules.build(stage.schedule, config.model.sequence_length)
@@ -266,8 +266,9 @@ def _opening(
     )
     if mesh.size > 1:
         axes = " × ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1)
-        often = "once a step" if meshes.gathers_once(config.mesh, mesh.shape) else "in every forward"
-        yield f"mesh: {axes}; weights are gathered, and gradients summed, {often}"
+        often = "once a step" if meshes.gathers_once(config.mesh, mesh.shape) else "by every forward"
+        what = "weights gathered and gradients summed" if mesh.shape["fsdp"] > 1 else "gradients summed"
+        yield f"mesh: {axes}, {what} {often}" if mesh.shape["data"] * mesh.shape["fsdp"] > 1 else f"mesh: {axes}"
     tokens = steps * train.batch_size * model.sequence_length
     schedule = config.schedule.stages or config.schedule.name
     yield f"{schedule}, {config.optimizer.name}, {steps:,} steps, {tokens:,} tokens"

@@ -1,5 +1,6 @@
 """Freed memory is kept where the CPU is the device, in huge pages: seen from a process of its own."""
 
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -32,7 +33,7 @@ host_memory.keep_freed()
 import jax, jax.numpy as jnp
 jax.jit(lambda x: x + 1)(jnp.ones((4096, 4096))).block_until_ready()  # 64 MB each
 areas = re.split(r"\\n(?=[0-9a-f]+-[0-9a-f]+ )", open("/proc/self/smaps").read())
-print(sum(int(re.search(r"AnonHugePages: +(\\d+)", area)[1]) for area in areas if "[heap]" in area))
+print(sum(int(re.search(r"AnonHugePages: +(\\d+)", area)[1]) for area in areas if " hg" in area.split("VmFlags")[1]))
 """
 
 
@@ -51,10 +52,26 @@ def test_a_step_asks_the_kernel_for_no_memory_again():
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="a page's size is asked of Linux")
 def test_arrays_lie_in_huge_pages():
-    if "[never]" in Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text():
+    enabled = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    if not enabled.exists() or "[never]" in enabled.read_text() or not host_memory._addresses_are_free():
         pytest.skip("this machine gives nobody huge pages")
     done = subprocess.run([sys.executable, "-c", HUGE], check=True, capture_output=True, text=True)
     assert int(done.stdout) > 100 * 1024  # KB
+
+
+def test_addresses_are_left_alone_where_they_cost_something(monkeypatch, tmp_path):
+    monkeypatch.setattr(host_memory, "OVERCOMMIT", tmp_path / "overcommit_memory")
+    assert not host_memory._addresses_are_free()
+    host_memory.OVERCOMMIT.write_text("2\n")
+    assert not host_memory._addresses_are_free()
+    host_memory.OVERCOMMIT.write_text("0\n")
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    assert host_memory._addresses_are_free()
+    monkeypatch.setenv("MALLOC_PERTURB_", "165")
+    assert not host_memory._addresses_are_free()
+    monkeypatch.delenv("MALLOC_PERTURB_")
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: (2**34, 2**34))
+    assert not host_memory._addresses_are_free()
 
 
 @pytest.mark.parametrize(

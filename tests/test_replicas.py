@@ -25,13 +25,15 @@ jax.config.update("jax_enable_x64", True)
 ROWS, T, V = 16, 8, 48
 rows = np.random.default_rng(0).integers(0, V, (ROWS, T + 1), dtype=np.int32)
 rng = np.random.default_rng(1)
-for scan, memory, subsets, accumulation, sizes in (
-    (False, "layerwise", 2, 2, (2, 4)),
-    (False, "layerwise", 4, 1, (2, 4)),
-    (True, "shared", 2, 1, (1, 8)),
-    (True, "shared", 4, 1, (8, 1)),
+for scan, memory, subsets, accumulation, sizes, values, dtype in (
+    (False, "layerwise", 2, 2, (2, 4), "all", "float64"),
+    (False, "layerwise", 4, 1, (2, 4), "all", "float64"),
+    (True, "shared", 2, 1, (1, 8), "alternate", "bfloat16"),
+    (False, "shared", 2, 1, (8, 1), "alternate", "float64"),
 ):
-    config = ModelConfig(2, 32, 4, 2, T, V, dtype="float64", scan_layers=scan, memory=memory)
+    config = ModelConfig(
+        2, 32, 4, 2, T, V, dtype=dtype, scan_layers=scan, memory=memory, value_embeddings=values
+    )
     schedule = ScheduleConfig(subsets=subsets)
     found = []
     for once, devices in ((False, (1, 1)), (True, sizes)):
@@ -39,8 +41,8 @@ for scan, memory, subsets, accumulation, sizes in (
         decoder = Decoder(config, mesh)
         shapes = state.abstract_params(decoder, mesh)
         if not once:  # no zeros, as fresh parameters have
-            values = {name: rng.normal(size=leaf.shape, scale=0.2) for name, leaf in shapes.items()}
-        params = {name: jax.device_put(values[name], leaf.sharding) for name, leaf in shapes.items()}
+            drawn = {name: rng.normal(size=leaf.shape, scale=0.2) for name, leaf in shapes.items()}
+        params = {name: jax.device_put(drawn[name].astype(leaf.dtype), leaf.sharding) for name, leaf in shapes.items()}
         batch = meshes.global_batch(mesh, (rows[:, :-1], rows[:, 1:]))
         build, names = schedules.build(schedule, T), schedules.forward_names(schedule)
         gradient = jax.jit(step.gradient_of(decoder, build, names, accumulation, gather_once=once))
@@ -49,7 +51,8 @@ for scan, memory, subsets, accumulation, sizes in (
     kinds = ("all_gather", "reduce_scatter", "all_to_all", "all_reduce")
     collectives = {kind: len(re.findall(f"stablehlo.{kind}", lowered.as_text())) for kind in kinds}
     error = jax.tree.map(lambda one, other: float(np.abs(one - other).max() / np.abs(one).max()), *found)
-    print(json.dumps({"metrics": error[0], "gradient": error[1], "collectives": collectives}), flush=True)
+    gathered = sorted(set(re.findall(r"stablehlo.all_gather.*x(\\w+)>$", lowered.as_text(), re.M)))
+    print(json.dumps({"metrics": error[0], "gradient": error[1], "collectives": collectives, "gathered": gathered}))
 """
 
 
@@ -60,15 +63,17 @@ def test_gradients_are_those_of_one_device_and_collectives_do_not_grow_with_the_
     assert done.returncode == 0, done.stderr
     two, four, over_fsdp, over_data = [json.loads(line) for line in done.stdout.splitlines()]
     for run in (two, four, over_fsdp, over_data):
-        assert max(run["metrics"].values()) < 1e-13
         assert {"embedding", "value_embedding", "head", "memory_key", "alpha"} <= run["gradient"].keys()
-        assert max(run["gradient"].values()) < 1e-11, run["gradient"]
+        close = 0.02 if run is over_fsdp else 1e-11  # bfloat16, added up in another order
+        assert all(error < close for error in (*run["metrics"].values(), *run["gradient"].values())), run
     # 4 matrices and 2 projections of memory for each of 2 layers, the head, and the tokens of both microbatches, which
     # look up the embeddings of their group.
     assert two["collectives"]["reduce_scatter"] == four["collectives"]["reduce_scatter"] == 2 * 6 + 1
-    assert four["collectives"]["all_gather"] == 2 * 6 + 1 + 1
+    assert four["collectives"]["all_reduce"] - two["collectives"]["all_reduce"] == 2  # losses of two more forwards
+    assert four["collectives"]["all_gather"] == 2 * 6 + 1 + 1 and four["gathered"] == ["f64", "i32"]
     assert over_data["collectives"]["all_gather"] == over_data["collectives"]["reduce_scatter"] == 0
-    assert over_fsdp["collectives"]["all_gather"] == 9 + 1  # each stack once
+    # Each stack once, in the dtype of activations, though parameters and their gradients are float32.
+    assert over_fsdp["collectives"]["all_gather"] == 9 + 1 and over_fsdp["gathered"] == ["bf16", "i32"]
 
 
 @pytest.mark.parametrize(

@@ -90,7 +90,7 @@ def _of_all_columns(table: jax.Array, tokens_NxBxP: jax.Array, columns: str, axi
     """What ``_at_once`` says, by hand: ``table`` has some of the last axis, and this device is to have its own rows.
 
     All behind ``axis``, that of the vocabulary, is one axis meanwhile: a device's part of a head is narrower than a
-    TPU's vectors, which would be filled with nothing (4 times the memory at depth 12; docs/LOG.md).
+    TPU's vectors, which would be filled with nothing (27 instead of 7 GiB at depth 12; docs/SCALING.md).
     """
     (*before, _), behind = table.shape[: axis + 1], table.shape[axis + 1 :]
     found = jnp.take(table.reshape(*table.shape[: axis + 1], -1), tokens_NxBxP, axis=axis).astype(dtype)

@@ -277,7 +277,8 @@ class MeshConfig:
     tensor: int = 1  # heads, MLP and vocabulary
     sequence: int = 1  # positions: T of a full forward, P = T/S of a subset
     slices: int = 1  # of a multi-slice TPU; a factor of data, the one axis that goes over them
-    # Weights are gathered, and gradients summed, once a step, or by every forward, which needs less memory.
+    # When weights are gathered over fsdp, and gradients summed over rows: once a "step", or by every "forward", which
+    # needs less memory; auto: once a step where only data and fsdp are above 1.
     gather: Gather = "auto"
 
 

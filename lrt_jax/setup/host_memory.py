@@ -6,7 +6,6 @@ them: about a seventh of a step of benchmarks/step.py. Pages of 2 MB instead of 
 it is asked to, spare the processor most of its walks through page tables: 2 to 5 % of a step (docs/LOG.md).
 """
 
-import contextlib
 import ctypes
 import os
 from pathlib import Path
@@ -32,22 +31,34 @@ def keep_freed() -> bool:
     """
     if not cpu_is_device():
         return False
-    with contextlib.suppress(OSError, AttributeError):  # no C library by this name, or not glibc
+    try:
         libc = ctypes.CDLL(None)
-        if all(libc.mallopt(*what) for what in ((M_ARENA_MAX, 1), (M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, -1))):
-            _want_huge_pages(libc)
-            return True
-    return False
+        kept = all(libc.mallopt(*what) for what in ((M_ARENA_MAX, 1), (M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, -1)))
+    except (OSError, AttributeError):  # no C library by this name, or not glibc
+        return False
+    if kept and _addresses_are_free():
+        _want_huge_pages(libc)
+    return kept
+
+
+def _addresses_are_free() -> bool:
+    """Whether allocating costs nothing until it is used: no limit counts it, and no debugging option fills it."""
+    try:
+        import resource  # not on Windows
+    except ImportError:
+        return False
+    limits = (resource.getrlimit(kind)[0] for kind in (resource.RLIMIT_AS, resource.RLIMIT_DATA))
+    filled = os.environ.get("MALLOC_PERTURB_") or "perturb" in os.environ.get("GLIBC_TUNABLES", "")
+    counted = not OVERCOMMIT.exists() or OVERCOMMIT.read_text().strip() == NEVER
+    return not filled and not counted and all(limit == resource.RLIM_INFINITY for limit in limits)
 
 
 def _want_huge_pages(libc: ctypes.CDLL) -> None:
     """Grows the heap by half of the machine's memory, in addresses alone, and asks for huge pages there.
 
     Freed memory is kept by now, so all that is allocated from here on lies there, as long as there is room. Where the
-    kernel counts what is allocated as if it were used, does not allow so much, or has no huge pages, nothing changes.
+    kernel does not allow so much, or has no huge pages, nothing changes.
     """
-    if OVERCOMMIT.read_text().strip() == NEVER:
-        return
     libc.malloc.restype = ctypes.c_void_p
     page, size = os.sysconf("SC_PAGE_SIZE"), os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
     if start := libc.malloc(ctypes.c_size_t(size)):

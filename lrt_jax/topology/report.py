@@ -5,6 +5,7 @@ import math
 from collections.abc import Iterator
 
 from lrt_jax.model import costs
+from lrt_jax.setup import mesh as meshes
 from lrt_jax.setup.config import Config
 from lrt_jax.topology import traffic
 from lrt_jax.topology.chips import Chip
@@ -47,6 +48,11 @@ class Report:
         return traffic.of_step(self.config, self.sizes, self.config.schedule.in_stages[-1].schedule)
 
     @property
+    def gather(self) -> str:
+        """What gathers weights, a step or a forward."""
+        return "step" if meshes.gathers_once(self.config.mesh, self.sizes) else "forward"
+
+    @property
     def seconds(self) -> dict[str, float]:
         """The least time that each resource needs for a step."""
         return self.step.seconds(self.chip, self.chips // self.sizes["slices"], self.sizes)
@@ -68,7 +74,8 @@ class Report:
         mesh = " × ".join(f"{axis} {size}" for axis, size in self.sizes.items() if axis != "slices")
         slices = f" × {self.sizes['slices']} slices" if self.sizes["slices"] > 1 else ""
         tokens = train.batch_size * model.sequence_length
-        yield f"{self.topology}{slices}: {self.chips} chips as {mesh}"
+        often = "" if self.sizes["fsdp"] == 1 else f", weights gathered by each {self.gather}"
+        yield f"{self.topology}{slices}: {self.chips} chips as {mesh}{often}"
         yield f"{counts.total:,} parameters, {model.memory} memory; {tokens:,} tokens a step in {train.batch_size} rows"
         share = counts.total / (self.sizes["fsdp"] * self.sizes["tensor"])
         yield f"\nper chip\n  {'parameters':<44}{share / 1e6:>12.1f} M"
@@ -97,7 +104,7 @@ class Report:
             yield f"parameters and optimizer state alone take {held / GIB:.1f} GiB, so raise config.mesh.fsdp"
         whole = traffic.held_whole(self.config, sizes)
         if whole > self.chip.hbm / 8:
-            yield f"weights and gradients of a whole step take {whole / GIB:.1f} GiB, so set config.mesh.gather=forward"
+            yield f"weights gathered for a step take {whole / GIB:.1f} GiB, so set config.mesh.gather=forward"
         if not model.remat:
             yield "set config.model.remat=True"
         if not model.scan_layers:
@@ -113,6 +120,7 @@ class Report:
         train, seconds = self.config.train, self.seconds
         bound = max(seconds, key=lambda name: seconds[name])
         mesh = " × ".join(str(self.sizes[axis]) for axis in ("data", "fsdp", "tensor", "sequence"))
+        mesh += f", {self.gather}" if self.sizes["fsdp"] > 1 else ""
         where = self.topology + (f" × {self.sizes['slices']}" if self.sizes["slices"] > 1 else "")
         ici, dcn = (sum(getattr(transfer, kind) for transfer in self.step.transfers) for kind in ("ici", "dcn"))
         peaks = " / ".join(f"{program.peak / GIB:.1f}" for program in self.compiled)

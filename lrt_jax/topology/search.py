@@ -39,8 +39,10 @@ def candidates(config: Config, chip: Chip, chips: int, slices: int) -> list[Cand
       slices: of the topology.
     """
     found = []
-    gathers: tuple[Gather, ...] = ("step", "forward") if config.mesh.gather == "auto" else (config.mesh.gather,)
     for sizes in _meshes(chips, slices):
+        gathers: tuple[Gather, ...] = (config.mesh.gather,)
+        if config.mesh.gather == "auto" and sizes["fsdp"] > 1 and meshes.gathers_once(config.mesh, sizes):
+            gathers = ("step", "forward")
         for gather, factor in itertools.product(gathers, (0.5, 1.0, 2.0, 4.0)):
             rows = int(config.train.batch_size * factor)
             if not rows or rows % config.train.accumulation:

@@ -97,11 +97,12 @@ def weights_of(model: ModelConfig) -> int:
 
 
 def held_whole(config: Config, sizes: Mapping[str, int]) -> float:
-    """Bytes on a chip of weights gathered for a whole step, and of their gradients; 0 where each forward gathers."""
-    if not meshes.gathers_once(config.mesh, sizes):
+    """Bytes on a chip that gathering once a step takes beyond its shards: weights, and their gradients until summed."""
+    if sizes["fsdp"] == 1 or not meshes.gathers_once(config.mesh, sizes):
         return 0.0
-    gathered = ACTIVATION if sizes["fsdp"] > 1 else 0
-    return weights_of(config.model) * (gathered + GRADIENT)
+    # A microbatch's gradients are whole, too, until they are added to those before.
+    gradients = GRADIENT * (1 if config.train.accumulation == 1 else 2)
+    return weights_of(config.model) * (ACTIVATION + gradients) * (1 - 1 / sizes["fsdp"])
 
 
 def of_step(config: Config, sizes: Mapping[str, int], schedule: ScheduleConfig) -> Step:

@@ -16,7 +16,7 @@ from lrt_jax.model.head import cross_entropy
 from lrt_jax.model.stack import SLOTS
 from lrt_jax.training.partitions import Partition, Strided
 
-# With ``model.remat``: how many logits a device holds at once, about; 512 MB in float32.
+# With ``model.remat``: how many logits a device holds at once; 512 MB in float32.
 LOGITS = 2**27
 
 
@@ -24,7 +24,8 @@ def token_losses(decoder: Decoder, params: Any, hidden_BxPxD: jax.Array, targets
     """Cross entropy of each target, in nats: [B, P], float32 or wider.
 
     V is many times D, so with ``model.remat`` logits are the first of all activations to be computed again, and, where
-    there are many, some positions at a time.
+    one device has many, some positions at a time. Devices that compute together would exchange weights and gradients of
+    the head each time.
     """
 
     def losses(hidden_BxPxD: jax.Array, targets_BxP: jax.Array) -> jax.Array:
@@ -33,25 +34,20 @@ def token_losses(decoder: Decoder, params: Any, hidden_BxPxD: jax.Array, targets
 
     if not decoder.config.remat:
         return losses(hidden_BxPxD, targets_BxP)
-    count = _parts(decoder, *targets_BxP.shape)
-    if count == 1:
+    count = -(-targets_BxP.size * decoder.config.vocab_size // LOGITS)
+    if count == 1 or (decoder.mesh is not None and decoder.mesh.size > 1):
         return jax.checkpoint(losses)(hidden_BxPxD, targets_BxP)
-    parts = [
-        jnp.moveaxis(array.reshape(len(array), count, -1, *array.shape[2:]), 1, 0)
-        for array in (hidden_BxPxD, targets_BxP)
-    ]
-    losses_NxBxP = lax.map(lambda part: jax.checkpoint(losses)(*part), tuple(parts))
-    return jnp.moveaxis(losses_NxBxP, 0, 1).reshape(targets_BxP.shape)
 
+    def cut(flat: jax.Array) -> jax.Array:
+        """As ``count`` parts of one row each, the last one filled up."""
+        size = -(-len(flat) // count)
+        return jnp.pad(flat, [(0, count * size - len(flat)), *[(0, 0)] * (flat.ndim - 1)]).reshape(
+            count, 1, size, *flat.shape[1:]
+        )
 
-def _parts(decoder: Decoder, rows: int, length: int) -> int:
-    """Into how many parts the positions of a forward are cut for their logits: a divisor of ``length``."""
-    mesh = decoder.mesh
-    if mesh is not None and mesh.shape["sequence"] > 1:
-        return 1  # devices share positions already
-    ways = 1 if mesh is None else mesh.size
-    wanted = min(length, -(-rows * length * decoder.config.vocab_size // ways // LOGITS))
-    return next(count for count in range(max(wanted, 1), length + 1) if length % count == 0)
+    parts = cut(hidden_BxPxD.reshape(-1, hidden_BxPxD.shape[-1])), cut(targets_BxP.reshape(-1))
+    losses_Nx1xn = lax.map(lambda part: jax.checkpoint(losses)(*part), parts)
+    return losses_Nx1xn.reshape(-1)[: targets_BxP.size].reshape(targets_BxP.shape)
 
 
 def forward(
