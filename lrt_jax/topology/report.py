@@ -74,8 +74,9 @@ class Report:
         mesh = " × ".join(f"{axis} {size}" for axis, size in self.sizes.items() if axis != "slices")
         slices = f" × {self.sizes['slices']} slices" if self.sizes["slices"] > 1 else ""
         tokens = train.batch_size * model.sequence_length
-        often = "" if self.sizes["fsdp"] == 1 else f", weights gathered by each {self.gather}"
-        yield f"{self.topology}{slices}: {self.chips} chips as {mesh}{often}"
+        often = "once a step" if self.gather == "step" else "by every forward"
+        gathered = f", weights gathered {often}" if self.sizes["fsdp"] > 1 else ""
+        yield f"{self.topology}{slices}: {self.chips} chips as {mesh}{gathered}"
         yield f"{counts.total:,} parameters, {model.memory} memory; {tokens:,} tokens a step in {train.batch_size} rows"
         share = counts.total / (self.sizes["fsdp"] * self.sizes["tensor"])
         yield f"\nper chip\n  {'parameters':<44}{share / 1e6:>12.1f} M"
