@@ -114,7 +114,7 @@ def _run(
     """:func:`run`, while signals are heard and a watchdog watches."""
     began = time.perf_counter()
     mesh = meshes.make_mesh(config.mesh)
-    meshes.check_divisibility(config, mesh.shape)
+    meshes.check(config, mesh.shape)
     start = _recover(workdir)
     changes = checkpoint.check_config(config, workdir)
     meshes.cache_compilations(workdir)

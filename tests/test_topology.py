@@ -171,7 +171,7 @@ def test_search_ranks_meshes_that_fit():
     assert found and all(math.prod(c.sizes[axis] for axis in meshes.AXES) == 16 for c in found)
     assert [round(c.mfu_bound, 2) for c in found] == sorted((round(c.mfu_bound, 2) for c in found), reverse=True)
     for candidate in found:
-        meshes.check_divisibility(candidate.config, candidate.sizes)
+        meshes.check(candidate.config, candidate.sizes)
     assert {c.config.train.batch_size for c in found} == {32, 64, 128, 256}
     assert all(c.sizes["data"] % 2 == 0 for c in search.candidates(config, chip, 16, 2))
     assert not search.candidates(config, dataclasses.replace(chip, hbm=2**20), 16, 1)
@@ -204,7 +204,7 @@ def test_a_missing_compiler_is_said(monkeypatch):
 )
 def test_what_does_not_divide_is_said(sizes, message):
     with pytest.raises(ConfigError, match=message):
-        meshes.check_divisibility(config_of(), ALONE | sizes)
+        meshes.check(config_of(), ALONE | sizes)
 
 
 @pytest.mark.parametrize(

@@ -72,7 +72,8 @@ def _at_once(
 
     def look_up(table: jax.Array, axis: int, *axes: str | None) -> jax.Array:
         # Where a table's last axis lies, all rows of the batch are looked up in that part of it, and only then
-        # do rows and columns change places: the table itself, and its gradient, never travel.
+        # do rows and columns change places, so that table and gradient need not travel (with constraints alone, the
+        # partitioner sends them all the same where a device has many rows; docs/LOG.md).
         if columns is not None:
             return _of_all_columns(table, wanted, columns, axis, dtype)
         return meshes.constrain(mesh, jnp.take(table, wanted, axis=axis).astype(dtype), *axes)

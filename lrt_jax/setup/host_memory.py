@@ -24,10 +24,10 @@ DEVICES = Path("/dev")
 
 
 def keep_freed() -> bool:
-    """Makes this process keep the memory that it frees, if the CPU is its device; returns whether it does.
+    """Makes this process keep what it frees, in huge pages where it can; returns whether it keeps.
 
-    To be called before JAX starts its threads: they share one arena then, the only one that may be of any size. Where
-    there is an accelerator, or a C library other than glibc, nothing is changed.
+    It does if the CPU is its device. To be called before JAX starts its threads: they share one arena then, the only
+    one that may be of any size. Where there is an accelerator, or a C library other than glibc, nothing is changed.
     """
     if not cpu_is_device():
         return False

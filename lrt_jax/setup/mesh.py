@@ -92,7 +92,7 @@ def gathers_once(config: MeshConfig, sizes: Mapping[str, int]) -> bool:
     return config.gather != "forward" and not others and sizes["data"] * sizes["fsdp"] > 1
 
 
-def check_divisibility(config: Config, sizes: Mapping[str, int]) -> None:
+def check(config: Config, sizes: Mapping[str, int]) -> None:
     """Checks that the mesh axes, of these sizes, divide what they shard, and allow ``config.mesh.gather``.
 
     Raises:

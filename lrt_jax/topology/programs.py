@@ -75,7 +75,7 @@ def compile_all(config: Config, mesh: Mesh, names: tuple[str, ...] = PROGRAMS) -
     Raises:
       ConfigError: the mesh does not divide what it shards.
     """
-    meshes.check_divisibility(config, mesh.shape)
+    meshes.check(config, mesh.shape)
     makers = {"train": _train, "decode": _decode, "evaluate": _evaluate}
     with backend.compiling_for(mesh.devices.flat[0]):
         for name in names:

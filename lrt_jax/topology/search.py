@@ -51,7 +51,7 @@ def candidates(config: Config, chip: Chip, chips: int, slices: int) -> list[Cand
             mesh = dataclasses.replace(config.mesh, **sizes, gather=gather)
             tried = dataclasses.replace(config, train=train, mesh=mesh)
             try:
-                meshes.check_divisibility(tried, sizes)
+                meshes.check(tried, sizes)
             except ConfigError:
                 continue
             step = traffic.of_step(tried, sizes, tried.schedule.in_stages[-1].schedule)

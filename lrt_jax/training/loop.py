@@ -278,7 +278,7 @@ class _Clock:
         None where no step but one that was left out has run since.
         """
         now = time.perf_counter()
-        steps, seconds = step - self._step, now - self._time - self._paused
+        steps, seconds = step - self._step, max(now - self._time - self._paused, 1e-9)
         self._step, self._time, self._paused = step, now, 0.0
         if steps == 0:
             return None
