@@ -2,7 +2,8 @@
 
     python -m benchmarks.step [--json=FILE] [--depth=N | --layers= --width= --heads=] [--only=REGEX] …
 
-Rows are timed in turns, so that a slow minute of a shared machine falls on all of them alike. A step is loss, gradients
+Rows are timed in turns, so that a slow minute of a shared machine falls on all of them alike, after untimed turns until
+the heap has stopped growing: several programs share it here, where a run that trains has one. A step is loss, gradients
 and update; the update is AdamW's unless --optimizer=muon, since Muon's products would flatter the ratios. Temporary
 memory is what XLA plans for the step beside its arguments.
 """
@@ -11,6 +12,7 @@ import argparse
 import dataclasses
 import functools
 import json
+import resource
 import statistics
 import sys
 import time
@@ -127,6 +129,17 @@ class Timed:
         return time.perf_counter() - begin
 
 
+def settle(steps: list[Timed], most: int = 3) -> None:
+    """Runs all steps in turns until a turn meets next to no fresh pages of memory, ``most`` times at most."""
+    for _ in range(most):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        for step_ in steps:
+            step_.run()
+        # A program's temporary memory is hundreds of pages even of 2 MB, or none.
+        if resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before < 100:
+            return
+
+
 def model_of(model: ModelConfig, row: Row) -> ModelConfig:
     """The model with a row's memory."""
     return dataclasses.replace(model, memory=row.memory, residual_injection=row.schedule != "plain")
@@ -160,6 +173,7 @@ def measure(
     groups = [chosen] if not options.one_by_one else [[chosen[0], pair] for pair in chosen[1:]]
     for group in groups:
         steps |= {id(row): timed(row, schedule) for row, schedule in group if id(row) not in steps}
+        settle([steps[id(row)] for row, _ in group])
         for _ in range(options.repeats):
             baseline = steps[id(plain)].run()
             seconds[id(plain)].append(baseline)

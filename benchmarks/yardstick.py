@@ -4,8 +4,16 @@
     python -m benchmarks.yardstick --against PYTHON_WITH_TORCH       # both, in turns, and the ratio
 
 Written for comparison: the baseline with value embeddings on every layer, scaled-dot-product attention, AdamW; the
-interleaved step recomputes each subset through a boolean mask, with layerwise memory, as an eager author would.
-It imports torch only when it runs torch, so that it works from any environment that has it.
+interleaved step recomputes each subset through a boolean mask, with layerwise memory. It comes in two forms:
+
+* ``interleaved``: as lean as eager code gets. The initialization forward has no memory projections, since they would
+  project zeros; keys and values are written by ``index_copy``; RoPE tables are float32.
+* ``released``: the operations of the authors' release (method.md names it; read at its commit a133a67): the
+  initialization forward projects a memory of zeros in every layer, the shared buffer is cloned and written by index
+  assignment, subsets are picked by boolean masks, and RoPE tables are bfloat16.
+
+Both have the same losses (to the precision of the tables). It imports torch only when it runs torch, so that it works
+from any environment that has it.
 """
 
 import argparse
@@ -18,6 +26,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.arguments import positive
+
+
+COUNTERPART = {"plain": "plain", "interleaved": "interleaved", "released": "interleaved"}
+"""What a row of eager PyTorch is compared with: our schedule, as ``benchmarks.step`` names it."""
 
 
 def parse() -> argparse.Namespace:
@@ -33,7 +45,7 @@ def parse() -> argparse.Namespace:
 
 
 def torch_tokens_per_second(options: argparse.Namespace) -> dict[str, float]:
-    """Tokens per second of a plain and an interleaved step in eager PyTorch."""
+    """Tokens per second of a plain and an interleaved step, lean and as released, in eager PyTorch."""
     import torch  # type: ignore[import-not-found, unused-ignore]
     from torch.nn import functional  # type: ignore[import-not-found, unused-ignore]
 
@@ -68,12 +80,20 @@ def torch_tokens_per_second(options: argparse.Namespace) -> dict[str, float]:
     def norm(x: Any) -> Any:
         return functional.rms_norm(x, (x.shape[-1],))
 
-    def rotate(x: Any, where: Any) -> Any:
+    def rotate(x: Any, c: Any, s: Any) -> Any:
         a, b = x.chunk(2, -1)
-        c, s = cosine[where], sine[where]
         return torch.cat([a * c + b * s, b * c - a * s], -1)
 
-    def forward(tokens: Any, where: Any, memory: Any, buffer: Any) -> tuple[Any, list[Any]]:
+    def written_at(old: Any, where: Any, new: Any, released: bool) -> Any:
+        if not released:
+            return old.index_copy(1, where, new)
+        copy = old.clone()
+        copy[:, where] = new
+        return copy
+
+    def forward(tokens: Any, where: Any, memory: Any, buffer: Any, released: bool = False) -> tuple[Any, list[Any]]:
+        kind = torch.bfloat16 if released else torch.float32
+        turn = (cosine[where].to(kind), sine[where].to(kind))
         x = first = norm(functional.embedding(tokens, shared["embedding"]))
         rows, count = tokens.shape
         written = []
@@ -93,10 +113,10 @@ def torch_tokens_per_second(options: argparse.Namespace) -> dict[str, float]:
             if memory is not None:
                 k = k + recurrent * functional.linear(memory, stack["uk"]).view(rows, count, heads, head)
                 v = v + recurrent * functional.linear(memory, stack["uv"]).view(rows, count, heads, head)
-            q, k = norm(rotate(q, where)), norm(rotate(k, where))
+            q, k = norm(rotate(q, *turn)), norm(rotate(k, *turn))
             keys = where
             if buffer is not None:
-                k, v = (old.index_copy(1, where, new) for old, new in zip(buffer[layer], (k, v), strict=True))
+                k, v = (written_at(old, where, new, released) for old, new in zip(buffer[layer], (k, v), strict=True))
                 keys = positions
             written.append((k, v))
             distance = where[:, None] - keys[None, :]
@@ -115,6 +135,18 @@ def torch_tokens_per_second(options: argparse.Namespace) -> dict[str, float]:
     def plain(tokens: Any, targets: Any) -> Any:
         return loss_of(forward(tokens, positions, None, None)[0], targets)
 
+    def released(tokens: Any, targets: Any) -> Any:
+        zeros = torch.zeros(*tokens.shape, width)
+        source, buffer = forward(tokens, positions, zeros, None, released=True)
+        losses = [loss_of(source, targets)]
+        for subset in range(options.subsets):
+            visited = positions % options.subsets == subset
+            memory = torch.cat([torch.zeros_like(source[:, :1]), source[:, :-1]], 1)[:, visited]
+            fresh, buffer = forward(tokens[:, visited], positions[visited], memory, buffer, released=True)
+            losses.append(loss_of(fresh, targets[:, visited]))
+            source = written_at(source, visited, fresh, released=True)
+        return sum(losses) / len(losses)
+
     def interleaved(tokens: Any, targets: Any) -> Any:
         source, buffer = forward(tokens, positions, None, None)
         losses = [loss_of(source, targets)]
@@ -128,7 +160,7 @@ def torch_tokens_per_second(options: argparse.Namespace) -> dict[str, float]:
 
     tokens = torch.randint(options.vocab, (options.batch, length + 1))
     found = {}
-    for name, schedule in (("plain", plain), ("interleaved", interleaved)):
+    for name, schedule in (("plain", plain), ("interleaved", interleaved), ("released", released)):
         seconds = []
         for _ in range(options.repeats + 1):
             begin = time.perf_counter()
@@ -170,11 +202,11 @@ def main() -> None:
         theirs = json.loads(subprocess.run(arguments, check=True, capture_output=True, text=True).stdout)
         turns.append((ours_tokens_per_second(options), theirs))
         for name, theirs_rate in theirs.items():
-            ours_rate = turns[-1][0][name]
+            ours_rate = turns[-1][0][COUNTERPART[name]]
             line = f"{name:<12} ours {ours_rate:8,.0f}  torch {theirs_rate:8,.0f} tokens/s"
             print(f"{line}  ratio {ours_rate / theirs_rate:.2f}", flush=True)
-    for name in ("plain", "interleaved"):
-        ratio = statistics.median(ours[name] / theirs[name] for ours, theirs in turns)
+    for name, counterpart in COUNTERPART.items():
+        ratio = statistics.median(ours[counterpart] / theirs[name] for ours, theirs in turns)
         print(f"{name}: {ratio:.2f} × eager PyTorch's tokens per second (median of {options.rounds})")
 
 
