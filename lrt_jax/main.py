@@ -138,7 +138,7 @@ def _run(
     decoder = Decoder(config.model, mesh)
     counts = costs.count_parameters(config.model)
     steps = configs.train_steps(config.train, config.model.sequence_length, counts.total)
-    transformation = optimizer.build(config.optimizer, table(config.model), steps)
+    transformation = optimizer.build(config.optimizer, table(config.model), steps, mesh)
     evaluator = Evaluator(decoder, config, mesh, held_out, tokens.token_bytes)
 
     checkpoints = checkpoint.Checkpoints(workdir, config.train.keep)

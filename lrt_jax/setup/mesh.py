@@ -89,7 +89,17 @@ def gathers_once(config: MeshConfig, sizes: Mapping[str, int]) -> bool:
             f'config.mesh.gather is "step", which needs {" and ".join(others)} to be 1, not '
             f"{' and '.join(str(sizes[axis]) for axis in others)}; allowed there: auto, forward"
         )
-    return config.gather != "forward" and not others and sizes["data"] * sizes["fsdp"] > 1
+    return config.gather != "forward" and shards_rows_only(sizes)
+
+
+def shards_rows_only(sizes: Mapping[str, int]) -> bool:
+    """Whether a mesh of these sizes has several devices, and shards nothing but rows and parameters over them."""
+    return sizes["data"] * sizes["fsdp"] > 1 and sizes["tensor"] == sizes["sequence"] == 1
+
+
+def data_ways_of_a_slice(mesh: Mesh) -> int:
+    """The part of the ``data`` axis that lies within one slice: neighbours on it, from any multiple of it on."""
+    return mesh.shape["data"] // len({getattr(device, "slice_index", 0) for device in mesh.devices.flat})
 
 
 def check(config: Config, sizes: Mapping[str, int]) -> None:

@@ -121,7 +121,7 @@ def _train(config: Config, mesh: Mesh) -> Iterator[tuple[str, Any, tuple[Any, ..
     decoder = Decoder(config.model, mesh)
     length = config.model.sequence_length
     steps = train_steps(config.train, length, costs.count_parameters(config.model).total)
-    transformation = optimizer.build(config.optimizer, table(config.model), steps)
+    transformation = optimizer.build(config.optimizer, table(config.model), steps, mesh)
     whole = state.abstract(decoder, transformation, mesh)
     batch = (_rows(mesh, (config.train.batch_size, length)),) * 2
     for index, stage in enumerate(config.schedule.in_stages):

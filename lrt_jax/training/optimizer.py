@@ -6,9 +6,11 @@ from typing import Any
 
 import jax
 import optax
+from jax.sharding import Mesh
 
 from lrt_jax.model.parameters import Parameter
 from lrt_jax.setup.config import OptimizerConfig
+from lrt_jax.training.orthogonalization import orthogonalizer
 
 Rate = Callable[[jax.Array], jax.Array]
 
@@ -25,13 +27,16 @@ def rate_shape(config: OptimizerConfig, steps: int) -> Rate:
     return optax.schedules.join_schedules(phases, [warmup, max(steps - warmdown, warmup)])
 
 
-def build(config: OptimizerConfig, table: Mapping[str, Parameter], steps: int) -> optax.GradientTransformation:
+def build(
+    config: OptimizerConfig, table: Mapping[str, Parameter], steps: int, mesh: Mesh | None = None
+) -> optax.GradientTransformation:
     """Clipping, then Muon for matrices (or AdamW), AdamW for every other group.
 
     Args:
       config: rates and constants.
       table: the parameter table, whose groups decide who gets what.
       steps: length of the run, which the rate's shape and the decay of weights follow.
+      mesh: that parameters and gradients are stored on, for Muon to share its work out on.
 
     Returns:
       A transformation of gradients in a flat dict with the table's names.
@@ -48,7 +53,7 @@ def build(config: OptimizerConfig, table: Mapping[str, Parameter], steps: int) -
 
     matrix = adamw(config.matrix_lr, weight_decay=decay)
     if config.name == "muon":
-        matrix = optax.chain(_muon(config, table), optax.add_decayed_weights(decay), rate(config.muon_lr))
+        matrix = optax.chain(_muon(config, table, mesh), optax.add_decayed_weights(decay), rate(config.muon_lr))
     groups = {
         "matrix": matrix,
         "embedding": adamw(config.embedding_lr),
@@ -62,37 +67,36 @@ def build(config: OptimizerConfig, table: Mapping[str, Parameter], steps: int) -
     return optax.chain(clip, by_group)
 
 
-def _muon(config: OptimizerConfig, table: Mapping[str, Parameter]) -> optax.GradientTransformation:
+def _muon(config: OptimizerConfig, table: Mapping[str, Parameter], mesh: Mesh | None) -> optax.GradientTransformation:
     """Orthogonalized momentum, times √max(1, outputs / inputs): every axis but inputs and outputs is batch."""
+    orthogonalize = orthogonalizer(table, mesh)
 
-    def dimensions(parameter: Parameter) -> optax.contrib.MuonDimensionNumbers:
-        stacked = parameter.axes[0] == "layers"
-        outputs = [axis for axis in range(int(stacked), len(parameter.shape)) if axis not in parameter.inputs]
-        return optax.contrib.MuonDimensionNumbers(reduction_axis=parameter.inputs, output_axis=tuple(outputs))
-
-    def dimension_numbers(updates: Mapping[str, Any]) -> dict[str, Any]:
-        # optax.partition hands over the whole tree, with the other groups' leaves masked out.
-        return {
-            name: leaf if isinstance(leaf, optax.MaskedNode) else dimensions(table[name])
-            for name, leaf in updates.items()
-        }
-
-    def scale(updates: Mapping[str, Any], params: Any) -> dict[str, Any]:
+    def direction(momentum: Mapping[str, Any], params: Any) -> dict[str, Any]:
         del params
-        scaled = dict(updates)
-        for name, leaf in updates.items():
-            if not isinstance(leaf, optax.MaskedNode):
-                numbers = dimensions(table[name])
-                inputs, outputs = (
-                    math.prod(leaf.shape[axis] for axis in axes)
-                    for axes in (numbers.reduction_axis, numbers.output_axis)
-                )
-                scaled[name] = leaf * math.sqrt(max(1.0, outputs / inputs))
-        return scaled
+        # optax.partition hands over the whole tree, with the other groups' leaves masked out.
+        matrices = {name: leaf for name, leaf in momentum.items() if not isinstance(leaf, optax.MaskedNode)}
+        return {**momentum, **{name: leaf * _scale(table[name]) for name, leaf in orthogonalize(matrices).items()}}
 
-    static = ("ns_coeffs", "ns_steps", "eps", "mu_dtype", "nesterov", "adaptive", "preconditioning")
-    momentum = optax.schedules.linear_schedule(config.momentum_start, config.momentum, max(config.momentum_warmup, 1))
-    orthogonalize = optax.inject_hyperparams(
-        optax.contrib.scale_by_muon, static_args=(*static, "weight_dimension_numbers")
-    )(beta=momentum, weight_dimension_numbers=dimension_numbers)
-    return optax.chain(orthogonalize, optax.stateless(scale))
+    beta = optax.schedules.linear_schedule(config.momentum_start, config.momentum, max(config.momentum_warmup, 1))
+    return optax.chain(optax.inject_hyperparams(_nesterov)(beta=beta), optax.stateless(direction))
+
+
+def _scale(parameter: Parameter) -> float:
+    inputs = math.prod(parameter.shape[axis] for axis in parameter.inputs)
+    layers = parameter.shape[0] if parameter.axes[0] == "layers" else 1
+    return math.sqrt(max(1.0, parameter.size / layers / inputs / inputs))
+
+
+def _nesterov(beta: jax.Array | float) -> optax.GradientTransformation:
+    """The momentum of ``optax.contrib.scale_by_muon``, with its state, without the orthogonalization."""
+    whole = optax.contrib.scale_by_muon(beta=beta)
+
+    def update(updates: Any, state: optax.contrib.MuonState, params: Any = None) -> tuple[Any, Any]:
+        del params
+        mu = optax.tree.update_moment(updates, state.mu, beta, 1)
+        count = optax.safe_increment(state.count)
+        ahead = optax.tree.bias_correction(mu, beta, optax.safe_increment(count))
+        now = optax.tree.bias_correction(updates, beta, count)
+        return jax.tree.map(lambda m, g: beta * m + (1 - beta) * g, ahead, now), state._replace(count=count, mu=mu)
+
+    return optax.GradientTransformation(whole.init, update)

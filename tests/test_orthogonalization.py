@@ -1,0 +1,90 @@
+"""Muon on a mesh: updates as on one device, though whole matrices are on different ones; on 8 virtual devices."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from lrt_jax.setup.mesh import AXES, data_ways_of_a_slice, shards_rows_only
+
+PROGRAM = """
+import json, re
+import jax
+jax.config.update("jax_enable_x64", True)
+import numpy as np
+from lrt_jax.model.decoder import Decoder
+from lrt_jax.model.parameters import table
+from lrt_jax.setup.config import MeshConfig, ModelConfig, OptimizerConfig
+from lrt_jax.setup import mesh as meshes
+from lrt_jax.training import optimizer, state
+LAYERS = 3  # which no mesh of 8 devices divides
+for memory, sizes in (
+    ("layerwise", (1, 1)), ("layerwise", (1, 8)), ("layerwise", (8, 1)), ("layerwise", (2, 4)),
+    ("shared", (1, 1)), ("shared", (4, 2)),
+):
+    config = ModelConfig(LAYERS, 32, 4, 2, 8, 48, memory=memory)
+    mesh = meshes.make_mesh(MeshConfig(*sizes), jax.devices()[: int(np.prod(sizes))])
+    muon = optimizer.build(OptimizerConfig(), table(config), 10, mesh)
+    whole = state.abstract(Decoder(config, mesh), muon, mesh)
+    rng = np.random.default_rng(0)
+    draw = lambda leaf: jax.device_put(rng.normal(size=leaf.shape), leaf.sharding)
+    params = {name: draw(leaf) for name, leaf in whole.params.items()}
+    wide = lambda leaf: leaf.astype("float64") if leaf.dtype == "float32" else leaf
+    places = jax.tree.map(lambda leaf: leaf.sharding, (whole.params, whole.opt_state))
+    opt_state = jax.jit(lambda params: jax.tree.map(wide, muon.init(params)), out_shardings=places[1])(params)
+    update = jax.jit(muon.update, out_shardings=places).lower(params, opt_state, params).compile()
+    for _ in range(2):  # so that momentum counts
+        grads = {name: draw(leaf) for name, leaf in whole.params.items()}
+        updates, opt_state = update(grads, jax.tree.map(wide, opt_state), params)
+    found = {name: np.asarray(leaf) for name, leaf in updates.items()}
+    if sizes == (1, 1):
+        expected = found
+    text = update.as_text()
+    kinds = ("all-gather", "all-reduce", "all-to-all", "reduce-scatter", "collective-permute")
+    print(json.dumps({
+        "error": max(float(np.abs(found[name] - expected[name]).max()) for name in found),
+        "least": min(float(np.abs(leaf).max()) for leaf in found.values()),
+        "moved": {kind: len(re.findall(rf"= .*? {kind}(?:-start)?\\(", text)) for kind in kinds},
+    }))
+"""
+
+
+def test_updates_are_those_of_one_device_and_matrices_move_once():
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "8"}
+    command = [sys.executable, "-c", PROGRAM]
+    done = subprocess.run(command, env=environment, cwd=Path(__file__).parents[1], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    runs = [json.loads(line) for line in done.stdout.splitlines()]
+    one, over_fsdp, over_data, over_both, _, shared = runs
+    for run in runs:
+        assert run["least"] > 1e-3 and run["error"] < 1e-12, run
+    assert not any(one["moved"].values())
+    # Shapes, by what fsdp shards: 32 × 32 (query, output), 32 × 16 (key, value and memory's projections), 32 × 128.
+    none = dict.fromkeys(one["moved"], 0)
+    assert over_fsdp["moved"] == none | {"all-to-all": 2 * 3}
+    # With those that fsdp leaves alone: the gates of values and of memory.
+    assert over_data["moved"] == none | {"all-gather": 3 + 2}
+    # 6 matrices of 32 × 32 and of 32 × 128, 12 of 32 × 16: more than 4 devices of fsdp take at once.
+    assert over_both["moved"] == none | {"all-to-all": 2 * 3, "all-gather": 3 + 2}
+    assert shared["moved"] == none | {"all-to-all": 2 * 3, "all-gather": 3 + 2}
+
+
+@pytest.mark.parametrize(
+    ("sizes", "rows_only"),
+    [((1, 1, 1, 1), False), ((1, 8, 1, 1), True), ((4, 2, 1, 1), True), ((2, 2, 2, 1), False), ((2, 2, 1, 2), False)],
+)
+def test_meshes_that_shard_rows_only(sizes, rows_only):
+    assert shards_rows_only(dict(zip(AXES, sizes, strict=True))) == rows_only
+
+
+def test_work_is_shared_out_within_a_slice():
+    def mesh(slices):
+        devices = [SimpleNamespace(slice_index=index * slices // 8) for index in range(8)]
+        return SimpleNamespace(shape={"data": 4, "fsdp": 2}, devices=np.array(devices).reshape(4, 2, 1, 1))
+
+    assert [data_ways_of_a_slice(mesh(slices)) for slices in (1, 2, 4)] == [4, 2, 1]
