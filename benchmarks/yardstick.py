@@ -27,7 +27,6 @@ from typing import Any
 
 from benchmarks.arguments import positive
 
-
 COUNTERPART = {"plain": "plain", "interleaved": "interleaved", "released": "interleaved"}
 """What a row of eager PyTorch is compared with: our schedule, as ``benchmarks.step`` names it."""
 

@@ -25,7 +25,7 @@ from lrt_jax.training import optimizer, state
 LAYERS = 3  # which no mesh of 8 devices divides
 for memory, sizes in (
     ("layerwise", (1, 1)), ("layerwise", (1, 8)), ("layerwise", (8, 1)), ("layerwise", (2, 4)),
-    ("shared", (1, 1)), ("shared", (4, 2)),
+    ("shared", (1, 1)), ("shared", (4, 2)), ("shared", (1, 2)),
 ):
     config = ModelConfig(LAYERS, 32, 4, 2, 8, 48, memory=memory)
     mesh = meshes.make_mesh(MeshConfig(*sizes), jax.devices()[: int(np.prod(sizes))])
@@ -60,7 +60,7 @@ def test_updates_are_those_of_one_device_and_matrices_move_once():
     done = subprocess.run(command, env=environment, cwd=Path(__file__).parents[1], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     runs = [json.loads(line) for line in done.stdout.splitlines()]
-    one, over_fsdp, over_data, over_both, _, shared = runs
+    one, over_fsdp, over_data, over_both, _, shared, evenly = runs
     for run in runs:
         assert run["least"] > 1e-3 and run["error"] < 1e-12, run
     assert not any(one["moved"].values())
@@ -72,6 +72,7 @@ def test_updates_are_those_of_one_device_and_matrices_move_once():
     # 6 matrices of 32 × 32 and of 32 × 128, 12 of 32 × 16: more than 4 devices of fsdp take at once.
     assert over_both["moved"] == none | {"all-to-all": 2 * 3, "all-gather": 3 + 2}
     assert shared["moved"] == none | {"all-to-all": 2 * 3, "all-gather": 3 + 2}
+    assert evenly["moved"] == none | {"all-to-all": 2 * 3}  # 2 devices share 6 or 12 without padding
 
 
 @pytest.mark.parametrize(
