@@ -7,10 +7,13 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import jax
 import numpy as np
 import pytest
 
+from lrt_jax.model.parameters import Parameter
 from lrt_jax.setup.mesh import AXES, data_ways_of_a_slice, shards_rows_only
+from lrt_jax.training.orthogonalization import orthogonalizer, shares
 
 PROGRAM = """
 import json, re
@@ -73,6 +76,16 @@ def test_updates_are_those_of_one_device_and_matrices_move_once():
     assert over_both["moved"] == none | {"all-to-all": 2 * 3, "all-gather": 3 + 2}
     assert shared["moved"] == none | {"all-to-all": 2 * 3, "all-gather": 3 + 2}
     assert evenly["moved"] == none | {"all-to-all": 2 * 3}  # 2 devices share 6 or 12 without padding
+
+
+@pytest.mark.parametrize("shape", [(256, 256), (128, 512), (512, 128)])
+def test_flops_are_those_of_the_program(shape):
+    spec = {"mlp_in": Parameter((3, *shape), ("layers", "embed", "mlp"), jax.nn.initializers.zeros, "matrix", (1,))}
+    stack = jax.ShapeDtypeStruct((3, *shape), "float32")
+    program = jax.jit(orthogonalizer(spec)).lower({"mlp_in": stack}).compile()
+    ((kind, (names, share)),) = shares(spec, spec, data=1, fsdp=1).items()
+    assert names == ["mlp_in"] and kind.shape == tuple(sorted(shape)) and not kind.sharded
+    assert share.each * kind.flops == pytest.approx(program.cost_analysis()["flops"], rel=0.02)  # and elementwise
 
 
 @pytest.mark.parametrize(

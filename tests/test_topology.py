@@ -35,7 +35,8 @@ def step_of(rows=64, schedule="interleaved", gather="auto", **sizes) -> traffic.
 
 
 def received(step: traffic.Step) -> dict[str, float]:
-    return {transfer.axis: transfer.received for transfer in step.transfers if "embeddings" not in transfer.name}
+    counted = [transfer for transfer in step.transfers if not re.search("embeddings|Muon", transfer.name)]
+    return {transfer.axis: transfer.received for transfer in counted}
 
 
 def test_one_chip_receives_nothing_and_does_all():
@@ -64,12 +65,32 @@ def test_flops_and_traffic_by_hand():
         assert once["reduce-scatter of gradients"] == pytest.approx(4 * matrices * 3 / 4)  # float32
     values = 64 / 4 * 256 * (512 + 4 * 8 * 64)
     assert fsdp["all-to-all of looked-up embeddings"] == pytest.approx(2 * 2 * values * 3 / 4)
-    (data,) = step_of(schedule="plain", data=4).transfers
+    data, _ = step_of(schedule="plain", data=4).transfers
     assert data.received == pytest.approx(2 * 4 * total * 3 / 4) and data.dcn == 0
     (tensor,) = step_of(schedule="plain", tensor=2).transfers
     assert tensor.received == pytest.approx(2 * 6 * 4 * 64 * 256 * 512 * 2 / 2)  # 6 a layer, sent and received
     (sequence,) = step_of(schedule="plain", sequence=2).transfers
     assert sequence.received == pytest.approx(4 * 3 * 2 * 64 * 256 * 512 * 2 / 2)
+
+
+def test_muon_by_hand():
+    """4 layers of width 512: 512 × 512 four times a layer and once more for each of memory's two, 512 × 2048 twice."""
+    square, wide = 4 * 4 + 2, 4 * 2
+    each = 5 * 6 * 512**3, 5 * (4 * 512**2 * 2048 + 2 * 512**3)
+    assert step_of().orthogonalized == pytest.approx(square * each[0] + wide * each[1], rel=0.01)  # and gates
+    # 8 chips: 18 matrices are 3 a chip, 8 are 1; on 2 × 4 the same, the second half of those comes over data.
+    for data, fsdp in ((1, 8), (2, 4)):
+        step = step_of(data=data, fsdp=fsdp)
+        assert step.orthogonalized == pytest.approx(3 * each[0] + each[1], rel=0.01)
+        moved = {t.axis: t.received for t in step.transfers if "Muon" in t.name}
+        size = 4 * (3 * 512**2 + 512 * 2048)
+        assert moved["fsdp"] == pytest.approx(2 * size * (fsdp - 1) / fsdp)
+        assert moved.get("data", 0) == pytest.approx(size if data > 1 else 0, rel=0.02)  # and gates
+    # A second slice does the same again: nothing of it crosses the slow network.
+    twice = step_of(data=4, fsdp=4, slices=2)
+    assert twice.orthogonalized == step_of(data=2, fsdp=4).orthogonalized
+    assert all(transfer.dcn == 0 for transfer in twice.transfers if "Muon" in transfer.name)
+    assert step_of(tensor=2).orthogonalized == 0  # the partitioner's, not counted
 
 
 def test_traffic_grows_with_forwards_and_slices():

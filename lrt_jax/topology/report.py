@@ -85,6 +85,8 @@ class Report:
             where = f"peak memory, {program.name} (compiled in {program.seconds:.0f} s)"
             yield f"  {where:<44}{program.peak / GIB:>12.2f} GiB of {self.chip.hbm / GIB:.0f}{note}"
         yield f"  {'FLOPs of a step':<44}{step.flops / 1e12:>12.2f} T"
+        if step.orthogonalized:
+            yield f"  {'FLOPs of Muon beside':<44}{step.orthogonalized / 1e12:>12.2f} T"
         for transfer in step.transfers:
             for network, size in (("ICI", transfer.ici), ("DCN", transfer.dcn)):
                 if size:

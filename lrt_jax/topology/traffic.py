@@ -14,6 +14,7 @@ from lrt_jax.model.parameters import table
 from lrt_jax.setup import mesh as meshes
 from lrt_jax.setup.config import Config, ModelConfig, ScheduleConfig
 from lrt_jax.topology.chips import Chip
+from lrt_jax.training.orthogonalization import Kind, Share, shares
 
 ACTIVATION = 2  # bytes of bfloat16
 GRADIENT = 4  # bytes of float32
@@ -48,12 +49,14 @@ class Step:
     Attributes:
       flops: of its share of the batch, as ``model.costs`` counts: without recomputation.
       recomputed: FLOPs more where layers are computed again in the backward pass.
+      orthogonalized: FLOPs of Muon's iterations.
       hbm: bytes that it reads and writes at least.
       transfers: what it receives.
     """
 
     flops: float
     recomputed: float
+    orthogonalized: float
     hbm: float
     transfers: tuple[Transfer, ...]
 
@@ -70,7 +73,7 @@ class Step:
             whole = sizes[transfer.axis] >= chips_in_slice
             ici += transfer.ici / (chip.ici if whole else chip.ici_axis)
         return {
-            "compute": (self.flops + self.recomputed) / chip.peak,
+            "compute": (self.flops + self.recomputed + self.orthogonalized) / chip.peak,
             "memory": self.hbm / chip.hbm_bandwidth,
             "ICI": ici,
             "DCN": sum(transfer.dcn for transfer in self.transfers) / chip.dcn,
@@ -127,9 +130,11 @@ def of_step(config: Config, sizes: Mapping[str, int], schedule: ScheduleConfig) 
         gathers, sums, gradient = passes * len(forwards) * 2, passes * len(forwards), ACTIVATION
     summed, rest = sums * gathered * gradient, (total / sizes["tensor"] - gathered) * GRADIENT
     flops = costs.train_flops(model, schedule) * train.batch_size / ways
+    muon = _muon(config, sizes)
     return Step(
         flops=flops,
         recomputed=flops / 3 if model.remat else 0.0,
+        orthogonalized=sum(share.each * kind.flops for kind, share in muon.items()),
         hbm=_memory_traffic(config, gathered, total, sizes, tokens, len(forwards) * passes, sum(forwards)),
         transfers=tuple(
             transfer
@@ -138,6 +143,7 @@ def of_step(config: Config, sizes: Mapping[str, int], schedule: ScheduleConfig) 
                 _over("fsdp", "reduce-scatter of gradients", summed, sizes),
                 _over("fsdp", "all-to-all of looked-up embeddings", _looked_up(config, sizes, tokens, forwards), sizes),
                 _over_data((summed + rest) / sizes["fsdp"], sizes),
+                *_of_muon(muon),
                 _over("tensor", "all-reduce of activations", _reduced(config, tokens, sum(forwards)), sizes),
                 _over("sequence", "all-gather of keys and values", _keys_values(config, sizes, forwards), sizes),
             )
@@ -149,6 +155,32 @@ def of_step(config: Config, sizes: Mapping[str, int], schedule: ScheduleConfig) 
 def _over(axis: str, name: str, size: float, sizes: Mapping[str, int]) -> Transfer:
     """A collective in which each chip receives all but its own share of ``size`` bytes."""
     return Transfer(name, axis, size * (sizes[axis] - 1) / sizes[axis])
+
+
+def _muon(config: Config, sizes: Mapping[str, int]) -> dict[Kind, Share]:
+    """A chip's share of what Muon makes orthogonal.
+
+    With ``tensor`` or ``sequence`` the partitioner decides, whose work is not counted.
+    """
+    if config.optimizer.name != "muon" or sizes["tensor"] * sizes["sequence"] > 1:
+        return {}
+    spec = table(config.model)
+    names = [name for name, parameter in spec.items() if parameter.group == "matrix"]
+    found = shares(spec, names, sizes["data"] // sizes["slices"], sizes["fsdp"])
+    return {kind: share for kind, (_, share) in found.items()}
+
+
+def _of_muon(muon: dict[Kind, Share]) -> tuple[Transfer, Transfer]:
+    """Matrices come whole to where they are made orthogonal, and go back to where they are stored."""
+    exchanged = gathered = 0.0
+    for kind, share in muon.items():
+        shard = share.each * math.prod(kind.shape) * GRADIENT
+        exchanged += 2 * shard * (share.ways - 1) / share.ways
+        gathered += shard * (share.parts - 1)
+    return (
+        Transfer("all-to-all of Muon's matrices", "fsdp", exchanged),
+        Transfer("all-gather of Muon's matrices", "data", gathered),
+    )
 
 
 def _looked_up(config: Config, sizes: Mapping[str, int], tokens: float, forwards: list[float]) -> float:

@@ -5,9 +5,10 @@ operands again in every iteration, and every ``data`` group does the same work. 
 matrices, a share of all there are, works alone, and sends back what belongs elsewhere.
 """
 
+import dataclasses
+import itertools
 import math
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,41 @@ from lrt_jax.model.parameters import Parameter
 from lrt_jax.setup import mesh as meshes
 
 Matrices = dict[str, jax.Array]
+ITERATIONS = 5  # optax's default
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """Matrices that are treated alike: of one shape, or its transpose, and stored alike.
+
+    Attributes:
+      shape: (M, N). The axis that ``fsdp`` shards comes first; where there is none, the shorter one.
+      sharded: whether ``fsdp`` shards the first axis; else every device has all of it.
+    """
+
+    shape: tuple[int, int]
+    sharded: bool
+
+    @property
+    def flops(self) -> float:
+        """Of orthogonalizing one: X Xᵀ, its square, and their sum times X, on the shorter side, in each iteration."""
+        short, long = sorted(self.shape)
+        return ITERATIONS * (4 * short**2 * long + 2 * short**3)
+
+
+@dataclasses.dataclass(frozen=True)
+class Share:
+    """How many matrices of a kind a device works on: every one of ``each × ways × parts`` has its place.
+
+    Attributes:
+      each: matrices of a device.
+      ways: devices of ``fsdp`` that share them.
+      parts: neighbours on ``data`` that share them.
+    """
+
+    each: int
+    ways: int
+    parts: int
 
 
 def orthogonalizer(table: Mapping[str, Parameter], mesh: Mesh | None = None) -> Callable[[Matrices], Matrices]:
@@ -40,17 +76,53 @@ def orthogonalizer(table: Mapping[str, Parameter], mesh: Mesh | None = None) -> 
 
     def orthogonalize(matrices: Matrices) -> Matrices:
         stored = {name: nn.logical_to_mesh_axes(table[name].axes, meshes.RULES) for name in matrices}
-        shards = {name: "fsdp" in spec and mesh.shape["fsdp"] > 1 for name, spec in stored.items()}
-        function = lambda own: _of_shards(own, table, shards, mesh)  # noqa: E731
+        function = lambda own: _of_shards(own, table, mesh)  # noqa: E731
         return jax.shard_map(function, mesh=mesh, in_specs=(stored,), out_specs=stored, check_vma=False)(matrices)
 
     return orthogonalize
 
 
+def shares(
+    table: Mapping[str, Parameter], names: Iterable[str], data: int, fsdp: int
+) -> dict[Kind, tuple[list[str], Share]]:
+    """Which of the named parameters hold each kind of matrix, and how devices share them.
+
+    Args:
+      table: the parameter table.
+      names: of matrices in it.
+      data: the part of that axis that lies within a slice.
+      fsdp: size of that axis.
+    """
+    alike: dict[Kind, list[str]] = {}
+    for name in names:
+        alike.setdefault(_kind(table[name], fsdp)[0], []).append(name)
+    found = {}
+    for kind, members in alike.items():
+        count, ways = sum(_layers(table[name]) for name in members), fsdp if kind.sharded else 1
+        # As many neighbours as have something to do, in groups alike.
+        wanted = min(-(-count // ways), data)
+        parts = next(parts for parts in range(wanted, data + 1) if data % parts == 0)
+        found[kind] = members, Share(-(-count // (ways * parts)), ways, parts)
+    return found
+
+
+def _layers(parameter: Parameter) -> int:
+    return parameter.shape[0] if parameter.axes[0] == "layers" else 1
+
+
+def _kind(parameter: Parameter, fsdp: int) -> tuple[Kind, bool]:
+    """What a parameter holds, and whether transposed."""
+    inputs = math.prod(parameter.shape[axis] for axis in parameter.inputs)
+    outputs = parameter.size // _layers(parameter) // inputs
+    sharded = fsdp > 1 and "embed" in parameter.axes
+    turned = parameter.axes.index("embed") not in parameter.inputs if sharded else inputs > outputs
+    return Kind((outputs, inputs) if turned else (inputs, outputs), sharded), turned
+
+
 def _newton_schulz(stack_UxMxN: jax.Array) -> jax.Array:
     """U matrices, each made orthogonal: optax's Muon without momentum."""
     numbers = optax.contrib.MuonDimensionNumbers(reduction_axis=1, output_axis=2)
-    muon = optax.contrib.scale_by_muon(beta=0.0, nesterov=False, weight_dimension_numbers=numbers)
+    muon = optax.contrib.scale_by_muon(ns_steps=ITERATIONS, beta=0.0, nesterov=False, weight_dimension_numbers=numbers)
     return muon.update(stack_UxMxN, muon.init(stack_UxMxN))[0]
 
 
@@ -63,48 +135,35 @@ def _stack(array: jax.Array, spec: Parameter) -> jax.Array:
     return array.reshape(math.prod(shape[:layers]), math.prod(shape[layers:first_output]), -1)
 
 
-def _of_shards(own: Matrices, table: Mapping[str, Parameter], shards: Mapping[str, bool], mesh: Mesh) -> Matrices:
+def _of_shards(own: Matrices, table: Mapping[str, Parameter], mesh: Mesh) -> Matrices:
     """The same on one device of the mesh: of its shards, which it gets back as they came."""
-    stacks, turned = {}, {}
-    for name, array in own.items():
-        stack = _stack(array, table[name])
-        # The transpose of a matrix is made orthogonal with it: the axis that is sharded comes first, else the shorter.
-        _, inputs, outputs = stack.shape
-        turned[name] = table[name].axes.index("embed") not in table[name].inputs if shards[name] else inputs > outputs
-        stacks[name] = stack.swapaxes(1, 2) if turned[name] else stack
-    alike: dict[Any, list[str]] = {}
-    for name, stack in stacks.items():
-        alike.setdefault((stack.shape[1:], shards[name], stack.dtype), []).append(name)
-    done: Matrices = {}
-    for (_, sharded, _), names in alike.items():
-        joined = _shared_out(jnp.concatenate([stacks[name] for name in names]), sharded, mesh)
-        ends = [sum(stacks[name].shape[0] for name in names[: i + 1]) for i in range(len(names) - 1)]
+    fsdp, done = mesh.shape["fsdp"], {}
+    for names, share in shares(table, own, meshes.data_ways_of_a_slice(mesh), fsdp).values():
+        stacks, turned = {}, {}
+        for name in names:
+            stack, turned[name] = _stack(own[name], table[name]), _kind(table[name], fsdp)[1]
+            # The transpose of a matrix is made orthogonal with it.
+            stacks[name] = stack.swapaxes(1, 2) if turned[name] else stack
+        joined = _shared_out(jnp.concatenate(list(stacks.values())), share, mesh)
+        ends = list(itertools.accumulate(len(stack) for stack in stacks.values()))[:-1]
         for name, stack in zip(names, jnp.split(joined, ends), strict=True):
             done[name] = (stack.swapaxes(1, 2) if turned[name] else stack).reshape(own[name].shape)
     return done
 
 
-def _shared_out(stack_UxMxN: jax.Array, sharded: bool, mesh: Mesh) -> jax.Array:
-    """U matrices of one shape made orthogonal, each by one device of ``fsdp`` and of some neighbours on ``data``.
-
-    Args:
-      stack_UxMxN: all of them; where they are ``sharded``, M is this device's part of the first axis.
-      sharded: over ``fsdp``; else every device has all of them whole.
-      mesh: of the devices.
-    """
-    units, ways = stack_UxMxN.shape[0], mesh.shape["fsdp"] if sharded else 1
-    parts = _parts(-(-units // ways), mesh)
-    each = -(-units // (ways * parts))
-    padded = jnp.pad(stack_UxMxN, ((0, each * ways * parts - units), (0, 0), (0, 0)))
-    mine = lax.axis_index("data") % parts
-    some = lax.dynamic_slice_in_dim(padded, mine * each * ways, each * ways)
-    if sharded:
+def _shared_out(stack_UxMxN: jax.Array, share: Share, mesh: Mesh) -> jax.Array:
+    """U matrices of one kind made orthogonal, each by one device; M is this device's part of the first axis."""
+    units, here = stack_UxMxN.shape[0], share.each * share.ways
+    padded = jnp.pad(stack_UxMxN, ((0, here * share.parts - units), (0, 0), (0, 0)))
+    some = lax.dynamic_slice_in_dim(padded, lax.axis_index("data") % share.parts * here, here)
+    if share.ways > 1:
         some = _exchanged(some, split=0, join=1)
     some = _newton_schulz(some)
-    if sharded:
+    if share.ways > 1:
         some = _exchanged(some, split=1, join=0)
-    if parts > 1:
-        groups = [list(range(first, first + parts)) for first in range(0, mesh.shape["data"], parts)]
+    if share.parts > 1:
+        data = mesh.shape["data"]
+        groups = [list(range(first, first + share.parts)) for first in range(0, data, share.parts)]
         some = lax.all_gather(some, "data", axis_index_groups=groups, tiled=True)
     return some[:units]
 
@@ -113,9 +172,3 @@ def _exchanged(stack: jax.Array, split: int, join: int) -> jax.Array:
     # Without a barrier XLA's CPU backend exchanges what was joined before, each in a layout of its own, and then
     # refuses what it made.
     return lax.all_to_all(lax.optimization_barrier(stack), "fsdp", split_axis=split, concat_axis=join, tiled=True)
-
-
-def _parts(wanted: int, mesh: Mesh) -> int:
-    """How many neighbours on ``data`` share the work: enough for ``wanted``, all of one slice, and groups alike."""
-    within = meshes.data_ways_of_a_slice(mesh)
-    return next(parts for parts in range(1, within + 1) if within % parts == 0 and parts >= min(wanted, within))
