@@ -45,6 +45,13 @@ class Parameter:
         """Number of scalars."""
         return math.prod(self.shape)
 
+    @property
+    def matrices(self) -> tuple[int, int, int]:
+        """How many matrices it holds, one after the other, and the inputs and outputs of each."""
+        count = self.shape[0] if self.axes[0] == "layers" else 1
+        inputs = math.prod(self.shape[axis] for axis in self.inputs)
+        return count, inputs, self.size // count // inputs
+
 
 def _uniform(std: float) -> Initializer:
     bound = std * math.sqrt(3.0)

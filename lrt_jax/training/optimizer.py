@@ -82,9 +82,8 @@ def _muon(config: OptimizerConfig, table: Mapping[str, Parameter], mesh: Mesh | 
 
 
 def _scale(parameter: Parameter) -> float:
-    inputs = math.prod(parameter.shape[axis] for axis in parameter.inputs)
-    layers = parameter.shape[0] if parameter.axes[0] == "layers" else 1
-    return math.sqrt(max(1.0, parameter.size / layers / inputs / inputs))
+    _, inputs, outputs = parameter.matrices
+    return math.sqrt(max(1.0, outputs / inputs))
 
 
 def _nesterov(beta: jax.Array | float) -> optax.GradientTransformation:

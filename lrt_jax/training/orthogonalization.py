@@ -2,7 +2,8 @@
 
 Newton-Schulz iterations multiply a matrix with itself. Where ``fsdp`` has a shard of each, XLA's partitioner gathers
 operands again in every iteration, and every ``data`` group does the same work. Here each device receives whole
-matrices, a share of all there are, works alone, and sends back what belongs elsewhere.
+matrices, a share of all there are, works alone, and sends back what belongs elsewhere ("layer sharding", Essential AI,
+https://essential.ai/blog/muon-layer-sharding; here over both axes, and over parameters of one shape together).
 """
 
 import dataclasses
@@ -98,7 +99,7 @@ def shares(
         alike.setdefault(_kind(table[name], fsdp)[0], []).append(name)
     found = {}
     for kind, members in alike.items():
-        count, ways = sum(_layers(table[name]) for name in members), fsdp if kind.sharded else 1
+        count, ways = sum(table[name].matrices[0] for name in members), fsdp if kind.sharded else 1
         # As many neighbours as have something to do, in groups alike.
         wanted = min(-(-count // ways), data)
         parts = next(parts for parts in range(wanted, data + 1) if data % parts == 0)
@@ -106,14 +107,9 @@ def shares(
     return found
 
 
-def _layers(parameter: Parameter) -> int:
-    return parameter.shape[0] if parameter.axes[0] == "layers" else 1
-
-
 def _kind(parameter: Parameter, fsdp: int) -> tuple[Kind, bool]:
     """What a parameter holds, and whether transposed."""
-    inputs = math.prod(parameter.shape[axis] for axis in parameter.inputs)
-    outputs = parameter.size // _layers(parameter) // inputs
+    _, inputs, outputs = parameter.matrices
     sharded = fsdp > 1 and "embed" in parameter.axes
     turned = parameter.axes.index("embed") not in parameter.inputs if sharded else inputs > outputs
     return Kind((outputs, inputs) if turned else (inputs, outputs), sharded), turned
@@ -128,11 +124,9 @@ def _newton_schulz(stack_UxMxN: jax.Array) -> jax.Array:
 
 def _stack(array: jax.Array, spec: Parameter) -> jax.Array:
     """A parameter, or a shard of it, as [U, inputs, outputs]; its axes lie in this order."""
-    layers = int(spec.axes[0] == "layers")
-    first_output = layers + len(spec.inputs)
-    assert spec.inputs == tuple(range(layers, first_output)), spec
-    shape = array.shape
-    return array.reshape(math.prod(shape[:layers]), math.prod(shape[layers:first_output]), -1)
+    first, last = spec.inputs[0], spec.inputs[-1]
+    assert spec.inputs == tuple(range(first, last + 1)) and first == int(spec.axes[0] == "layers"), spec
+    return array.reshape(spec.matrices[0], math.prod(array.shape[first : last + 1]), -1)
 
 
 def _of_shards(own: Matrices, table: Mapping[str, Parameter], mesh: Mesh) -> Matrices:
