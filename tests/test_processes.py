@@ -23,7 +23,6 @@ RUN = [
     "--config.train.log_every=1",
     "--config.train.eval_every=4",
     "--config.train.save_every=0",
-    "--config.optimizer.name=adamw",
     "--config.optimizer.warmup=0.0",
     "--config.optimizer.warmdown=0.0",
     "--config.train.batch_size=4",
