@@ -2,10 +2,10 @@
 
     python -m benchmarks.step [--json=FILE] [--depth=N | --layers= --width= --heads=] [--only=REGEX] …
 
-Rows are timed in turns, so that a slow minute of a shared machine falls on all of them alike, after untimed turns until
-the heap has stopped growing: several programs share it here, where a run that trains has one. A step is loss, gradients
-and update; the update is AdamW's unless --optimizer=muon, since Muon's products would flatter the ratios. Temporary
-memory is what XLA plans for the step beside its arguments.
+Rows are timed in turns, so that a slow minute of a shared machine falls on all of them alike. Before that, untimed
+turns, three at most, let the heap grow: several programs share it here, where a run that trains has one. A step is loss,
+gradients and update; the update is AdamW's unless --optimizer=muon, since Muon's products would flatter the ratios.
+Temporary memory is what XLA plans for the step beside its arguments.
 """
 
 import argparse
@@ -135,9 +135,10 @@ def settle(steps: list[Timed], most: int = 3) -> None:
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
         for step_ in steps:
             step_.run()
-        # A program's temporary memory is hundreds of pages even of 2 MB, or none.
+        # Temporary memory of a step on a CPU is hundreds of pages, even of 2 MB.
         if resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before < 100:
             return
+    print(f"  the heap still grew in untimed turn {most}", file=sys.stderr)
 
 
 def model_of(model: ModelConfig, row: Row) -> ModelConfig:

@@ -61,6 +61,41 @@ def test_muon_orthogonalizes_matrices_and_adam_takes_the_rest(tiny, random_param
             np.testing.assert_allclose(updates[name], expected, rtol=1e-4, err_msg=name)
 
 
+def test_muon_is_that_of_optax_with_its_state(tiny, random_params):
+    """Several steps, in which momentum and its bias corrections count; old checkpoints hold optax's state."""
+    model = tiny(memory="shared")
+    matrices = {name: spec for name, spec in table(model).items() if spec.group == "matrix"}
+    config = OptimizerConfig(warmup=0.0, warmdown=0.0, weight_decay=0.0, momentum_warmup=3)
+    ours = build(config, matrices, 10)
+
+    def numbers(spec):
+        outputs = tuple(range(spec.inputs[-1] + 1, len(spec.shape)))
+        return optax.contrib.MuonDimensionNumbers(reduction_axis=spec.inputs, output_axis=outputs)
+
+    beta = optax.schedules.linear_schedule(config.momentum_start, config.momentum, 3)
+    names = ("ns_coeffs", "ns_steps", "eps", "mu_dtype", "nesterov", "adaptive", "preconditioning")
+    theirs = optax.inject_hyperparams(optax.contrib.scale_by_muon, static_args=(*names, "weight_dimension_numbers"))(
+        beta=beta, weight_dimension_numbers=lambda _: {name: numbers(spec) for name, spec in matrices.items()}
+    )
+    params = {name: array for name, array in random_params(model).items() if name in matrices}
+    mine, reference = ours.init(params), theirs.init(params)
+    for seed in range(4):
+        grads = {name: array for name, array in random_params(model, seed=seed).items() if name in matrices}
+        updates, mine = jax.jit(ours.update)(grads, mine, params)
+        expected, reference = jax.jit(theirs.update)(grads, reference, params)
+        for name, spec in matrices.items():
+            _, inputs, outputs = spec.matrices
+            scale = -config.muon_lr * max(1.0, outputs / inputs) ** 0.5
+            np.testing.assert_allclose(updates[name], scale * expected[name], rtol=1e-5, atol=1e-8, err_msg=name)
+    states = [
+        state
+        for state in jax.tree.leaves(mine, is_leaf=lambda leaf: isinstance(leaf, type(reference)))
+        if isinstance(state, type(reference))
+    ]
+    assert len(states) == 1 and jax.tree.structure(states[0]) == jax.tree.structure(reference)
+    jax.tree.map(np.testing.assert_allclose, states[0], reference)
+
+
 def test_adamw_takes_matrices_too(tiny, random_params):
     model, config = tiny(), OptimizerConfig(name="adamw")
     grads = random_params(model, seed=1)

@@ -26,10 +26,11 @@ from lrt_jax.setup.config import MeshConfig, ModelConfig, OptimizerConfig
 from lrt_jax.setup import mesh as meshes
 from lrt_jax.training import optimizer, state
 LAYERS = 3  # which no mesh of 8 devices divides
-for memory, sizes in (
-    ("layerwise", (1, 1)), ("layerwise", (1, 8)), ("layerwise", (8, 1)), ("layerwise", (2, 4)),
-    ("shared", (1, 1)), ("shared", (4, 2)), ("shared", (1, 2)),
+for memory, sizes, slices in (
+    ("layerwise", (1, 1), 1), ("layerwise", (1, 8), 1), ("layerwise", (8, 1), 1), ("layerwise", (2, 4), 1),
+    ("shared", (1, 1), 1), ("shared", (4, 2), 2), ("shared", (1, 2), 1),
 ):
+    meshes.data_ways_of_a_slice = lambda mesh: mesh.shape["data"] // slices  # of which virtual devices have none
     config = ModelConfig(LAYERS, 32, 4, 2, 8, 48, memory=memory)
     mesh = meshes.make_mesh(MeshConfig(*sizes), jax.devices()[: int(np.prod(sizes))])
     muon = optimizer.build(OptimizerConfig(), table(config), 10, mesh)
@@ -40,18 +41,23 @@ for memory, sizes in (
     wide = lambda leaf: leaf.astype("float64") if leaf.dtype == "float32" else leaf
     places = jax.tree.map(lambda leaf: leaf.sharding, (whole.params, whole.opt_state))
     opt_state = jax.jit(lambda params: jax.tree.map(wide, muon.init(params)), out_shardings=places[1])(params)
-    update = jax.jit(muon.update, out_shardings=places).lower(params, opt_state, params).compile()
+    lowered = jax.jit(muon.update, out_shardings=places).lower(params, opt_state, params)
+    update = lowered.compile()
     for _ in range(2):  # so that momentum counts
         grads = {name: draw(leaf) for name, leaf in whole.params.items()}
         updates, opt_state = update(grads, jax.tree.map(wide, opt_state), params)
-    found = {name: np.asarray(leaf) for name, leaf in updates.items()}
     if sizes == (1, 1):
-        expected = found
-    text = update.as_text()
+        expected = {name: np.asarray(leaf) for name, leaf in updates.items()}
+    shards = [  # of every device: what should be alike on several is
+        np.abs(np.asarray(shard.data) - expected[name][shard.index]).max()
+        for name, leaf in updates.items() for shard in leaf.addressable_shards
+    ]
+    text, gathers = update.as_text(), r"all_gather.*?dense<(\\[\\[.*?\\]\\])>"
     kinds = ("all-gather", "all-reduce", "all-to-all", "reduce-scatter", "collective-permute")
     print(json.dumps({
-        "error": max(float(np.abs(found[name] - expected[name]).max()) for name in found),
-        "least": min(float(np.abs(leaf).max()) for leaf in found.values()),
+        "error": float(max(shards)),
+        "least": min(float(np.abs(np.asarray(leaf)).max()) for leaf in updates.values()),
+        "groups": [json.loads(group) for group in re.findall(gathers, lowered.as_text())],
         "moved": {kind: len(re.findall(rf"= .*? {kind}(?:-start)?\\(", text)) for kind in kinds},
     }))
 """
@@ -75,6 +81,10 @@ def test_updates_are_those_of_one_device_and_matrices_move_once():
     # 6 matrices of 32 × 32 and of 32 × 128, 12 of 32 × 16: more than 4 devices of fsdp take at once.
     assert over_both["moved"] == none | {"all-to-all": 2 * 3, "all-gather": 3 + 2}
     assert shared["moved"] == none | {"all-to-all": 2 * 3, "all-gather": 3 + 2}
+    # Devices 0 to 3 are the first of two slices there: no group has devices of both.
+    groups = [{device < 4 for device in group} for gather in shared["groups"] for group in gather]
+    assert len(groups) >= 2 * 5 and all(len(sides) == 1 for sides in groups), shared["groups"]
+    assert any(len(group) > 1 for gather in shared["groups"] for group in gather)
     assert evenly["moved"] == none | {"all-to-all": 2 * 3}  # 2 devices share 6 or 12 without padding
 
 

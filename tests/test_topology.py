@@ -89,8 +89,9 @@ def test_muon_by_hand():
     # A second slice does the same again: nothing of it crosses the slow network.
     twice = step_of(data=4, fsdp=4, slices=2)
     assert twice.orthogonalized == step_of(data=2, fsdp=4).orthogonalized
-    assert all(transfer.dcn == 0 for transfer in twice.transfers if "Muon" in transfer.name)
-    assert step_of(tensor=2).orthogonalized == 0  # the partitioner's, not counted
+    received_by = lambda step: {t.name: t.received for t in step.transfers if "Muon" in t.name}  # noqa: E731
+    assert received_by(twice) == received_by(step_of(data=2, fsdp=4)) != {}
+    assert step_of(tensor=2).orthogonalized == step_of().orthogonalized  # at least
 
 
 def test_traffic_grows_with_forwards_and_slices():
@@ -196,6 +197,7 @@ def test_search_ranks_meshes_that_fit():
     assert {c.config.train.batch_size for c in found} == {32, 64, 128, 256}
     assert all(c.sizes["data"] % 2 == 0 for c in search.candidates(config, chip, 16, 2))
     assert not search.candidates(config, dataclasses.replace(chip, hbm=2**20), 16, 1)
+    assert found[0].sizes["tensor"] == found[0].sizes["sequence"] == 1
 
 
 @pytest.mark.parametrize("topology", ["v5e", "v9:2x2", "v5e:2xx", "v5e:0x2", "v5e-16"])

@@ -159,6 +159,12 @@ def shardings_of(boxed: Any, mesh: Mesh) -> Any:
     return nn.logical_to_mesh_sharding(nn.get_partition_spec(boxed), mesh, RULES)
 
 
+def sharded_dimension(axes: Sequence[str | None], sizes: Mapping[str, int]) -> int | None:
+    """The dimension that ``fsdp`` shards of an array with these logical axes, on a mesh of these sizes, if any."""
+    spec = nn.logical_to_mesh_axes(tuple(axes), RULES)
+    return spec.index("fsdp") if "fsdp" in spec and sizes["fsdp"] > 1 else None
+
+
 def sharding_of(mesh: Mesh, *axes: str | None) -> NamedSharding:
     """The sharding of an array whose dimensions have these logical axes."""
     return NamedSharding(mesh, nn.logical_to_mesh_axes(axes, RULES))

@@ -1,8 +1,8 @@
 """Bytes that one chip receives in a training step, by collective, counted on paper; and what they cost in time.
 
-Counted for what the shardings of ``setup.mesh.RULES`` and ``training.replicas`` ask for. Where forwards gather their
-weights themselves, a subset forward over a part of the positions still needs them all; the compiler may do better
-(share a gather) or worse (its own reshardings).
+Counted for what the shardings of ``setup.mesh.RULES``, ``training.replicas`` and ``training.orthogonalization`` ask
+for. Where forwards gather their weights themselves, a subset forward over a part of the positions still needs them all;
+the compiler may do better (share a gather) or worse (its own reshardings).
 """
 
 import dataclasses
@@ -49,7 +49,7 @@ class Step:
     Attributes:
       flops: of its share of the batch, as ``model.costs`` counts: without recomputation.
       recomputed: FLOPs more where layers are computed again in the backward pass.
-      orthogonalized: FLOPs of Muon's iterations.
+      orthogonalized: FLOPs of Muon's iterations; at least so many where ``tensor`` or ``sequence`` is above 1.
       hbm: bytes that it reads and writes at least.
       transfers: what it receives.
     """
@@ -160,9 +160,9 @@ def _over(axis: str, name: str, size: float, sizes: Mapping[str, int]) -> Transf
 def _muon(config: Config, sizes: Mapping[str, int]) -> dict[Kind, Share]:
     """A chip's share of what Muon makes orthogonal.
 
-    With ``tensor`` or ``sequence`` the partitioner decides, whose work is not counted.
+    With ``tensor`` or ``sequence`` the partitioner decides, whose work is at least that of the other axes' chips.
     """
-    if config.optimizer.name != "muon" or sizes["tensor"] * sizes["sequence"] > 1:
+    if config.optimizer.name != "muon":
         return {}
     spec = table(config.model)
     names = [name for name, parameter in spec.items() if parameter.group == "matrix"]

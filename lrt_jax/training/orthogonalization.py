@@ -1,9 +1,10 @@
 """Muon's orthogonalization of all matrices; on a mesh, whole matrices on different devices.
 
 Newton-Schulz iterations multiply a matrix with itself. Where ``fsdp`` has a shard of each, XLA's partitioner gathers
-operands again in every iteration, and every ``data`` group does the same work. Here each device receives whole
-matrices, a share of all there are, works alone, and sends back what belongs elsewhere ("layer sharding", Essential AI,
-https://essential.ai/blog/muon-layer-sharding; here over both axes, and over parameters of one shape together).
+its operands, and every ``data`` group does the same work. Here a device receives some of the matrices, whole, works
+alone, and sends back what belongs elsewhere ("layer sharding", Essential AI, https://essential.ai/blog/muon-layer-sharding;
+here over both axes, and over parameters of one shape together). Where there are more devices than matrices, groups of
+neighbours on ``data`` do the same work, and so do slices: then nothing has to cross from one to the other.
 """
 
 import dataclasses
@@ -110,9 +111,9 @@ def shares(
 def _kind(parameter: Parameter, fsdp: int) -> tuple[Kind, bool]:
     """What a parameter holds, and whether transposed."""
     _, inputs, outputs = parameter.matrices
-    sharded = fsdp > 1 and "embed" in parameter.axes
-    turned = parameter.axes.index("embed") not in parameter.inputs if sharded else inputs > outputs
-    return Kind((outputs, inputs) if turned else (inputs, outputs), sharded), turned
+    dimension = meshes.sharded_dimension(parameter.axes, {"fsdp": fsdp})
+    turned = inputs > outputs if dimension is None else dimension not in parameter.inputs
+    return Kind((outputs, inputs) if turned else (inputs, outputs), dimension is not None), turned
 
 
 def _newton_schulz(stack_UxMxN: jax.Array) -> jax.Array:

@@ -50,7 +50,10 @@ def gradient_of(decoder: Decoder, of_rows: Callable[[Decoder], Gradient]) -> Gra
         return metrics, back(grads)[0]
 
     def exchanged(params: Any, axes: dict[str, Any], tokens_BxT: jax.Array, targets_BxT: jax.Array) -> tuple[Any, Any]:
-        where = {name: None if name in TABLES else _sharded(names, mesh) for name, names in axes.items()}
+        where = {
+            name: None if name in TABLES else meshes.sharded_dimension(names, mesh.shape)
+            for name, names in axes.items()
+        }
         whole = _by_name(lambda name, shard: _gathered(shard, where[name], compute_dtype(config)), params)
         metrics, grads = gradient(whole, tokens_BxT, targets_BxT)
         # A table's gradient has come from all rows of its ``fsdp`` group, by the way of what was looked up.
@@ -71,12 +74,6 @@ def gradient_of(decoder: Decoder, of_rows: Callable[[Decoder], Gradient]) -> Gra
 def _by_name(function: Callable[[str, jax.Array], jax.Array], tree: dict[str, Any]) -> dict[str, Any]:
     """``function`` of each array and the name of the parameter it belongs to."""
     return {name: jax.tree.map(lambda leaf, name=name: function(name, leaf), leaves) for name, leaves in tree.items()}
-
-
-def _sharded(axes: tuple[str | None, ...], mesh: Mesh) -> int | None:
-    """The dimension that ``fsdp`` shards, if there is one."""
-    spec = nn.logical_to_mesh_axes(axes, meshes.RULES)
-    return spec.index("fsdp") if "fsdp" in spec and mesh.shape["fsdp"] > 1 else None
 
 
 def _gathered(shard: jax.Array, axis: int | None, dtype: jnp.dtype) -> jax.Array:
