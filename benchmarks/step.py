@@ -3,9 +3,9 @@
     python -m benchmarks.step [--json=FILE] [--depth=N | --layers= --width= --heads=] [--only=REGEX] …
 
 Rows are timed in turns, so that a slow minute of a shared machine falls on all of them alike. Before that, untimed
-turns, three at most, let the heap grow: several programs share it here, where a run that trains has one. A step is loss,
-gradients and update; the update is AdamW's unless --optimizer=muon, since Muon's products would flatter the ratios.
-Temporary memory is what XLA plans for the step beside its arguments.
+turns, three at most, let the heap grow: several programs share it here, where a run that trains has one. A step is
+loss, gradients and update; the update is AdamW's unless --optimizer=muon, since Muon's products would flatter the
+ratios. Temporary memory is what XLA plans for the step beside its arguments.
 """
 
 import argparse
@@ -104,7 +104,7 @@ class Timed:
     """A compiled training step with its state."""
 
     def __init__(self, model: ModelConfig, schedule: ScheduleConfig, batch: int, options: argparse.Namespace):
-        """Compiles, from scratch, and runs the step once."""
+        """Compiles, from scratch."""
         transformation = optimizer.build(OptimizerConfig(name=options.optimizer), table(model), steps=1000)
         built = schedules.build(schedule, model.sequence_length)
         train = step.build(
@@ -119,7 +119,6 @@ class Timed:
         self._compiled = lowered.compile()
         self.compile_seconds = time.perf_counter() - begin
         self.temp_bytes = int(self._compiled.memory_analysis().temp_size_in_bytes)
-        self.run()
 
     def run(self) -> float:
         """Seconds of one step."""
