@@ -2,6 +2,7 @@
 
 import argparse
 import re
+import subprocess
 from collections.abc import Callable
 from typing import Any
 
@@ -35,6 +36,17 @@ def pattern(text: str) -> re.Pattern[str]:
         return re.compile(text)
     except re.error as error:
         raise argparse.ArgumentTypeError(f"{text!r} is no regular expression ({error})") from None
+
+
+def python_with_torch(text: str) -> str:
+    """A Python that can import torch."""
+    try:
+        found = subprocess.run([text, "-c", "import torch"], capture_output=True).returncode == 0
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be run ({error.strerror})") from None
+    if not found:
+        raise argparse.ArgumentTypeError(f"{text!r} cannot import torch; allowed is a Python that can")
+    return text
 
 
 def _whole(text: str, least: int) -> int:

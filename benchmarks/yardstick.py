@@ -17,6 +17,7 @@ from any environment that has it.
 """
 
 import argparse
+import importlib.util
 import json
 import statistics
 import subprocess
@@ -25,22 +26,25 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.arguments import positive
+from benchmarks.arguments import positive, python_with_torch
 
 COUNTERPART = {"plain": "plain", "interleaved": "interleaved", "released": "interleaved"}
 """What a row of eager PyTorch is compared with: our schedule, as ``benchmarks.step`` names it."""
 
 
-def parse() -> argparse.Namespace:
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--json", default="", help="write tokens per second here")
-    parser.add_argument("--against", default="", help="a Python that has torch: compare lrt_jax with it")
+    parser.add_argument("--against", type=python_with_torch, help="a Python that has torch: compare lrt_jax with it")
     parser.add_argument("--rounds", type=positive, default=3, help="with --against: turns")
     sizes = {"layers": 6, "width": 384, "heads": 6, "length": 512, "vocab": 4096, "batch": 4, "subsets": 2}
     for name, default in (sizes | {"repeats": 5}).items():
         parser.add_argument(f"--{name}", type=positive, default=default)
-    return parser.parse_args()
+    options = parser.parse_args(arguments)
+    if not options.against and importlib.util.find_spec("torch") is None:
+        parser.error("this Python has no torch: run it with one that has, or name one by --against")
+    return options
 
 
 def torch_tokens_per_second(options: argparse.Namespace) -> dict[str, float]:

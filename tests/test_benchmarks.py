@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks import attention, decode, prefill, step
+from benchmarks import attention, decode, prefill, step, yardstick
 
 
 @pytest.mark.parametrize(
@@ -32,6 +32,8 @@ def test_a_row_that_cannot_be_is_refused_in_one_line(arguments, message, monkeyp
         (step, "--depth=-1"),
         (step, "--repeats=0"),
         (prefill, "--tolerances=small"),
+        (yardstick, "--against=/nowhere/python"),
+        (yardstick, "--against=/bin/false"),
     ],
 )
 def test_an_argument_that_cannot_be_read_is_named(benchmark, argument, capsys):
