@@ -12,7 +12,7 @@ interleaved step recomputes each subset through a boolean mask, with layerwise m
   initialization forward projects a memory of zeros in every layer, the shared buffer is cloned and written by index
   assignment, subsets are picked by boolean masks, and RoPE tables are bfloat16.
 
-Both have the same losses (to the precision of the tables). It imports torch only when it runs torch, so that it works
+Both have the same losses, to the precision of the tables. It imports torch only when it runs torch, so that it works
 from any environment that has it.
 """
 
@@ -28,8 +28,8 @@ from typing import Any
 
 from benchmarks.arguments import positive, python_with_torch
 
+# What a row of eager PyTorch is compared with: our schedule, as ``benchmarks.step`` names it.
 COUNTERPART = {"plain": "plain", "interleaved": "interleaved", "released": "interleaved"}
-"""What a row of eager PyTorch is compared with: our schedule, as ``benchmarks.step`` names it."""
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
