@@ -2,8 +2,8 @@
 
     python -m benchmarks.step [--json=FILE] [--depth=N | --layers= --width= --heads=] [--only=REGEX] …
 
-Rows are timed in turns, so that a slow minute of a shared machine falls on all of them alike. Before that, untimed
-turns, three at most, let the heap grow: several programs share it here, where a run that trains has one. A step is
+Rows are timed in turns, so that a slow minute of a shared machine falls on all of them alike. Turns in which the heap
+grows do not count, three at most: several programs share it here, where a run that trains has one. A step is
 loss, gradients and update; the update is AdamW's unless --optimizer=muon, since Muon's products would flatter the
 ratios. Temporary memory is what XLA plans for the step beside its arguments.
 """
@@ -128,16 +128,24 @@ class Timed:
         return time.perf_counter() - begin
 
 
-def settle(steps: list[Timed], most: int = 3) -> None:
-    """Runs all steps in turns until a turn meets next to no fresh pages of memory, ``most`` times at most."""
-    for _ in range(most):
+def turns(steps: list[Timed], repeats: int, spare: int = 3) -> Iterator[list[float]]:
+    """Seconds of every step, run in turn, ``repeats`` times.
+
+    The first turn does not count, nor do others that meet fresh pages of memory, unless there are ``spare`` of them.
+    """
+    counted = uncounted = 0
+    while counted < repeats:
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-        for step_ in steps:
-            step_.run()
+        seconds = [step_.run() for step_ in steps]
         # Temporary memory of a step on a CPU is hundreds of pages, even of 2 MB.
-        if resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before < 100:
-            return
-    print(f"  the heap still grew in untimed turn {most}", file=sys.stderr)
+        grew = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before >= 100
+        if uncounted < spare and (grew or not uncounted):
+            uncounted += 1
+            continue
+        if grew:
+            print("  the heap still grew in a turn that counts", file=sys.stderr)
+        counted += 1
+        yield seconds
 
 
 def model_of(model: ModelConfig, row: Row) -> ModelConfig:
@@ -173,13 +181,11 @@ def measure(
     groups = [chosen] if not options.one_by_one else [[chosen[0], pair] for pair in chosen[1:]]
     for group in groups:
         steps |= {id(row): timed(row, schedule) for row, schedule in group if id(row) not in steps}
-        settle([steps[id(row)] for row, _ in group])
-        for _ in range(options.repeats):
-            baseline = steps[id(plain)].run()
+        for baseline, *others in turns([steps[id(row)] for row, _ in group], options.repeats):
             seconds[id(plain)].append(baseline)
-            for row, _schedule in group[1:]:
-                seconds[id(row)].append(steps[id(row)].run())
-                paired[id(row)].append(seconds[id(row)][-1] / baseline)
+            for (row, _schedule), taken in zip(group[1:], others, strict=True):
+                seconds[id(row)].append(taken)
+                paired[id(row)].append(taken / baseline)
         if options.one_by_one:
             for row, _schedule in group[1:]:
                 del steps[id(row)]

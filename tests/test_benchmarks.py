@@ -1,5 +1,7 @@
 """Benchmarks: what they refuse before they compile anything."""
 
+from types import SimpleNamespace
+
 import pytest
 
 from benchmarks import attention, decode, prefill, step, yardstick
@@ -58,3 +60,24 @@ def test_other_benchmarks_refuse_likewise(benchmark, argument, message, monkeypa
     with pytest.raises(SystemExit) as stopped:
         benchmark.main()
     assert str(stopped.value).startswith(f"error: {message}") and "\n" not in str(stopped.value)
+
+
+@pytest.mark.parametrize(
+    ("faults", "expected"),
+    [
+        ([0, 0, 0, 0], [1, 2]),  # the first never counts
+        ([500, 400, 0, 500, 0], [2, 4]),
+        ([500, 500, 500, 500, 0], [3, 4]),  # three do not count, no more
+    ],
+)
+def test_turns_that_meet_fresh_memory_do_not_count(faults, expected, monkeypatch):
+    met, runs = 0, 0
+
+    class Step:
+        def run(self):
+            nonlocal met, runs
+            met, runs = met + faults[runs], runs + 1
+            return runs - 1
+
+    monkeypatch.setattr(step.resource, "getrusage", lambda _: SimpleNamespace(ru_minflt=met))
+    assert list(step.turns([Step()], repeats=2)) == [[number] for number in expected]
