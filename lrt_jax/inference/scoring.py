@@ -65,6 +65,7 @@ def score(
         cross_entropy(
             decode.logits(decoder, params, done.hidden_BxNxD[:, begin : begin + config.chunk]),
             targets_BxT[:, begin : begin + config.chunk],
+            decoder.config.softcap,
         )
         for begin in range(0, length, config.chunk)
     ]

@@ -30,7 +30,7 @@ def token_losses(decoder: Decoder, params: Any, hidden_BxPxD: jax.Array, targets
 
     def losses(hidden_BxPxD: jax.Array, targets_BxP: jax.Array) -> jax.Array:
         logits_BxPxV = decoder.apply({"params": params}, hidden_BxPxD, method=Decoder.logits)
-        return cross_entropy(logits_BxPxV, targets_BxP)
+        return cross_entropy(logits_BxPxV, targets_BxP, decoder.config.softcap)
 
     if not decoder.config.remat:
         return losses(hidden_BxPxD, targets_BxP)
