@@ -10,6 +10,7 @@ from jax.extend.core import jaxprs_in_params
 
 from lrt_jax.model import attention, backend, blocks, stack
 from lrt_jax.model.decoder import Decoder
+from lrt_jax.model.parameters import table
 from lrt_jax.setup.config import ConfigError, ModelConfig, ScheduleConfig
 from lrt_jax.training import partitions, schedules
 
@@ -191,3 +192,25 @@ def test_a_kernel_that_is_not_for_the_machine_is_refused(tiny, platform, model, 
     Device.platform = platform
     with backend.compiling_for(Device()), pytest.raises(ConfigError, match=re.escape(why)):
         backend.attention_kind(tiny(**model), 8)
+
+
+@pytest.mark.parametrize("kind", ["dense", "splash"])
+def test_what_the_backward_pass_keeps_has_no_copy_of_the_buffer_for_each_subset(kind):
+    """Tiles keep the pieces themselves; others join them, and must do that again. Nothing is compiled."""
+
+    def kept(kind: str, subsets: int) -> int:
+        config = ModelConfig(2, 256, 2, 2, 1024, 64, attention=kind, dtype="bfloat16")
+        built = schedules.build(ScheduleConfig(subsets=subsets), config.sequence_length)
+        params = {name: jax.ShapeDtypeStruct(spec.shape, jnp.float32) for name, spec in table(config).items()}
+        tokens = jax.ShapeDtypeStruct((2, config.sequence_length), jnp.int32)
+
+        def backward(params, *batch):
+            return jax.vjp(lambda params: built(Decoder(config), params, *batch).loss, params)[1]
+
+        leaves = jax.tree.leaves(jax.eval_shape(backward, params, tokens, tokens))
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+
+    # Whatever the attention, the weights of each forward are counted again.
+    growth, least = (kept(name, 8) - kept(name, 2) for name in (kind, "blocked"))
+    copy = 2 * 2 * 1024 * 256 * 2  # keys and values of a layer, in bytes
+    assert growth < least + copy
