@@ -140,7 +140,7 @@ def attention_for(
         on_cpu = target().platform == "cpu"
         kernel = functools.partial(KERNELS[kind], subsets=subsets, subset=slot // length, mesh=mesh, interpret=on_cpu)
         return functools.partial(_attend_by_kernel, config=config, kernel=kernel)
-    return _attend_densely
+    return functools.partial(_attend_densely, config=config)
 
 
 def _attend_densely(
@@ -152,10 +152,11 @@ def _attend_densely(
     window: jax.Array | int,
     *,
     farthest: int,
+    config: ModelConfig,
 ) -> jax.Array:
     """``attention.attend`` over pieces."""
     del farthest
-    return _joined(attention.attend, q_BxPxHxC, k, v, queries_BxP, keys_BxN, window)
+    return _joined(config, attention.attend, q_BxPxHxC, k, v, queries_BxP, keys_BxN, window)
 
 
 def _attend_by_kernel(
@@ -173,14 +174,14 @@ def _attend_by_kernel(
     """One of KERNELS over pieces, whose positions are those of a whole subset, the same in all rows."""
     del queries_BxP, keys_BxN
     if not config.scan_layers or len(set(config.windows)) == 1:
-        return _joined(functools.partial(kernel, window=farthest), q_BxPxHxC, k, v)
+        return _joined(config, functools.partial(kernel, window=farthest), q_BxPxHxC, k, v)
     # A window is part of its kernel: scanned layers choose between two.
     short, long = (functools.partial(kernel, window=size) for size in sorted(set(config.windows)))
 
     def either(q: jax.Array, k: jax.Array, v: jax.Array, window: jax.Array | int) -> jax.Array:
         return lax.cond(window < config.sequence_length, short, long, q, k, v)
 
-    return _joined(either, q_BxPxHxC, k, v, window)
+    return _joined(config, either, q_BxPxHxC, k, v, window)
 
 
 # What only moves numbers: cheaper to do again than to keep.
@@ -188,6 +189,7 @@ MOVES = {"concatenate", "reshape", "transpose", "squeeze", "broadcast_in_dim", "
 
 
 def _joined(
+    config: ModelConfig,
     attend: Callable[..., jax.Array],
     q_BxPxHxC: jax.Array,
     k: tuple[jax.Array, ...],
@@ -196,16 +198,17 @@ def _joined(
 ) -> jax.Array:
     """``attend`` with the pieces of keys, and of values, as one array each.
 
-    The backward pass joins them again. Kept, they would be a copy of the buffer for each of S subset forwards, in every
-    layer: 0.9 GB for two layers of width 768, 8 rows of 2048 tokens and S = 8, as compiled for a TPU (docs/LOG.md).
+    The backward pass joins more than two again. Kept, they would be a copy of the buffer for each of S subset forwards,
+    in every layer: 0.9 GB for two layers of width 768, 8 rows of 2048 tokens and S = 8, as compiled for a TPU
+    (docs/LOG.md). With ``remat`` nothing of a layer is kept.
     """
 
     def on_pieces(q: jax.Array, k: tuple[jax.Array, ...], v: tuple[jax.Array, ...], *rest: Any) -> jax.Array:
         return attend(q, *(jnp.concatenate(pieces, axis=SLOTS) for pieces in (k, v)), *rest)
 
-    if len(k) == 1:
-        return attend(q_BxPxHxC, *k, *v, *rest)
-    return jax.checkpoint(on_pieces, policy=_is_computed)(q_BxPxHxC, k, v, *rest)
+    if len(k) > 2 and not config.remat:
+        on_pieces = jax.checkpoint(on_pieces, policy=_is_computed)
+    return on_pieces(q_BxPxHxC, k, v, *rest)
 
 
 def _is_computed(primitive: Any, *_: Any, **__: Any) -> bool:
