@@ -131,7 +131,7 @@ class Timed:
 def turns(steps: list[Timed], repeats: int, spare: int = 3) -> Iterator[list[float]]:
     """Seconds of every step, run in turn, ``repeats`` times.
 
-    The first turn does not count, nor do others that meet fresh pages of memory, unless there are ``spare`` of them.
+    The first turn does not count, nor do others that meet fresh pages of memory: ``spare`` at most, all together.
     """
     counted = uncounted = 0
     while counted < repeats:

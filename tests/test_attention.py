@@ -104,10 +104,11 @@ def products(jaxpr):
     [
         ScheduleConfig(name="plain"),
         ScheduleConfig(subsets=2, unroll=False),
+        ScheduleConfig(subsets=4),  # pieces that dense attention joins twice
         ScheduleConfig(name="multi_refinement", refinements=1, unroll=False),
         ScheduleConfig(name="chunked", chunks=2, unroll=False),
     ],
-    ids=lambda schedule: schedule.name,
+    ids=lambda schedule: f"{schedule.name} {schedule.subsets}",
 )
 def test_models_compute_the_same_with_either(tiny, random_params, random_batch, schedule, monkeypatch):
     scan_layers = schedule.name == "multi_refinement"  # where a layer's window is traced
@@ -159,15 +160,15 @@ def test_a_model_with_kernels_computes_the_same(random_params, kind):
             width=256,
             heads=2,
             kv_heads=2,
-            sequence_length=256,
+            sequence_length=512,
             vocab_size=32,
             window_pattern="SL",
             attention=kind,
             scan_layers=True,  # where a layer's kernel is chosen at run time
             dtype="float32",
         )
-        rows = jnp.asarray(np.random.default_rng(0).integers(0, 32, (1, 257)))
-        built = schedules.build(ScheduleConfig(subsets=2), 256)
+        rows = jnp.asarray(np.random.default_rng(0).integers(0, 32, (1, 513)))
+        built = schedules.build(ScheduleConfig(subsets=4), 512)  # more than two pieces
         objective = jax.value_and_grad(lambda params: built(Decoder(config), params, rows[:, :-1], rows[:, 1:]).loss)
         return jax.jit(objective)(random_params(config))
 

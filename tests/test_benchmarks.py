@@ -1,4 +1,4 @@
-"""Benchmarks: what they refuse before they compile anything."""
+"""Benchmarks: what they refuse before they compile anything, and which turns count."""
 
 from types import SimpleNamespace
 
