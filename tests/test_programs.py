@@ -51,8 +51,9 @@ def loss_and_gradients(config, schedule, params, batch):
         ({"scan_layers": True}, False),
         ({"remat": True}, True),
         ({"scan_layers": True, "remat": True}, False),
+        ({"scan_layers": True, "remat": True}, True),
     ],
-    ids=["scan both", "remat", "scan both, remat"],
+    ids=["scan both", "remat", "scan both, remat", "scan layers, remat"],
 )
 def test_scanned_and_rematerialized_programs_compute_the_same(x64, tiny, unrolled, model, unroll):
     _, schedule, params, batch, expected = unrolled

@@ -14,7 +14,7 @@ from flax import struct
 from jax import lax
 from jax.sharding import Mesh
 
-from lrt_jax.model import attention, cache, embedding, layers, memory, stack
+from lrt_jax.model import attention, cache, embedding, layers, memory, pieces, stack
 from lrt_jax.model.backend import compute_dtype
 from lrt_jax.model.cache import Cache
 from lrt_jax.model.embedding import Embedded
@@ -49,12 +49,16 @@ class Forward(NamedTuple):
         just these.
       refreshable: where asked for, what :meth:`Decoder.refresh` starts from: a tuple of L
         :class:`Refreshable`, or one stacked as the buffer's pieces.
+      params: the parameters as they were. A forward that reads these, and not those that this one was given, hands
+        their gradients on to this one in the backward pass, which adds its own to them in place
+        (``model.recomputed``).
     """
 
     hidden_BxPxD: jax.Array
     source_BxPxD: jax.Array
     buffer: Buffer
     refreshable: Any = None
+    params: Any = None
 
 
 def empty_buffer(config: ModelConfig, rows: int, slots: int) -> Buffer:
@@ -153,30 +157,36 @@ class Decoder(nn.Module):
         context = stack.Context(
             config=config,
             sharded=sharded,
-            x0_BxPxD=x0_BxPxD,
-            memory_BxPxD=memory_BxPxD,
-            projected=stack.shared_projection(config, memory_BxPxD, arrays),
-            rope=layers.rope_tables(positions_BxP, config.head_width, config.rope_base, dtype),
-            queries_BxP=positions_BxP,
-            keys_BxN=positions_BxN,
-            slot=slot,
-            mesh=self.mesh,
-            attend=stack.attention_for(config, self.mesh, positions_BxP.shape[1], subsets, ragged, slot),
+            attend=pieces.attention_for(config, self.mesh, positions_BxP.shape[1], subsets, ragged, slot),
             keep_refreshable=keep_refreshable,
+            inputs=stack.Inputs(x0_BxPxD, memory_BxPxD, stack.shared_projection(config, memory_BxPxD, arrays)),
+            places=stack.Places(
+                rope=layers.rope_tables(positions_BxP, config.head_width, config.rope_base, dtype),
+                queries_BxP=positions_BxP,
+                keys_BxN=positions_BxN,
+                slot=slot,
+            ),
         )
         axes = ("batch", "sequence", "kv_heads", None)  # of one layer's, or of all stacked
         values = jax.tree.map(lambda x: sharded(x, *(None,) * (x.ndim - 4), *axes), embedded.values_ExBxPxKxC)
         own = stack.per_layer(config, arrays, values)
-        pieces = None if buffer is None else buffer.pieces
-        before: Any = pieces  # by layer, or stacked where layers are scanned
+        before: Any = None if buffer is None else buffer.pieces  # by layer, or stacked where layers are scanned
         if past is not None:
             before = cache.held(past)
-        elif pieces is not None and not config.scan_layers:
-            before = list(zip(*pieces, strict=True))
-        x_BxPxD, source_BxPxD, fresh, refreshable = stack.run(context, x0_BxPxD, own, before)
-        hidden_BxPxD = layers.rms_norm(x_BxPxD)
-        written = Buffer((fresh,) if pieces is None else stack.write(pieces, fresh, slot), positions_BxN)
-        return Forward(hidden_BxPxD, layers.rms_norm(source_BxPxD), written, refreshable)
+        elif buffer is not None and not config.scan_layers:
+            before = list(zip(*buffer.pieces, strict=True))
+        weights = [name for name, array in own.items() if array is arrays.get(name)]
+        ran = stack.run(context, x0_BxPxD, own, before, weights)
+        written: tuple[Any, ...] = (ran.fresh,)
+        if buffer is not None:
+            written = pieces.write(ran.before if config.scan_layers else buffer.pieces, ran.fresh, slot)
+        return Forward(
+            layers.rms_norm(ran.x_BxPxD),
+            layers.rms_norm(ran.source_BxPxD),
+            Buffer(written, positions_BxN),
+            ran.refreshable,
+            {**arrays, **{name: ran.own[name] for name in weights}},
+        )
 
     def refresh(self, refreshable: Any, memory_BxPxD: jax.Array, positions_BxP: jax.Array) -> Any:
         """Keys and values of every layer under the latest memory (method.md, "KV refresh").

@@ -4,6 +4,7 @@ The gradient of a lookup is a whole table. Forwards that look tokens up together
 else fill its own, most of it with zeros.
 """
 
+import functools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -75,7 +76,8 @@ def _at_once(
         # do rows and columns change places, so that table and gradient need not travel (with constraints alone, the
         # partitioner sends them all the same where a device has many rows; docs/LOG.md).
         if columns is not None:
-            return _of_all_columns(table, wanted, columns, axis, dtype)
+            each = functools.partial(_of_all_columns, tokens_NxBxP=wanted, columns=columns, axis=0, dtype=dtype)
+            return each(table) if axis == 0 else lax.map(each, table)
         return meshes.constrain(mesh, jnp.take(table, wanted, axis=axis).astype(dtype), *axes)
 
     x0_BxPxD = look_up(embedding_VxD, 0, "looked_up", "sequence", "embed")

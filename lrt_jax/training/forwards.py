@@ -1,5 +1,6 @@
 """The forwards that schedules are made of, and their losses: the initialization forward, and subset forwards."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -13,7 +14,7 @@ from lrt_jax.model.backend import compute_dtype
 from lrt_jax.model.decoder import Buffer, Decoder, Forward, empty_buffer
 from lrt_jax.model.embedding import Embedded
 from lrt_jax.model.head import cross_entropy
-from lrt_jax.model.stack import SLOTS
+from lrt_jax.model.pieces import SLOTS
 from lrt_jax.training.partitions import Partition, Strided
 
 # With ``model.remat``: how many logits a device holds at once; 512 MB in float32.
@@ -131,13 +132,29 @@ class Subset(NamedTuple):
     slot: Any
 
 
-def _scan(body: Any, carry: Any, subsets: list[Subset], unroll: bool) -> tuple[Any, jax.Array]:
-    """``lax.scan`` of ``body`` over the subsets; unrolled, each subset's positions and slot are known while tracing."""
+def in_turn(
+    forward: Callable[[Any, Any, Any], tuple[Any, Any, Any]], params: Any, carry: Any, each: list[Any], *, unroll: bool
+) -> tuple[Any, Any]:
+    """``lax.scan`` of a forward over what each of several has of its own.
+
+    Unrolled, what each has is known while tracing, and each reads the parameters that the one before handed on.
+
+    Args:
+      forward: of parameters, carry and one of ``each``; returns parameters, carry and output.
+      params: of the first.
+      carry: of the first.
+      each: one for each forward.
+      unroll: unroll the scan.
+
+    Returns:
+      The last carry and all outputs, stacked.
+    """
     if not unroll:
-        return lax.scan(body, carry, jax.tree.map(lambda *leaves: jnp.stack(leaves), *subsets))
+        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *each)
+        return lax.scan(lambda carry, one: forward(params, carry, one)[1:], carry, stacked)
     outputs = []
-    for subset in subsets:
-        carry, output = body(carry, subset)
+    for one in each:
+        params, carry, output = forward(params, carry, one)
         outputs.append(output)
     return carry, jnp.stack(outputs)
 
@@ -176,7 +193,7 @@ def subset_forwards(
         latest_BxPxD = jnp.take(sources_BxTxD, previous_slots_P, axis=1)
         return jnp.where(positions_P[None, :, None] == 0, 0, latest_BxPxD)
 
-    def up_to_date(buffer: Buffer, sources_BxTxD: jax.Array, slot: jax.Array) -> Buffer:
+    def up_to_date(params: Any, buffer: Buffer, sources_BxTxD: jax.Array, slot: jax.Array) -> Buffer:
         """The buffer with keys and values refreshed at all slots that no subset has visited: ``slot`` and later."""
         positions_T, previous_slots_T = (
             jnp.asarray(array).reshape(-1) for array in (partition.positions_SxP, partition.previous_slots_SxP)
@@ -198,10 +215,10 @@ def subset_forwards(
         )
         return Buffer(pieces, buffer.positions_BxN)
 
-    def subset_forward(carry: tuple[Buffer, jax.Array], subset: Subset) -> Any:
+    def subset_forward(params: Any, carry: tuple[Buffer, jax.Array], subset: Subset) -> Any:
         buffer, sources_BxTxD = carry
         if refreshable is not None:
-            buffer = up_to_date(buffer, sources_BxTxD, subset.slot)
+            buffer = up_to_date(params, buffer, sources_BxTxD, subset.slot)
         positions_P, previous_slots_P = subset.positions_P, subset.previous_slots_P
         memory_BxPxD = memory_of(sources_BxTxD, positions_P, previous_slots_P)
         out = forward(
@@ -216,7 +233,7 @@ def subset_forwards(
         )
         sources_BxTxD = lax.dynamic_update_slice_in_dim(sources_BxTxD, out.source_BxPxD, subset.slot, axis=1)
         losses_BxP = token_losses(decoder, params, out.hidden_BxPxD, subset.targets_BxP)
-        return (out.buffer, sources_BxTxD), losses_BxP
+        return out.params, (out.buffer, sources_BxTxD), losses_BxP
 
     subsets = [
         Subset(mine, targets_BxP, *known)
@@ -232,7 +249,7 @@ def subset_forwards(
             strict=True,
         )
     ]
-    (_, sources_BxTxD), losses_SxBxP = _scan(subset_forward, (shared, sources_BxTxD), subsets, unroll)
+    (_, sources_BxTxD), losses_SxBxP = in_turn(subset_forward, params, (shared, sources_BxTxD), subsets, unroll=unroll)
     split_sources = sources_BxTxD.reshape(sources_BxTxD.shape[0], partition.subsets, subset_length, -1)
     return partition.merge(jnp.moveaxis(losses_SxBxP, 0, 1), 1), partition.merge(split_sources, 1)
 

@@ -16,7 +16,7 @@ from jax import lax
 
 from lrt_jax.model.decoder import Buffer, Decoder
 from lrt_jax.model.memory import shift_right
-from lrt_jax.model.stack import SLOTS
+from lrt_jax.model.pieces import SLOTS
 from lrt_jax.setup.config import ScheduleConfig
 from lrt_jax.training import forwards, partitions
 
@@ -145,7 +145,7 @@ def interleaved(
     refreshable = jax.tree.map(lambda x: partition.in_slots(x, -3), first.refreshable)
     losses_BxT, sources_BxTxD = forwards.subset_forwards(
         decoder,
-        params,
+        first.params,
         in_subsets,
         targets_BxT,
         partition,
@@ -191,12 +191,15 @@ def multi_refinement(
     first = forwards.initialization(decoder, params, embedded)
     init_losses_BxT = forwards.token_losses(decoder, params, first.hidden_BxPxD, targets_BxT)
 
-    def refine(sources_BxTxD: jax.Array, _: None) -> tuple[jax.Array, jax.Array]:
+    def refine(params: Any, sources_BxTxD: jax.Array, _: jax.Array) -> tuple[Any, jax.Array, jax.Array]:
         memory_BxTxD = shift_right(lax.stop_gradient(sources_BxTxD) if detach else sources_BxTxD)
         out = forwards.forward(decoder, params, embedded, positions_T, memory_BxTxD, None, 0, subsets=1)
-        return out.source_BxPxD, forwards.token_losses(decoder, params, out.hidden_BxPxD, targets_BxT)
+        losses_BxT = forwards.token_losses(decoder, params, out.hidden_BxPxD, targets_BxT)
+        return out.params, out.source_BxPxD, losses_BxT
 
-    sources_BxTxD, losses_KxBxT = lax.scan(refine, first.source_BxPxD, length=refinements, unroll=unroll)
+    sources_BxTxD, losses_KxBxT = forwards.in_turn(
+        refine, first.params, first.source_BxPxD, list(range(refinements)), unroll=unroll
+    )
     losses_FxBxT = jnp.concatenate([init_losses_BxT[None], losses_KxBxT])
     masks_FxT = jnp.ones((refinements + 1, len(positions_T)), bool)
     return _outcome(losses_FxBxT, masks_FxT, sources_BxTxD, weights)

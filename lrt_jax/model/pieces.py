@@ -1,0 +1,119 @@
+"""A buffer in pieces: what is written takes the place of one, and what attends to all of them."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import Mesh
+
+from lrt_jax.model import attention, blocks, kernels
+from lrt_jax.model.backend import attention_kind, target
+from lrt_jax.setup.config import ModelConfig
+
+# Slots are the last axis but one in every leaf of a buffer's pieces: [(L,) B, K, N, C].
+SLOTS = -2
+
+# What attends to whole strided subsets beside XLA, by the names that the config uses.
+KERNELS = {"splash": kernels.attend_by_splash, "cudnn": kernels.attend_by_cudnn}
+
+
+def write(pieces: tuple[Any, ...], fresh: Any, slot: jax.Array | int) -> tuple[Any, ...]:
+    """The pieces with P fresh positions at ``slot``: within the only piece, or, of several, in place of one."""
+    if len(pieces) == 1:
+        put = functools.partial(lax.dynamic_update_slice_in_dim, start_index=slot, axis=SLOTS)
+        return (jax.tree.map(put, pieces[0], fresh),)
+    index = int(slot) // jax.tree.leaves(fresh)[0].shape[SLOTS]  # known while tracing
+    return (*pieces[:index], fresh, *pieces[index + 1 :])
+
+
+def attention_for(
+    config: ModelConfig, mesh: Mesh | None, length: int, subsets: int | None, ragged: bool, slot: jax.Array | int
+) -> Callable[..., jax.Array]:
+    """What attends in every layer: a function of q, pieces of k and v, positions, window and its bound.
+
+    The arguments are those of :class:`decoder.Decoder`; P = ``length``.
+    """
+    kind = attention_kind(config, length, mesh)
+    if kind == "blocked" and subsets is not None:
+        return functools.partial(blocks.attend_in_blocks, subsets=subsets)
+    if kind in KERNELS and subsets is not None and not ragged and isinstance(slot, int):
+        on_cpu = target().platform == "cpu"
+        kernel = functools.partial(KERNELS[kind], subsets=subsets, subset=slot // length, mesh=mesh, interpret=on_cpu)
+        return functools.partial(_attend_by_kernel, config=config, kernel=kernel)
+    return functools.partial(_attend_densely, config=config)
+
+
+def _attend_densely(
+    q_BxPxHxC: jax.Array,
+    k: tuple[jax.Array, ...],
+    v: tuple[jax.Array, ...],
+    queries_BxP: jax.Array,
+    keys_BxN: jax.Array,
+    window: jax.Array | int,
+    *,
+    farthest: int,
+    config: ModelConfig,
+) -> jax.Array:
+    """``attention.attend`` over pieces."""
+    del farthest
+    return _joined(config, attention.attend, q_BxPxHxC, k, v, queries_BxP, keys_BxN, window)
+
+
+def _attend_by_kernel(
+    q_BxPxHxC: jax.Array,
+    k: tuple[jax.Array, ...],
+    v: tuple[jax.Array, ...],
+    queries_BxP: jax.Array,
+    keys_BxN: jax.Array,
+    window: jax.Array | int,
+    *,
+    farthest: int,
+    config: ModelConfig,
+    kernel: Callable[..., jax.Array],
+) -> jax.Array:
+    """One of KERNELS over pieces, whose positions are those of a whole subset, the same in all rows."""
+    del queries_BxP, keys_BxN
+    if not config.scan_layers or len(set(config.windows)) == 1:
+        return _joined(config, functools.partial(kernel, window=farthest), q_BxPxHxC, k, v)
+    # A window is part of its kernel: scanned layers choose between two.
+    short, long = (functools.partial(kernel, window=size) for size in sorted(set(config.windows)))
+
+    def either(q: jax.Array, k: jax.Array, v: jax.Array, window: jax.Array | int) -> jax.Array:
+        return lax.cond(window < config.sequence_length, short, long, q, k, v)
+
+    return _joined(config, either, q_BxPxHxC, k, v, window)
+
+
+# What only moves numbers: cheaper to do again than to keep.
+MOVES = {"concatenate", "reshape", "transpose", "squeeze", "broadcast_in_dim", "pad", "slice"}
+
+
+def _joined(
+    config: ModelConfig,
+    attend: Callable[..., jax.Array],
+    q_BxPxHxC: jax.Array,
+    k: tuple[jax.Array, ...],
+    v: tuple[jax.Array, ...],
+    *rest: jax.Array | int,
+) -> jax.Array:
+    """``attend`` with the pieces of keys, and of values, as one array each.
+
+    The backward pass joins more than two again. Kept, they would be a copy of the buffer for each of S subset forwards,
+    in every layer: 0.9 GB for two layers of width 768, 8 rows of 2048 tokens and S = 8, as compiled for a TPU
+    (docs/LOG.md). With ``remat`` nothing of a layer is kept.
+    """
+
+    def on_pieces(q: jax.Array, k: tuple[jax.Array, ...], v: tuple[jax.Array, ...], *rest: Any) -> jax.Array:
+        return attend(q, *(jnp.concatenate(pieces, axis=SLOTS) for pieces in (k, v)), *rest)
+
+    if len(k) > 2 and not config.remat:
+        on_pieces = jax.checkpoint(on_pieces, policy=_is_computed)
+    return on_pieces(q_BxPxHxC, k, v, *rest)
+
+
+def _is_computed(primitive: Any, *_: Any, **__: Any) -> bool:
+    """What ``jax.checkpoint`` is to keep: results of anything but MOVES."""
+    return primitive.name not in MOVES
