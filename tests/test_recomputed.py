@@ -68,16 +68,24 @@ def test_two_forwards_in_turn_have_the_gradients_of_plain_scans(source):
     jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, rtol=1e-6, atol=1e-7), *gradients)
 
 
-def sums(jaxpr, shapes):
-    """How many sums of arrays of these shapes a program has outside of its loops."""
+def count(names, jaxpr, shapes):
+    """How many of these primitives make arrays of these shapes, outside of loops."""
     found = 0
     for equation in jaxpr.eqns:
-        if equation.primitive.name in ("add_any", "add"):
+        if equation.primitive.name in names:
             found += equation.outvars[0].aval.shape in shapes
         elif equation.primitive.name not in ("scan", "while"):
             for inner in jaxprs_in_params(equation.params):
-                found += sums(getattr(inner, "jaxpr", inner), shapes)
+                found += count(names, getattr(inner, "jaxpr", inner), shapes)
     return found
+
+
+def gradient_of(config, schedule, params, batch):
+    built = schedules.build(schedule, config.sequence_length)
+    return jax.make_jaxpr(jax.grad(lambda params: built(Decoder(config), params, *batch).loss))(params).jaxpr
+
+
+SUMS = ("add", "add_any")
 
 
 @pytest.mark.parametrize(
@@ -93,11 +101,18 @@ def test_no_forward_has_stacks_of_gradients_of_its_own(tiny, random_params, rand
     pieces = {(config.layers, len(batch[0]), config.kv_heads, length, config.head_width)}
 
     def counted(remat):
-        decoder = Decoder(tiny(layers=3, remat=remat, scan_layers=True))
-        built = schedules.build(schedule, config.sequence_length)
-        jaxpr = jax.make_jaxpr(jax.grad(lambda params: built(decoder, params, *batch).loss))(params)
-        return sums(jaxpr.jaxpr, stacks), sums(jaxpr.jaxpr, pieces)
+        program = gradient_of(tiny(layers=3, remat=remat, scan_layers=True), schedule, params, batch)
+        return count(SUMS, program, stacks), count(SUMS, program, pieces)
 
     by_autodiff, in_place = counted(remat=False), counted(remat=True)
     assert by_autodiff[0] > 10 and in_place == (0, 0)
     assert by_autodiff[1] > 10 or schedule.name == "multi_refinement"
+
+
+@pytest.mark.parametrize(("remat", "expected"), [(True, 4), (False, 0)])
+def test_unrolled_layers_sum_up_gradients_forward_by_forward(tiny, random_params, random_batch, remat, expected):
+    config = tiny(layers=3, remat=remat)
+    params, batch = random_params(config), random_batch(config)
+    program = gradient_of(config, ScheduleConfig(subsets=4), params, batch)
+    # What comes from later forwards, for all forwards but the last.
+    assert count(("optimization_barrier",), program, {params["mlp_in"].shape[1:]}) == expected * config.layers

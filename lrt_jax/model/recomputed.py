@@ -1,9 +1,9 @@
-"""Scanned layers that are computed again for the backward pass, with gradients that are added up in place.
+"""Layers that are computed again for the backward pass, and gradients that are added up as they come.
 
-The transpose of ``lax.scan`` over rematerialized layers makes a stack of gradients of everything that layers read, and
-what several forwards read has one such stack from each, all added in the end: memory that grows with the number of
-forwards (docs/LOG.md). Here a forward hands on what the next one reads, too. In the backward pass the sum of the
-gradients so far then comes in at that place, and each layer adds its own to it.
+What several forwards read has a gradient from each. Left alone, XLA adds them all in the end, and what the transpose of
+``lax.scan`` makes of them is a stack of all layers each time: memory that grows with the number of forwards
+(docs/LOG.md). Here a forward hands on what the next one reads, too, so that in the backward pass the sum of the
+gradients so far comes in at that place. Scanned layers add their own to it in place.
 """
 
 import functools
@@ -13,6 +13,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+
+
+@jax.custom_vjp
+def summed(weight: jax.Array) -> jax.Array:
+    """The weight for the next forward: its gradient is there before that of this forward is added to it."""
+    return weight
+
+
+summed.defvjp(lambda weight: (weight, None), lambda _, gradient: (lax.optimization_barrier(gradient),))
 
 # (what has no gradient, what all layers share, x, one layer's own) to (x, what else the layer computes).
 Layer = Callable[[Any, Any, jax.Array, Any], tuple[jax.Array, Any]]

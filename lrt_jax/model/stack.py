@@ -187,6 +187,8 @@ def run(context: Context, x_BxPxD: jax.Array, own: dict[str, jax.Array], before:
             carry, layer_produced = step_of(config.windows[index])(carry, layer)
             produced.append(layer_produced)
         fresh, refreshable = zip(*produced, strict=True)
+    if config.remat:
+        own = own | {name: jax.tree.map(recomputed.summed, own[name]) for name in shared}
     return Ran(*carry, fresh, refreshable, own, before)
 
 
