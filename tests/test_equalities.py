@@ -80,7 +80,8 @@ def test_1_memory_switched_off_is_the_plain_baseline_to_the_bit(tiny, random_par
     def outputs(config, params, memory):
         decoder = Decoder(config)
         out = decoder.apply({"params": params}, tokens, positions, memory)
-        return out, decoder.apply({"params": params}, out.hidden_BxPxD, method=Decoder.logits)
+        logits = decoder.apply({"params": params}, out.hidden_BxPxD, method=Decoder.logits)
+        return out._replace(params=None), logits  # the parameters it hands on are those it was given
 
     expected = outputs(plain, shared, None)
     for given in (None, memory):

@@ -59,12 +59,14 @@ def test_flops_and_traffic_by_hand():
     fsdp = {t.name: t.received for t in step_of(schedule="plain", fsdp=4, gather="forward").transfers}
     assert fsdp["all-gather of weights"] == pytest.approx(2 * 2 * matrices * 3 / 4)  # twice, bfloat16
     assert fsdp["reduce-scatter of gradients"] == pytest.approx(2 * matrices * 3 / 4)  # once, bfloat16
-    for schedule in ("plain", "interleaved"):
+    values = 64 / 4 * 256 * (512 + 4 * 8 * 64)
+    for schedule, orders in (("plain", 1), ("interleaved", 2)):
+        each = {t.name: t.received for t in step_of(schedule=schedule, fsdp=4, gather="forward").transfers}
+        assert each["all-to-all of looked-up embeddings"] == pytest.approx(2 * 2 * orders * values * 3 / 4)
         once = {t.name: t.received for t in step_of(schedule=schedule, fsdp=4).transfers}
         assert once["all-gather of weights"] == pytest.approx(2 * matrices * 3 / 4)
         assert once["reduce-scatter of gradients"] == pytest.approx(4 * matrices * 3 / 4)  # float32
-    values = 64 / 4 * 256 * (512 + 4 * 8 * 64)
-    assert fsdp["all-to-all of looked-up embeddings"] == pytest.approx(2 * 2 * values * 3 / 4)
+        assert once["all-to-all of looked-up embeddings"] == pytest.approx(2 * 2 * values * 3 / 4)
     data, _ = step_of(schedule="plain", data=4).transfers
     assert data.received == pytest.approx(2 * 4 * total * 3 / 4) and data.dcn == 0
     (tensor,) = step_of(schedule="plain", tensor=2).transfers

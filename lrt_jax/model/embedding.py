@@ -43,7 +43,7 @@ def embed(
 ) -> list[Embedded]:
     """Looks up the int tokens [B, P] of several forwards, each with a P of its own; ``columns`` as in ``Decoder``."""
     tables = (parameters["embedding"], parameters.get("value_embedding"))
-    if target().platform == "cpu" and columns is None and (mesh is None or mesh.size == 1):
+    if each_alone(mesh, columns):
         x0, values = _each_alone(*tables, tokens_BxP, compute_dtype(config))
     else:
         x0, values = _at_once(mesh, columns, *tables, tokens_BxP, compute_dtype(config))
@@ -52,6 +52,11 @@ def embed(
     else:
         values = [own if own is None or isinstance(own, tuple) else cut(own) for own in values]
     return [Embedded(layers.rms_norm(x0_BxPxD), own) for x0_BxPxD, own in zip(x0, values, strict=True)]
+
+
+def each_alone(mesh: Mesh | None, columns: str | None) -> bool:
+    """Whether every forward's lookup in every table is one by itself: on one CPU device."""
+    return target().platform == "cpu" and columns is None and (mesh is None or mesh.size == 1)
 
 
 # Of each forward: what is looked up for x⁰ [B, P, D], and of E tables, [B, P, K, C] of each or stacked, or None.

@@ -187,7 +187,9 @@ def _looked_up(config: Config, sizes: Mapping[str, int], tokens: float, forwards
     """x⁰ and value embeddings change from columns to rows, and their gradients back."""
     model = config.model
     values = len(model.value_embedding_layers) * model.kv_heads * model.head_width
-    orders = 2 if len(forwards) > 1 and sum(forwards) == 2 else 1  # interleaved looks up both orders of positions
+    interleaved = len(forwards) > 1 and sum(forwards) == 2
+    # The partitioner is given both orders of positions; a device by itself reorders what it has.
+    orders = 2 if interleaved and not meshes.gathers_once(config.mesh, sizes) else 1
     return 2 * orders * tokens * (model.width + values / sizes["tensor"]) * ACTIVATION
 
 

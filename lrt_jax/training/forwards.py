@@ -12,7 +12,7 @@ from lrt_jax.model import parameters
 from lrt_jax.model.attention import EMPTY
 from lrt_jax.model.backend import compute_dtype
 from lrt_jax.model.decoder import Buffer, Decoder, Forward, empty_buffer
-from lrt_jax.model.embedding import Embedded
+from lrt_jax.model.embedding import Embedded, each_alone
 from lrt_jax.model.head import cross_entropy
 from lrt_jax.model.pieces import SLOTS
 from lrt_jax.training.partitions import Partition, Strided
@@ -87,18 +87,34 @@ def embed(decoder: Decoder, params: Any, *tokens_BxP: jax.Array) -> list[Embedde
 
 
 def embed_subsets(
-    decoder: Decoder, params: Any, tokens_BxT: jax.Array, partition: Partition, *others_BxP: jax.Array, unroll: bool
+    decoder: Decoder, params: Any, tokens_BxT: jax.Array, partition: Partition, *, unroll: bool, natural: bool = False
 ) -> list[Embedded]:
-    """The same of each subset's tokens, after those of ``others_BxP``."""
-    slots_BxT = partition.in_slots(tokens_BxT, 1)
-    if unroll:
-        return embed(decoder, params, *others_BxP, *jnp.split(slots_BxT, partition.subsets, axis=1))
-    # A scan over subsets reads stacks: one lookup, however many subsets there are.
-    *others, slots = embed(decoder, params, *others_BxP, slots_BxT)
+    """The tokens of each subset, looked up; with ``natural`` before them all tokens in natural order, as by ``embed``.
+
+    A device that has its rows to itself looks all tokens up once, and reorders what it found: half as many rows to
+    collect from other devices' columns, and to add to tables. On one CPU device, or where positions are sharded, ids
+    are cheaper to reorder than what was looked up.
+    """
+    alone = decoder.mesh is None or decoder.mesh.size == 1
+    if alone and not each_alone(decoder.mesh, decoder.columns):
+        (whole,) = embed(decoder, params, tokens_BxT)
+        first = [whole] if natural else []
+        slots = jax.tree.map(lambda leaf: partition.in_slots(leaf, _positions_axis(leaf)), whole)
+    else:
+        in_order = [tokens_BxT] if natural else []
+        slots_BxT = partition.in_slots(tokens_BxT, 1)
+        if unroll:
+            return embed(decoder, params, *in_order, *jnp.split(slots_BxT, partition.subsets, axis=1))
+        # A scan over subsets reads stacks: one lookup, however many subsets there are.
+        *first, slots = embed(decoder, params, *in_order, slots_BxT)
     leaves, structure = jax.tree.flatten(slots)
-    # x⁰ is [B, P, D], value embeddings are [(E,) B, P, K, C].
-    parts = [jnp.split(leaf, partition.subsets, axis=1 if leaf.ndim == 3 else leaf.ndim - 3) for leaf in leaves]
-    return [*others, *(jax.tree.unflatten(structure, mine) for mine in zip(*parts, strict=True))]
+    parts = [jnp.split(leaf, partition.subsets, axis=_positions_axis(leaf)) for leaf in leaves]
+    return [*first, *(jax.tree.unflatten(structure, mine) for mine in zip(*parts, strict=True))]
+
+
+def _positions_axis(leaf: jax.Array) -> int:
+    """Where the positions are in a leaf of ``Embedded``: x⁰ is [B, P, D], value embeddings are [(E,) B, P, K, C]."""
+    return 1 if leaf.ndim == 3 else leaf.ndim - 3
 
 
 def initialization(decoder: Decoder, params: Any, embedded: Embedded, *, keep_refreshable: bool = False) -> Forward:

@@ -130,8 +130,7 @@ def interleaved(
       weights: of the 1 + S forwards' losses; empty for equal.
     """
     params = forwards.by_layer(decoder, params)
-    # Both orders are looked up: reordering what was looked up would copy far more than ids.
-    natural, *in_subsets = forwards.embed_subsets(decoder, params, tokens_BxT, partition, tokens_BxT, unroll=unroll)
+    natural, *in_subsets = forwards.embed_subsets(decoder, params, tokens_BxT, partition, unroll=unroll, natural=True)
     first = forwards.initialization(decoder, params, natural, keep_refreshable=kv_refresh)
     init_losses_BxT = forwards.token_losses(decoder, params, first.hidden_BxPxD, targets_BxT)
 
