@@ -21,7 +21,7 @@ from lrt_jax.setup import mesh as meshes
 from lrt_jax.training import schedules, state, step
 jax.config.update("jax_enable_x64", True)
 ROWS, T, V = 8, 16, 48
-config = ModelConfig(2, 32, 4, 2, T, V, dtype="float64", scan_layers=True)
+config = ModelConfig(2, 32, 4, 2, T, V, dtype="float64", scan_layers=True, remat=True)
 rows = np.random.default_rng(0).integers(0, V, (ROWS, T + 1), dtype=np.int32)
 initial = None
 # Those that shard just rows gather weights once a step, unless told otherwise.

@@ -32,7 +32,7 @@ for scan, memory, subsets, accumulation, sizes, values, dtype in (
     (False, "shared", 2, 1, (8, 1), "alternate", "float64"),
 ):
     config = ModelConfig(
-        2, 32, 4, 2, T, V, dtype=dtype, scan_layers=scan, memory=memory, value_embeddings=values
+        2, 32, 4, 2, T, V, dtype=dtype, scan_layers=scan, remat=scan, memory=memory, value_embeddings=values
     )
     schedule = ScheduleConfig(subsets=subsets)
     found = []
