@@ -21,7 +21,7 @@ from benchmarks.arguments import positive, several
 from benchmarks.checks import check
 from lrt_jax.model import attention, blocks, layers
 from lrt_jax.model.backend import HOMES
-from lrt_jax.model.pieces import KERNELS
+from lrt_jax.model.kernels import KERNELS
 from lrt_jax.setup import host_memory
 from lrt_jax.setup.config import ModelConfig, ScheduleConfig
 from lrt_jax.training import partitions

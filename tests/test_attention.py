@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.extend.core import jaxprs_in_params
 
-from lrt_jax.model import attention, backend, blocks, pieces
+from lrt_jax.model import attention, backend, blocks, kernels
 from lrt_jax.model.decoder import Decoder
 from lrt_jax.model.parameters import table
 from lrt_jax.setup.config import ConfigError, ModelConfig, ScheduleConfig
@@ -127,7 +127,7 @@ def test_models_compute_the_same_with_either(tiny, random_params, random_batch, 
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-12), dense, blocked)
 
 
-@pytest.mark.parametrize("kind", pieces.KERNELS)
+@pytest.mark.parametrize("kind", kernels.KERNELS)
 @pytest.mark.parametrize(
     ("subsets", "subset", "window", "kv_heads"), [(1, 0, 128, 1), (2, 0, 256, 2), (2, 1, 64, 1), (4, 2, 512, 2)]
 )
@@ -145,14 +145,14 @@ def test_kernels_equal_the_dense_reference(kind, subsets, subset, window, kv_hea
 
     def by_kernel(q, k, v):
         options = {"subsets": subsets, "subset": subset, "mesh": None, "interpret": True}
-        return jnp.sum(weights * pieces.KERNELS[kind](q, k, v, window, **options))
+        return jnp.sum(weights * kernels.KERNELS[kind](q, k, v, window, **options))
 
     expected, found = (jax.jit(jax.value_and_grad(loss, (0, 1, 2)))(q, k, v) for loss in (dense, by_kernel))
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=5e-6 * np.abs(b).max())
 
 
-@pytest.mark.parametrize("kind", pieces.KERNELS)
+@pytest.mark.parametrize("kind", kernels.KERNELS)
 def test_a_model_with_kernels_computes_the_same(random_params, kind):
     def loss_and_gradients(kind):
         config = ModelConfig(

@@ -8,11 +8,12 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from lrt_jax.model import kernels
 from lrt_jax.setup.config import ConfigError, ModelConfig
 
 # Where each kernel runs.
 HOMES = {"splash": "tpu", "cudnn": "gpu"}
+# Queries in a block of splash attention, best first; a size must divide P.
+SPLASH_BLOCKS = (512, 256, 128)
 
 _TARGET: ContextVar[jax.Device | None] = ContextVar("target", default=None)
 
@@ -36,8 +37,16 @@ def compute_dtype(config: ModelConfig) -> jnp.dtype:
     """The dtype of activations and matrix products; parameters, norms, softmax and losses stay float32.
 
     ``auto`` is bfloat16 on a TPU and on a GPU with bfloat16 tensor cores (compute capability 8.0 or more), else
-    float32.
+    float32. ``float64`` makes everything float64.
+
+    Raises:
+      ConfigError: float64, where JAX would make float32 of it.
     """
+    if config.dtype == "float64" and not jax.config.jax_enable_x64:
+        raise ConfigError(
+            "config.model.dtype is 'float64', and JAX computes in 32 bits here; set JAX_ENABLE_X64=1 to allow it, or "
+            "choose one of: auto, float32, bfloat16"
+        )
     if config.dtype != "auto":
         return jnp.dtype(config.dtype)
     device = target()
@@ -66,9 +75,14 @@ def attention_kind(config: ModelConfig, length: int, mesh: Mesh | None = None) -
         _check_kernel(config, platform, whole)
     if kind != "auto":
         return kind
-    if platform == "tpu" and whole and kernels.block_size(length) is not None:
+    if platform == "tpu" and whole and splash_block(length) is not None:
         return "splash"
     return "blocked" if platform == "cpu" else "dense"
+
+
+def splash_block(length: int) -> int | None:
+    """The largest block of splash attention that divides P = ``length`` queries; None if there is none."""
+    return next((size for size in SPLASH_BLOCKS if length % size == 0), None)
 
 
 def _check_kernel(config: ModelConfig, platform: str, whole: bool) -> None:
@@ -82,4 +96,10 @@ def _check_kernel(config: ModelConfig, platform: str, whole: bool) -> None:
     elif kind == "cudnn" and (config.head_width % 8 or config.head_width > 128):
         why = f"head widths that cuDNN takes are multiples of 8 up to 128, and this model's is {config.head_width}"
     if why:
-        raise ConfigError(f"config.model.attention is {kind!r}; {why}; allowed are: auto, dense, blocked")
+        allowed = [
+            "auto",
+            "dense",
+            "blocked",
+            *(other for other in HOMES if other != kind and HOMES[other] == platform),
+        ]
+        raise ConfigError(f"config.model.attention is {kind!r}; {why}; allowed are: {', '.join(allowed)}")

@@ -1,7 +1,8 @@
 """What a model costs: its parameters by role, and the FLOPs of a training step.
 
 FLOPs are counted analytically (a compiled program counts a scanned body once) and exactly: two per
-multiply-add of every matrix product, attention over the keys that causality and windows leave visible.
+multiply-add of every matrix product, attention over the keys that causality and windows leave visible. Scanned layers
+compute a little more where only some own value embeddings: the others' gates work on nothing.
 """
 
 import dataclasses

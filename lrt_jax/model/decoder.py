@@ -25,7 +25,7 @@ from lrt_jax.setup.config import ModelConfig
 
 
 class Buffer(struct.PyTreeNode):
-    """Keys and values of every layer, after gates, RoPE and QK norm: the shared buffer, or a KV cache.
+    """Keys and values of every layer, after gates, RoPE and QK norm: the shared buffer.
 
     Attributes:
       pieces: its N slots, in one piece or in several of the same size. A piece is a tuple of L :class:`KV` with
@@ -61,16 +61,15 @@ class Forward(NamedTuple):
     params: Any = None
 
 
-def empty_buffer(config: ModelConfig, rows: int, slots: int) -> Buffer:
-    """A buffer with nothing in it: N = ``slots`` for each of B = ``rows`` sequences."""
-    shape = (rows, config.kv_heads, slots, config.head_width)
-    positions_BxN = jnp.full((rows, slots), attention.EMPTY, jnp.int32)
+def empty_buffer(config: ModelConfig, rows: int, slots: int, pieces: int = 1) -> Buffer:
+    """A buffer with nothing in it: N = ``slots`` for each of B = ``rows`` sequences, in as many pieces of one size."""
+    shape = (rows, config.kv_heads, slots // pieces, config.head_width)
 
-    def zeros(*layers: int) -> KV:  # two arrays, not one twice: a buffer can be donated
+    def zeros(*layers: int) -> KV:
         return KV(*(jnp.zeros((*layers, *shape), compute_dtype(config)) for _ in range(2)))
 
     kv = zeros(config.layers) if config.scan_layers else tuple(zeros() for _ in range(config.layers))
-    return Buffer((kv,), positions_BxN)
+    return Buffer((kv,) * pieces, jnp.full((1, slots), attention.EMPTY, jnp.int32))
 
 
 class Decoder(nn.Module):

@@ -12,8 +12,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 from jax.sharding import Mesh, PartitionSpec
 
-# Sizes of a block, best first; a size must divide P.
-BLOCKS = (512, 256, 128)
+from lrt_jax.model.backend import SPLASH_BLOCKS, splash_block
 
 
 class StridedMask(masks._ComputableMask):  # the base of every mask that a kernel computes instead of loading it
@@ -42,11 +41,6 @@ class StridedMask(masks._ComputableMask):  # the base of every mask that a kerne
     def __hash__(self) -> int:
         """As ``__eq__``."""
         return hash((type(self), self.key))
-
-
-def block_size(length: int) -> int | None:
-    """The largest block that divides P = ``length`` queries; None if there is none."""
-    return next((size for size in BLOCKS if length % size == 0), None)
 
 
 def attend_by_splash(
@@ -79,9 +73,10 @@ def attend_by_splash(
       ValueError: no block size divides P.
     """
     rows, length = q_BxPxHxC.shape[:2]
-    block = block_size(length)
+    block = splash_block(length)
     if block is None:
-        raise ValueError(f"{length} queries are not divisible by {BLOCKS[-1]}, the smallest block of splash attention")
+        smallest = min(SPLASH_BLOCKS)
+        raise ValueError(f"{length} queries are not divisible by {smallest}, the smallest block of splash attention")
 
     def local(q_BxHxPxC: jax.Array, k_BxKxNxC: jax.Array, v_BxKxNxC: jax.Array) -> jax.Array:
         kernel = _kernel(q_BxHxPxC.shape[1], length, subsets, subset, window, block, interpret)
@@ -158,3 +153,7 @@ def attend_by_cudnn(
         implementation="xla" if interpret else "cudnn",
     )
     return mixed_BxNxHxC.reshape(rows, length, subsets, heads, width)[:, :, subset]
+
+
+# By the names that the config uses.
+KERNELS = {"splash": attend_by_splash, "cudnn": attend_by_cudnn}

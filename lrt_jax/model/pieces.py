@@ -9,15 +9,12 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import Mesh
 
-from lrt_jax.model import attention, blocks, kernels
-from lrt_jax.model.backend import attention_kind, target
+from lrt_jax.model import attention, blocks
+from lrt_jax.model.backend import HOMES, attention_kind, target
 from lrt_jax.setup.config import ModelConfig
 
 # Slots are the last axis but one in every leaf of a buffer's pieces: [(L,) B, K, N, C].
 SLOTS = -2
-
-# What attends to whole strided subsets beside XLA, by the names that the config uses.
-KERNELS = {"splash": kernels.attend_by_splash, "cudnn": kernels.attend_by_cudnn}
 
 
 def write(pieces: tuple[Any, ...], fresh: Any, slot: jax.Array | int) -> tuple[Any, ...]:
@@ -39,7 +36,10 @@ def attention_for(
     kind = attention_kind(config, length, mesh)
     if kind == "blocked" and subsets is not None:
         return functools.partial(blocks.attend_in_blocks, subsets=subsets)
-    if kind in KERNELS and subsets is not None and not ragged and isinstance(slot, int):
+    if kind in HOMES and subsets is not None and not ragged and isinstance(slot, int):
+        # Experimental parts of JAX, imported by those who use them.
+        from lrt_jax.model.kernels import KERNELS
+
         on_cpu = target().platform == "cpu"
         kernel = functools.partial(KERNELS[kind], subsets=subsets, subset=slot // length, mesh=mesh, interpret=on_cpu)
         return functools.partial(_attend_by_kernel, config=config, kernel=kernel)
@@ -74,7 +74,7 @@ def _attend_by_kernel(
     config: ModelConfig,
     kernel: Callable[..., jax.Array],
 ) -> jax.Array:
-    """One of KERNELS over pieces, whose positions are those of a whole subset, the same in all rows."""
+    """One of ``model.kernels`` over pieces, whose positions are those of a whole subset, the same in all rows."""
     del queries_BxP, keys_BxN
     if not config.scan_layers or len(set(config.windows)) == 1:
         return _joined(config, functools.partial(kernel, window=farthest), q_BxPxHxC, k, v)

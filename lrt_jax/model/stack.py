@@ -10,7 +10,7 @@ from jax import lax
 
 from lrt_jax.model import cache, layers, memory, recomputed
 from lrt_jax.model.memory import KV, Refreshable
-from lrt_jax.model.parameters import table, unstack
+from lrt_jax.model.parameters import cut, table, unstack
 from lrt_jax.model.pieces import write
 from lrt_jax.setup.config import ModelConfig
 
@@ -59,18 +59,23 @@ def per_layer(config: ModelConfig, arrays: dict[str, Any], values_ExBxPxKxC: Any
     own = {name: array for name, array in arrays.items() if name in stacked - {"value_embedding", "value_gate"}}
     own["index"] = jnp.arange(config.layers)
     own["window"] = jnp.asarray(config.windows, jnp.int32)
-    owners = config.value_embedding_layers
     if values_ExBxPxKxC is not None:
         for name, array in (("value_embedding", values_ExBxPxKxC), ("value_gate", arrays["value_gate"])):
-            # Layers without a table get zeros, which add exactly nothing, so that all layers are alike.
-            if len(array) < config.layers and isinstance(array, tuple):
-                given, absent = dict(zip(owners, array, strict=True)), jnp.zeros_like(array[0])
-                array = tuple(given.get(layer, absent) for layer in range(config.layers))
-            elif len(array) < config.layers:
-                absent = jnp.zeros((config.layers, *array.shape[1:]), array.dtype)
-                array = absent.at[jnp.asarray(owners)].set(array)
-            own[name] = array
+            own[name] = array if len(array) == config.layers else _for_all_layers(config, array)
     return own
+
+
+def _for_all_layers(config: ModelConfig, owned: Any) -> Any:
+    """What the layers with value embeddings own, for every layer: None, or in a scan, where all must be alike, zeros.
+
+    Zeros add exactly nothing.
+    """
+    if config.scan_layers:
+        absent = jnp.zeros((config.layers, *owned.shape[1:]), owned.dtype)
+        return absent.at[jnp.asarray(config.value_embedding_layers)].set(owned)
+    parts = owned if isinstance(owned, tuple) else cut(owned)
+    by_owner = dict(zip(config.value_embedding_layers, parts, strict=True))
+    return tuple(by_owner.get(layer) for layer in range(config.layers))
 
 
 def _layer(

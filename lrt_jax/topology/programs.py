@@ -69,7 +69,7 @@ def devices(topology: str, slices: int = 1) -> list[Any]:
     return list(found.devices)
 
 
-def compile_all(config: Config, mesh: Mesh, names: tuple[str, ...] = PROGRAMS) -> Iterator[Compiled]:
+def compile_all(config: Config, mesh: Mesh, names: tuple[str, ...] = PROGRAMS) -> list[Compiled]:
     """Compiles the programs of a run, one after the other.
 
     Raises:
@@ -78,8 +78,7 @@ def compile_all(config: Config, mesh: Mesh, names: tuple[str, ...] = PROGRAMS) -
     meshes.check(config, mesh.shape)
     makers = {"train": _train, "decode": _decode, "evaluate": _evaluate}
     with backend.compiling_for(mesh.devices.flat[0]):
-        for name in names:
-            yield from (_compiled(label, *lowered) for label, *lowered in makers[name](config, mesh))
+        return [_compiled(label, *program) for name in names for label, *program in makers[name](config, mesh)]
 
 
 def _compiled(name: str, function: Any, arguments: tuple[Any, ...]) -> Compiled:

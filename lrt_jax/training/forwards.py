@@ -9,7 +9,6 @@ import numpy as np
 from jax import lax
 
 from lrt_jax.model import parameters
-from lrt_jax.model.attention import EMPTY
 from lrt_jax.model.backend import compute_dtype
 from lrt_jax.model.decoder import Buffer, Decoder, Forward, empty_buffer
 from lrt_jax.model.embedding import Embedded, each_alone
@@ -281,8 +280,7 @@ def subset_forwards_alone(
 ) -> tuple[jax.Array, jax.Array]:
     """Subset forwards without an initialization forward: the buffer and the memory begin empty."""
     config, (rows, length) = decoder.config, tokens_BxT.shape
-    (whole,) = empty_buffer(config, rows, length).pieces
-    empty = Buffer(in_pieces(whole, partition.subsets if unroll else 1), jnp.full((1, length), EMPTY, jnp.int32))
+    empty = empty_buffer(config, rows, length, partition.subsets if unroll else 1)
     sources_BxTxD = jnp.zeros((rows, length, config.width), compute_dtype(config))
     params = by_layer(decoder, params)
     embedded = embed_subsets(decoder, params, tokens_BxT, partition, unroll=unroll)
