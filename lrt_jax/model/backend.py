@@ -42,7 +42,7 @@ def compute_dtype(config: ModelConfig) -> jnp.dtype:
     Raises:
       ConfigError: float64, where JAX would make float32 of it.
     """
-    if config.dtype == "float64" and not jax.config.jax_enable_x64:
+    if config.dtype == "float64" and not jax.config.read("jax_enable_x64"):
         raise ConfigError(
             "config.model.dtype is 'float64', and JAX computes in 32 bits here; set JAX_ENABLE_X64=1 to allow it, or "
             "choose one of: auto, float32, bfloat16"
