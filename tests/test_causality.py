@@ -25,12 +25,12 @@ SCHEDULES = (
 )
 
 
-# Each schedule meets every sixth of the models, and each model one or two schedules.
+# Each schedule meets every eighth of the models, and each model one schedule or two.
 PAIRS = [
     (combination, schedule)
     for index, combination in enumerate(COMBINATIONS)
     for number, schedule in enumerate(SCHEDULES)
-    if (index + number) % 6 == 0 and not (schedule.kv_refresh and COMBINATIONS[combination].get("memory") == "none")
+    if (index + number) % 8 == 0 and not (schedule.kv_refresh and COMBINATIONS[combination].get("memory") == "none")
 ]
 
 

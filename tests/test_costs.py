@@ -91,10 +91,14 @@ SCHEDULES = {
 }
 
 
-@pytest.mark.parametrize("memory", ["shared", "layerwise"])
+@pytest.mark.parametrize(
+    "model",
+    [{"memory": "shared"}, {"memory": "layerwise", "value_embeddings": "alternate", "layers": 3}],
+    ids=["shared", "layerwise"],
+)
 @pytest.mark.parametrize("name", SCHEDULES)
-def test_flops_of_a_step_are_those_of_its_program(tiny, random_params, random_batch, name, memory):
-    config, schedule = tiny(memory=memory), SCHEDULES[name]
+def test_flops_of_a_step_are_those_of_its_program(tiny, random_params, random_batch, name, model):
+    config, schedule = tiny(**model), SCHEDULES[name]
     built = schedules.build(schedule, config.sequence_length)
     batch = random_batch(config, rows=1)
 

@@ -94,6 +94,25 @@ def test_1_memory_switched_off_is_the_plain_baseline_to_the_bit(tiny, random_par
         assert not np.array_equal(changed[1], expected[1]), name
 
 
+@pytest.mark.parametrize("program", [{}, {"scan_layers": True}, {"scan_layers": True, "remat": True}], ids=str)
+@pytest.mark.parametrize("source", [1, 2])
+def test_a_source_state_is_what_a_model_of_so_many_layers_ends_with(tiny, random_params, random_batch, source, program):
+    whole = tiny(layers=3, source_layer=str(source), window_pattern="L", **program)
+    first = tiny(layers=source, window_pattern="L", **program)
+    params = random_params(whole)
+    cut = {
+        name: params[name][:source] if spec.axes[0] == "layers" else params[name] for name, spec in table(whole).items()
+    }
+    tokens, _ = random_batch(whole)
+
+    def out(config, params):
+        return Decoder(config).apply({"params": params}, tokens, jnp.arange(8)[None])
+
+    found, expected = out(whole, params), out(first, cut)
+    np.testing.assert_allclose(found.source_BxPxD, expected.hidden_BxPxD, rtol=1e-5, atol=1e-5)
+    assert np.abs(found.source_BxPxD - found.hidden_BxPxD).max() > 0.1
+
+
 def test_1_plain_model_has_no_memory_parameters(tiny):
     plain = table(tiny(**PLAIN))
     assert not any(spec.memory for spec in plain.values())

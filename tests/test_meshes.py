@@ -21,16 +21,17 @@ from lrt_jax.setup import mesh as meshes
 from lrt_jax.training import schedules, state, step
 jax.config.update("jax_enable_x64", True)
 ROWS, T, V = 8, 16, 48
-config = ModelConfig(2, 32, 4, 2, T, V, dtype="float64", scan_layers=True, remat=True)
+def model(**layers):
+    return ModelConfig(2, 32, 4, 2, T, V, dtype="float64", **layers)
 rows = np.random.default_rng(0).integers(0, V, (ROWS, T + 1), dtype=np.int32)
-initial = None
 # Those that shard just rows gather weights once a step, unless told otherwise.
 MESHES = (((1, 1, 1, 1), "auto"), ((8, 1, 1, 1), "auto"), ((1, 8, 1, 1), "auto"), ((2, 4, 1, 1), "forward"),
           ((2, 2, 2, 1), "auto"), ((1, 2, 2, 2), "auto"), ((1, 1, 1, 8), "auto"))
-for name, schedule in (
-    ("interleaved", ScheduleConfig(subsets=2)),
-    ("multi_refinement", ScheduleConfig(name="multi_refinement", refinements=1, unroll=False)),
+for name, schedule, config in (
+    ("interleaved", ScheduleConfig(subsets=2), model(scan_layers=True, remat=True)),
+    ("unrolled", ScheduleConfig(subsets=2, kv_refresh=True), model(memory="layerwise", value_embeddings="alternate")),
 ):
+    initial = None
     for sizes, gather in MESHES:
         mesh = meshes.make_mesh(MeshConfig(*sizes), jax.devices()[: int(np.prod(sizes))])
         decoder, sgd = Decoder(config, mesh), optax.sgd(0.1, momentum=0.9)
@@ -62,7 +63,7 @@ def test_7_losses_and_scores_are_the_same_on_every_mesh():
     assert done.returncode == 0, done.stderr
     runs = [json.loads(line) for line in done.stdout.splitlines()]
     assert len(runs) == 14
-    for name in ("interleaved", "multi_refinement"):
+    for name in ("interleaved", "unrolled"):
         single, *others = [run for run in runs if run["schedule"] == name]
         assert single["mesh"] == [1, 1, 1, 1] and single["losses"][-1] < single["losses"][0]
         assert name != "interleaved" or len(single["score"]) == 16

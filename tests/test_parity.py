@@ -26,7 +26,7 @@ def test_in_float64(name):
         check(name, "float64", 1e-6, scan_layers=True)
 
 
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("name", ["lrt_s2", "plain_baseline"])
 def test_in_float32(name):
     check(name, "float32", 1e-5, scan_layers=True)
 

@@ -2,18 +2,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lrt_jax.training.partitions import Partition, strided
+from lrt_jax.training.partitions import PARTITIONS, Partition, contiguous, random, strided
 
 SHAPES = [(8, 1), (8, 2), (8, 4), (8, 8), (12, 3)]
 
 
-def scattered(length: int, subsets: int) -> Partition:
-    """A random partition."""
-    order = np.random.default_rng(length + subsets).permutation(length).astype(np.int32)
-    return Partition(np.sort(order.reshape(subsets, -1), axis=1))
-
-
-@pytest.mark.parametrize("make", [strided, scattered])
+@pytest.mark.parametrize("make", PARTITIONS.values(), ids=PARTITIONS)
 @pytest.mark.parametrize(("length", "subsets"), SHAPES)
 def test_partition(make, length, subsets):
     partition = make(length, subsets)
@@ -33,7 +27,7 @@ def test_partition(make, length, subsets):
         assert position == 0 or in_slot_order[slot] == position - 1
 
 
-@pytest.mark.parametrize("make", [strided, scattered])
+@pytest.mark.parametrize("make", PARTITIONS.values(), ids=PARTITIONS)
 @pytest.mark.parametrize(("length", "subsets"), SHAPES)
 @pytest.mark.parametrize("axis", [0, 1, -1])
 def test_split_and_merge(make, length, subsets, axis):
@@ -65,6 +59,16 @@ def test_strided_reshapes_equal_the_general_gathers(length, subsets):
     np.testing.assert_array_equal(fast.masks_SxT, general.masks_SxT)
 
 
-def test_subsets_must_divide_the_positions():
+def test_each_partition_is_what_its_name_says():
+    np.testing.assert_array_equal(contiguous(8, 2).positions_SxP, [[0, 1, 2, 3], [4, 5, 6, 7]])
+    dealt = random(64, 4).positions_SxP
+    np.testing.assert_array_equal(dealt, random(64, 4).positions_SxP)  # in every step and run
+    # Neighbours are mostly in other subsets, but not always.
+    owner = np.argsort(dealt.reshape(-1)) // 16
+    assert 0.05 < np.mean(owner[1:] == owner[:-1]) < 0.5
+
+
+@pytest.mark.parametrize("make", PARTITIONS.values(), ids=PARTITIONS)
+def test_subsets_must_divide_the_positions(make):
     with pytest.raises(ValueError, match="3 subsets do not divide 8 positions"):
-        strided(8, 3)
+        make(8, 3)

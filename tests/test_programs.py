@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lrt_jax.model import backend
 from lrt_jax.model.decoder import Decoder
 from lrt_jax.model.parameters import table
 from lrt_jax.setup.config import OptimizerConfig, ScheduleConfig
@@ -59,6 +60,20 @@ def test_scanned_and_rematerialized_programs_compute_the_same(x64, tiny, unrolle
     _, schedule, params, batch, expected = unrolled
     assert np.isfinite(expected[0]) and all(np.abs(grad).max() > 1e-6 for grad in expected[1].values())
     found = loss_and_gradients(tiny(**MODEL | model), dataclasses.replace(schedule, unroll=unroll), params, batch)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-12), found, expected)
+
+
+@pytest.mark.parametrize("unrolled", ["interleaved, refreshed", "multi_refinement"], indirect=True)
+def test_what_is_traced_for_a_gpu_computes_the_same(x64, unrolled):
+    """Lookups, products and RoPE are written differently for a CPU."""
+
+    class Gpu:
+        platform, compute_capability = "gpu", "9.0"
+
+    config, schedule, params, batch, expected = unrolled
+    with backend.compiling_for(Gpu()):
+        assert backend.attention_kind(config, config.sequence_length) == "dense"
+        found = loss_and_gradients(config, schedule, params, batch)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-12), found, expected)
 
 
