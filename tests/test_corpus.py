@@ -2,6 +2,7 @@ import gzip
 import json
 import pickle
 import re
+import sys
 import sysconfig
 from pathlib import Path
 
@@ -243,6 +244,21 @@ def test_a_pattern_must_match_and_have_no_double_star(tmp_path):
         open_corpus(DataConfig(corpus=f"{tmp_path}/a/*.txt"))
     with pytest.raises(ConfigError, match=r"instead of \*\* name the folder"):
         open_corpus(DataConfig(corpus=f"{tmp_path}/**/*.txt"))
+
+
+@pytest.mark.parametrize(
+    ("source", "package", "says"),
+    [
+        ("gs://bucket/a/*.txt", "gcsfs", r"gs:// is not installed \(.*gcsfs.*\); pip install 'lrt-jax\[gcs\]'"),
+        ("s3://bucket/a", "s3fs", r"s3:// is not installed \(.*s3fs.*\); pip install 'lrt-jax\[s3\]'"),
+        ("http://host/a.txt", "none", r"allowed are local paths, gs:// and s3://$"),
+        ("file:///a.txt", "none", r"allowed are local paths, gs:// and s3://$"),
+    ],
+)
+def test_places_that_cannot_be_read_here_are_refused_in_one_sentence(monkeypatch, source, package, says):
+    monkeypatch.setitem(sys.modules, package, None)  # as where it is not installed
+    with pytest.raises(ConfigError, match=rf"config\.data\.corpus is '{re.escape(source)}'[;,] .*{says}"):
+        open_corpus(DataConfig(corpus=source))
 
 
 def skipping(source, **fields) -> tuple[list[str], list[str]]:

@@ -1,5 +1,6 @@
 import io
 import random
+import sys
 import sysconfig
 from pathlib import Path
 
@@ -183,6 +184,20 @@ def test_a_given_tokenizer_must_be_lossless(tmp_path, model, says):
     with pytest.raises(ConfigError, match=says):
         load_or_train(config, open_corpus(config.data), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("source", "says"),
+    [
+        ("gs://bucket/a.model", r"pip install 'lrt-jax\[gcs\]'"),
+        ("http://host/a.model", r"allowed are local paths, gs:// and s3://"),
+    ],
+)
+def test_a_tokenizer_where_nothing_can_be_read_is_refused_in_one_sentence(tmp_path, monkeypatch, source, says):
+    monkeypatch.setitem(sys.modules, "gcsfs", None)  # as where it is not installed
+    config = config_of(write_corpus(tmp_path / "data"), tokenizer=source)
+    with pytest.raises(ConfigError, match=rf"config\.data\.tokenizer is '{source}'[;,] .*{says}"):
+        load_or_train(config, open_corpus(config.data), tmp_path / "run")
 
 
 @pytest.mark.parametrize("interruption", [KeyboardInterrupt, Stopped])

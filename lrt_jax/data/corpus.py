@@ -16,7 +16,7 @@ from typing import Any
 
 from etils import epath
 
-from lrt_jax.data import compressed
+from lrt_jax.data import compressed, places
 from lrt_jax.data.faults import BadRecords, DataError
 from lrt_jax.setup.config import ConfigError, DataConfig
 
@@ -291,7 +291,7 @@ def _parquet_shards(path: str, name: str, bad: BadRecords, column: str) -> list[
 
 def _files(source: str) -> list[tuple[str, str]]:
     """(path, name) of the files that a path or pattern names, by name."""
-    root = epath.Path(source).expanduser()
+    root = places.path_of(source, "config.data.corpus")
     if root.is_dir():
         found = _below(root, SUFFIXES)
         allowed = f"a folder must hold files that end in {', '.join(SUFFIXES)}"

@@ -9,6 +9,7 @@ import numpy as np
 import sentencepiece
 from etils import epath
 
+from lrt_jax.data import places
 from lrt_jax.data.corpus import Corpus, training_documents
 from lrt_jax.data.faults import DataError
 from lrt_jax.setup.config import Config, ConfigError
@@ -147,7 +148,7 @@ def given(config: Config) -> Tokenizer:
     Raises:
       ConfigError: there is none, or it does not fit the config.
     """
-    path = epath.Path(config.data.tokenizer).expanduser()
+    path = places.path_of(config.data.tokenizer, "config.data.tokenizer")
     if not path.is_file():
         raise ConfigError(
             f"config.data.tokenizer is {config.data.tokenizer!r}, where there is no file; it must be a "
