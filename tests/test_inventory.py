@@ -2,6 +2,7 @@
 
 import asyncio
 import dataclasses
+import hashlib
 import json
 import os
 import shutil
@@ -17,6 +18,7 @@ import tensorstore
 from etils import epath
 
 from lrt_jax import checkpoints as command
+from lrt_jax.data import tokenizer
 from lrt_jax.model.decoder import Decoder
 from lrt_jax.model.parameters import table
 from lrt_jax.setup import mesh as meshes
@@ -266,6 +268,27 @@ def test_a_run_is_bound_by_its_newest_checkpoint_whatever_its_config_file_says(s
     for changed, name in ((dataclasses.replace(run.config, seed=5), "seed"), (wider, "model.width")):
         with pytest.raises(ConfigError, match=rf"config\.{name} is \d+, but {run.workdir} was begun with \d+"):
             checkpoint.check_config(changed, run.workdir)
+
+
+def test_a_tokenizer_that_was_replaced_is_told(saved, tmp_path):
+    run = saved.copy(tmp_path / "run")
+    kept = run.workdir / tokenizer.FILE
+    kept.write_bytes(b"another")
+    checkpoint.check_tokenizer(run.config, run.workdir)  # the checkpoints are of before it was noted
+    folder = run.workdir / "checkpoints" / "3"
+    (folder / "data" / "metadata").write_text(json.dumps({"tokenizer": hashlib.sha256(b"model").hexdigest()}))
+    checkpoint.check_kept_tokenizer(run.workdir, 3)  # damaged, so it says nothing
+    manifest.write(epath.Path(folder))
+    for check in (
+        lambda: checkpoint.check_tokenizer(run.config, run.workdir),
+        lambda: checkpoint.check_kept_tokenizer(run.workdir, 3),
+    ):
+        kept.write_bytes(b"another")
+        with pytest.raises(ConfigError, match=rf"^{kept} is not the tokenizer that the checkpoint of step 3 was"):
+            check()
+        kept.write_bytes(b"model")
+        check()
+    checkpoint.check_kept_tokenizer(run.workdir, 2)
 
 
 @pytest.mark.parametrize(

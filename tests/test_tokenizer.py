@@ -134,6 +134,24 @@ def test_load_or_train_keeps_what_it_trained(tmp_path, monkeypatch):
         load_or_train(wrong, corpus, tmp_path / "run")
 
 
+def test_another_tokenizer_than_the_work_dir_keeps_is_refused(tmp_path):
+    corpus = open_corpus(config_of(write_corpus(tmp_path / "data")).data)
+    keep(TOKENIZER, tmp_path / "run")
+    other = tmp_path / "other.model"
+    given = config_of(tmp_path / "data", tokenizer=str(other))
+    for model in (None, MODEL):  # moved away meanwhile, or a copy
+        if model is not None:
+            other.write_bytes(model)
+        assert load_or_train(given, corpus, tmp_path / "run").model == MODEL
+    other.write_bytes(train(SOURCES[12:20], 400))
+    kept = tmp_path / "run" / tokenizers.FILE
+    with pytest.raises(ConfigError, match=rf"tokenizer is '{other}', another tokenizer than {kept}, which"):
+        load_or_train(given, corpus, tmp_path / "run")
+    unreadable = config_of(tmp_path / "data", tokenizer="/proc/self/mem")
+    with pytest.raises(ConfigError, match=r"is '/proc/self/mem', which cannot be read \(Input/output error\)"):
+        load_or_train(unreadable, corpus, tmp_path / "run")
+
+
 def test_the_tokenizer_sees_training_documents_only_and_as_many_as_asked(tmp_path, monkeypatch):
     (tmp_path / "data").mkdir()
     texts = [f"document {i} " + "x" * 89 for i in range(100)]

@@ -38,13 +38,15 @@ class Records:
 
     Attributes:
       name: a digest of corpus, tokenizer and what makes tokens of one with the other.
+      tokenizer: the SHA-256 of the tokenizer that made the tokens, in hex.
       tokens: how many tokens there are.
       left_out: how many records of the corpus were bad and left out, as ``*.left_out`` beside the tokens names them.
     """
 
-    def __init__(self, folder: epath.Path, index: dict[str, Any], sequence_length: int):
+    def __init__(self, folder: epath.Path, index: dict[str, Any], tokenizer: str, sequence_length: int):
         """Opens what :func:`prepare` wrote, of which ``index`` says what there is."""
         self.name: str = index["name"]
+        self.tokenizer = tokenizer
         self.left_out: int = index["left_out"]
         self._length, self._dtype = sequence_length, np.dtype(index["dtype"])
         self._files = [str(folder / _file(part)) for part in range(len(index["tokens"]))]
@@ -97,7 +99,7 @@ def prepare(config: Config, corpus: Corpus, tokenizer: Tokenizer, workdir: epath
         dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
         processes.together(lambda: _write_share(folder, config.data, corpus, tokenizer, parts, dtype))
         index = processes.from_first(lambda: _finish(folder, config.data, corpus, name, len(parts), dtype))
-    return Records(folder, json.loads(index), config.model.sequence_length)
+    return Records(folder, json.loads(index), tokenizer.sha256, config.model.sequence_length)
 
 
 def _name(config: DataConfig, corpus: Corpus, tokenizer: Tokenizer) -> str:

@@ -5,6 +5,7 @@ The only module that knows orbax, whose API still moves.
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import os
 import re
@@ -25,8 +26,8 @@ from lrt_jax.training import inventory, manifest
 from lrt_jax.training.state import TrainState
 
 CONFIG_FILE = "config.json"
-# Where in a checkpoint's folder orbax keeps the config.
-CONFIG_ITEM = "config/metadata"
+# Where in a checkpoint's folder orbax keeps the config, and the place in the data.
+CONFIG_ITEM, DATA_ITEM = "config/metadata", "data/metadata"
 # What a work dir is bound to: what parameters, tokens and the optimizer's state mean, and the stream of batches.
 FIXED = ("model", "data", "seed", "train.batch_size", "optimizer.name")
 # Fields within those that change speed only, never a number's meaning.
@@ -223,16 +224,41 @@ def check_config(config: Config, workdir: epath.PathLike) -> list[str]:
 
 
 def check_tokenizer(config: Config, workdir: epath.PathLike) -> None:
-    """Checks that imported parameters are not trained on with a tokenizer that they have never seen.
+    """Checks that saved parameters are not trained on with a tokenizer that they have never seen.
 
     Raises:
-      ConfigError: the work dir holds imported parameters, no tokenizer came with them, and the config names none.
+      ConfigError: the work dir holds imported parameters, no tokenizer came with them, and the config names none; or
+        its tokenizer is another than when its newest checkpoint was saved.
     """
     kept = epath.Path(workdir) / tokenizer.FILE
     if holds_parameters_only(workdir) and not config.data.tokenizer and not kept.exists():
         raise ConfigError(
             f"config.data.tokenizer is '', but {workdir} holds imported parameters without their tokenizer; name the "
             "SentencePiece model that they were trained with"
+        )
+    if steps := inventory.steps(workdir):
+        check_kept_tokenizer(workdir, steps[-1])
+
+
+def check_kept_tokenizer(workdir: epath.PathLike, step: int) -> None:
+    """Checks that the tokenizer that a work dir keeps is the one that the checkpoint of ``step`` was trained with.
+
+    Where none is kept, or the checkpoint does not say which it was, there is nothing to check: imported parameters,
+    and checkpoints from before it was noted.
+
+    Raises:
+      ConfigError: it is another.
+    """
+    kept = epath.Path(workdir) / tokenizer.FILE
+    noted = inventory.folder_of(workdir, step) / DATA_ITEM
+    if not (kept.exists() and noted.exists()) or inventory.faults(workdir, step, ("data",)):
+        return
+    before = json.loads(noted.read_bytes()).get("tokenizer")
+    now = hashlib.sha256(kept.read_bytes()).hexdigest()
+    if before not in (None, now):
+        raise ConfigError(
+            f"{kept} is not the tokenizer that the checkpoint of step {step:,} was trained with (its SHA-256 is {now}, "
+            f"not {before}); put that one back, or begin anew in another --workdir"
         )
 
 
