@@ -118,6 +118,24 @@ def test_a_file_that_changes_under_its_name_is_told(folder, tmp_path):
     assert not (workdir / "tokens" / name / "sources.json").exists()
 
 
+@pytest.mark.parametrize(("file", "mend"), [("index.json", "remove .*tokens/"), ("sources.json", r"remove that file")])
+def test_damaged_notes_about_the_tokens_are_named(folder, tmp_path, file, mend):
+    config, workdir = config_of(folder), tmp_path / "run"
+    path = workdir / "tokens" / records_of(config, workdir).name / file
+    data = path.read_bytes()
+    for damaged in (data[:-9], b"", bytes(20), b"[1]"):
+        path.write_bytes(damaged)
+        with pytest.raises(DataError, match=rf"^{path} is damaged \(.+\); .*{mend}"):
+            records_of(config, workdir)
+        assert path.read_bytes() == damaged
+    path.write_bytes(data)
+    records_of(config, workdir)
+    path.with_name("sources.json").write_bytes(b"")
+    path.with_name("index.json").unlink()  # the tokens are not known to be complete
+    with pytest.raises(DataError, match=r"sources\.json is damaged .*; remove .*/tokens/\w+, and the same command"):
+        records_of(config, workdir)
+
+
 def test_a_file_that_is_mended_before_the_tokens_are_complete_is_read_again(folder, tmp_path):
     file, whole = folder / "03.jsonl", (folder / "03.jsonl").read_text()
     file.write_text(whole + '{"text": \n')

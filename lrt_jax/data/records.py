@@ -116,10 +116,12 @@ def _index_of_unchanged(folder: epath.Path, corpus: Corpus, parts: list[list[int
     sizes were noted, nothing is compared.
 
     Raises:
-      DataError: a file has another size than when its tokens were made.
+      DataError: a file has another size than when its tokens were made; or what was noted of them is damaged.
     """
-    index = (folder / INDEX).read_bytes() if (folder / INDEX).exists() else b""
-    before = json.loads((folder / SOURCES).read_text()) if (folder / SOURCES).exists() else {}
+    again = f"remove {folder}, and the same command makes the tokens again"
+    index = _checked(folder / INDEX, ("name", "dtype", "tokens", "left_out"), again)
+    go_on = "the tokens beside it are complete: remove that file alone, and sizes are no longer compared"
+    before = json.loads(_checked(folder / SOURCES, (), go_on if index else again) or b"{}")
     names: dict[str, str] = {}
     for shard in corpus.shards:
         names.setdefault(shard.path, shard.name)  # of several shards of a file the first
@@ -145,6 +147,24 @@ def _index_of_unchanged(folder: epath.Path, corpus: Corpus, parts: list[list[int
             f"put that file back, begin anew in another --workdir, or remove {folder}, to go on with other rows"
         )
     return index
+
+
+def _checked(path: epath.Path, fields: tuple[str, ...], mend: str) -> bytes:
+    """A file with one JSON object that has these fields; empty where there is none.
+
+    Raises:
+      DataError: it holds something else, or cannot be read; ``mend`` says what to do then.
+    """
+    if not path.exists():
+        return b""
+    try:
+        data = path.read_bytes()
+        found = json.loads(data)
+    except (ValueError, OSError) as error:
+        raise DataError(f"{path} is damaged ({error}); {mend}") from None
+    if not isinstance(found, dict) or not found.keys() >= set(fields):
+        raise DataError(f"{path} is damaged (it is no object with {', '.join(fields) or 'sizes'}); {mend}")
+    return data
 
 
 def _size(path: str) -> int | None:
