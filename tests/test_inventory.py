@@ -218,6 +218,19 @@ def test_the_command_lists_verifies_and_takes_a_run_back(saved, tmp_path, capsys
         inventory.rewind(run.workdir, 1)
 
 
+@pytest.mark.parametrize("kind", ["damaged", "superseded"])
+def test_a_file_where_checkpoints_are_set_aside_is_named(saved, tmp_path, kind):
+    run = saved.copy(tmp_path / "run")
+    (run.workdir / "checkpoints" / kind).write_text("")
+    (run.workdir / "checkpoints" / "3" / manifest.FILE).unlink()
+    does = {"damaged": lambda: inventory.recover(run.workdir, lambda line: None)}
+    does |= {"superseded": lambda: inventory.rewind(run.workdir, 1)}
+    for do in (lambda: command.show(run.workdir), does[kind]):
+        with pytest.raises(inventory.CheckpointError, match=rf"checkpoints/{kind} is a file; {kind} checkpoints are"):
+            do()
+    assert sorted(inventory.steps(run.workdir)) == [1, 2] and (run.workdir / "checkpoints" / "3").is_dir()
+
+
 def test_a_manifest_reads_files_in_pieces(tmp_path, monkeypatch):
     monkeypatch.setattr(manifest, "PIECE", 7)
     (tmp_path / "a").write_bytes(bytes(range(100)))
