@@ -207,6 +207,7 @@ def export_weights(workdir: Path, out: Path, step: int | None = None, names: str
     else:
         metadata[CONFIG_KEY] = config.to_json()
     kept = workdir / tokenizers.FILE
+    checkpoint.check_kept_tokenizer(workdir, step)
     if kept.exists():
         metadata[TOKENIZER_KEY] = base64.b64encode(kept.read_bytes()).decode()
     files.write_safetensors(out, arrays, metadata)

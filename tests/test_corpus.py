@@ -2,6 +2,7 @@ import gzip
 import json
 import pickle
 import re
+import sys
 import sysconfig
 from pathlib import Path
 
@@ -161,9 +162,13 @@ def test_undecodable_library_files_are_skipped(tmp_path, monkeypatch):
     assert documents("stdlib") == ["x = 1\r\n"]
 
 
-def write_undecodable_parquet(path: Path) -> None:
-    bad = pa.array([b"ok", b"\xff"]).view(pa.string())  # pyarrow does not check
-    pyarrow.parquet.write_table(pa.table({"text": bad}), path)
+def write_undecodable_parquet(path: Path, encode=lambda texts: texts) -> None:
+    bad = pa.array([b"ok", b"a\xff", None, b"fine", b"\xc3"]).view(pa.string())  # pyarrow does not check
+    pyarrow.parquet.write_table(pa.table({"text": encode(bad)}), path)
+
+
+def write_two_columns_of_a_name(path: Path) -> None:
+    pyarrow.parquet.write_table(pa.table([pa.array(["x"]), pa.array(["y"])], names=["text", "text"]), path)
 
 
 def broken(name: str, data: bytes):
@@ -198,7 +203,12 @@ def broken(name: str, data: bytes):
         (
             lambda folder: write_undecodable_parquet(folder / "a.parquet"),
             DataError,
-            r"/a\.parquet, row group 0 cannot be read .* damaged",
+            r"/a\.parquet, row group 0, row 1: 'text' cannot be read \(.*0xff in position 1.*\); it must be UTF-8",
+        ),
+        (
+            lambda folder: write_two_columns_of_a_name(folder / "a.parquet"),
+            DataError,
+            r"/a\.parquet has 2 columns 'text' \(config\.data\.text_field\); it must have one",
         ),
         (broken("a.txt.gz", b"no"), DataError, r"/a\.txt\.gz cannot be decompressed .* damaged"),
         (
@@ -245,6 +255,21 @@ def test_a_pattern_must_match_and_have_no_double_star(tmp_path):
         open_corpus(DataConfig(corpus=f"{tmp_path}/**/*.txt"))
 
 
+@pytest.mark.parametrize(
+    ("source", "package", "says"),
+    [
+        ("gs://bucket/a/*.txt", "gcsfs", r"gs:// is not installed \(.*gcsfs.*\); pip install 'lrt-jax\[gcs\]'"),
+        ("s3://bucket/a", "s3fs", r"s3:// is not installed \(.*s3fs.*\); pip install 'lrt-jax\[s3\]'"),
+        ("http://host/a.txt", "none", r"allowed are local paths, gs:// and s3://$"),
+        ("file:///a.txt", "none", r"allowed are local paths, gs:// and s3://$"),
+    ],
+)
+def test_places_that_cannot_be_read_here_are_refused_in_one_sentence(monkeypatch, source, package, says):
+    monkeypatch.setitem(sys.modules, package, None)  # as where it is not installed
+    with pytest.raises(ConfigError, match=rf"config\.data\.corpus is '{re.escape(source)}'[;,] .*{says}"):
+        open_corpus(DataConfig(corpus=source))
+
+
 def skipping(source, **fields) -> tuple[list[str], list[str]]:
     """The documents of a corpus without its bad records, and what is said of those; the same twice."""
     found = []
@@ -288,6 +313,7 @@ def parquet_with_a_broken_page(folder: Path) -> None:
         ),
         (truncated_parquet, [], r"a\.parquet is not a Parquet file \(byte offset \d+, its end"),
         (parquet_with_a_broken_page, ["x" * 50], r"a\.parquet, row group 1 cannot be read \(byte offset \d+"),
+        (lambda folder: write_two_columns_of_a_name(folder / "a.parquet"), [], r"a\.parquet has 2 columns 'text'"),
         (lambda folder: (folder / "a.txt").symlink_to("/proc/self/mem"), [], r"a\.txt cannot be read \(Input/output"),
     ],
 )
@@ -300,3 +326,11 @@ def test_bad_records_stop_or_are_left_out(tmp_path, capsys, write, kept, says):
     assert capsys.readouterr().err.count("left out: config.data.corpus: ") == 2  # once for each corpus opened
     with pytest.raises(DataError, match=says):
         documents(tmp_path, document_bytes=6)
+
+
+@pytest.mark.parametrize("encode", [lambda texts: texts, lambda texts: texts.dictionary_encode()], ids=["", "dict"])
+def test_of_a_row_group_only_the_broken_rows_are_left_out(tmp_path, encode):
+    write_undecodable_parquet(tmp_path / "a.parquet", encode)
+    texts, left_out = skipping(tmp_path)
+    assert texts == ["ok", "fine"]
+    assert [re.search(r"row group 0, row (\d): 'text' cannot", sentence)[1] for sentence in left_out] == ["1", "4"]

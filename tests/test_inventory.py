@@ -2,7 +2,9 @@
 
 import asyncio
 import dataclasses
+import hashlib
 import json
+import os
 import shutil
 import sys
 import threading
@@ -16,10 +18,11 @@ import tensorstore
 from etils import epath
 
 from lrt_jax import checkpoints as command
+from lrt_jax.data import tokenizer
 from lrt_jax.model.decoder import Decoder
 from lrt_jax.model.parameters import table
 from lrt_jax.setup import mesh as meshes
-from lrt_jax.setup.config import Config, MeshConfig, OptimizerConfig, TrainConfig
+from lrt_jax.setup.config import Config, ConfigError, MeshConfig, OptimizerConfig, TrainConfig
 from lrt_jax.training import checkpoint, inventory, manifest, optimizer, state
 
 
@@ -28,6 +31,7 @@ class Run:
     """A work dir with the checkpoints 1, 2 and 3, the state that each holds, and what restoring needs."""
 
     workdir: Path
+    config: Config
     states: dict[int, dict[str, np.ndarray]]
     abstract: state.TrainState
 
@@ -64,7 +68,7 @@ def saved(tmp_path_factory, tiny) -> Run:
     config = Config(model, TrainConfig(batch_size=2, steps=3, keep=3))
     decoder, mesh = Decoder(model), meshes.make_mesh(MeshConfig(), jax.devices()[:1])
     adamw = optimizer.build(OptimizerConfig(name="adamw"), table(model), 10)
-    run = Run(tmp_path_factory.mktemp("run"), {}, state.abstract(decoder, adamw, mesh))
+    run = Run(tmp_path_factory.mktemp("run"), config, {}, state.abstract(decoder, adamw, mesh))
     opened, iterator = checkpoint.Checkpoints(run.workdir, keep=3), numbers()
     for step in (1, 2, 3):
         next(iterator)
@@ -214,6 +218,19 @@ def test_the_command_lists_verifies_and_takes_a_run_back(saved, tmp_path, capsys
         inventory.rewind(run.workdir, 1)
 
 
+@pytest.mark.parametrize("kind", ["damaged", "superseded"])
+def test_a_file_where_checkpoints_are_set_aside_is_named(saved, tmp_path, kind):
+    run = saved.copy(tmp_path / "run")
+    (run.workdir / "checkpoints" / kind).write_text("")
+    (run.workdir / "checkpoints" / "3" / manifest.FILE).unlink()
+    does = {"damaged": lambda: inventory.recover(run.workdir, lambda line: None)}
+    does |= {"superseded": lambda: inventory.rewind(run.workdir, 1)}
+    for do in (lambda: command.show(run.workdir), does[kind]):
+        with pytest.raises(inventory.CheckpointError, match=rf"checkpoints/{kind} is a file; {kind} checkpoints are"):
+            do()
+    assert sorted(inventory.steps(run.workdir)) == [1, 2] and (run.workdir / "checkpoints" / "3").is_dir()
+
+
 def test_a_manifest_reads_files_in_pieces(tmp_path, monkeypatch):
     monkeypatch.setattr(manifest, "PIECE", 7)
     (tmp_path / "a").write_bytes(bytes(range(100)))
@@ -250,3 +267,69 @@ def test_a_write_that_ends_after_a_save_failed_prints_no_traceback(tmp_path, mon
     future.add_done_callback(lambda _: 1 / 0)  # anything else is told, once
     later(promise)
     assert [str(error) for error in told] == ["division by zero"]
+
+
+@pytest.mark.parametrize("content", [None, b'{"na', b"\xff", b"[1]"])
+def test_a_run_is_bound_by_its_newest_checkpoint_whatever_its_config_file_says(saved, tmp_path, content):
+    run = saved.copy(tmp_path / "run")
+    if content is not None:
+        (run.workdir / checkpoint.CONFIG_FILE).write_bytes(content)
+    assert checkpoint.check_config(run.config, run.workdir) == []
+    longer = dataclasses.replace(run.config, train=dataclasses.replace(run.config.train, steps=9))
+    assert checkpoint.check_config(longer, run.workdir) == ["config.train.steps: 3 → 9"]
+    wider = dataclasses.replace(run.config, model=dataclasses.replace(run.config.model, width=32))
+    for changed, name in ((dataclasses.replace(run.config, seed=5), "seed"), (wider, "model.width")):
+        with pytest.raises(ConfigError, match=rf"config\.{name} is \d+, but {run.workdir} was begun with \d+"):
+            checkpoint.check_config(changed, run.workdir)
+
+
+def test_a_tokenizer_that_was_replaced_is_told(saved, tmp_path):
+    run = saved.copy(tmp_path / "run")
+    kept = run.workdir / tokenizer.FILE
+    kept.write_bytes(b"another")
+    checkpoint.check_tokenizer(run.config, run.workdir)  # the checkpoints are of before it was noted
+    folder = run.workdir / "checkpoints" / "3"
+    (folder / "data" / "metadata").write_text(json.dumps({"tokenizer": hashlib.sha256(b"model").hexdigest()}))
+    checkpoint.check_kept_tokenizer(run.workdir, 3)  # damaged, so it says nothing
+    manifest.write(epath.Path(folder))
+    for check in (
+        lambda: checkpoint.check_tokenizer(run.config, run.workdir),
+        lambda: checkpoint.check_kept_tokenizer(run.workdir, 3),
+    ):
+        kept.write_bytes(b"another")
+        with pytest.raises(ConfigError, match=rf"^{kept} is not the tokenizer that the checkpoint of step 3 was"):
+            check()
+        kept.write_bytes(b"model")
+        check()
+    checkpoint.check_kept_tokenizer(run.workdir, 2)
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b'{"na', r"the config is not valid JSON \(Unterminated"),
+        (b"\xff", r"it is not UTF-8: "),
+        (b"[1]", r"config is \[1\]; it must be a group of fields"),
+        (None, r"Is a directory"),
+    ],
+)
+def test_a_config_file_that_cannot_be_read_is_named(saved, tmp_path, content, says):
+    path = tmp_path / checkpoint.CONFIG_FILE
+    path.mkdir() if content is None else path.write_bytes(content)
+    for read in (checkpoint.read_config, lambda workdir: checkpoint.check_config(saved.config, workdir)):
+        with pytest.raises(ConfigError, match=rf"^{path} cannot be used \({says}.*\); it must be the config as"):
+            read(tmp_path)
+
+
+def test_the_config_is_on_the_disk_before_it_has_its_name(saved, tmp_path, monkeypatch):
+    flushed = []
+
+    def flush(descriptor):
+        path = Path(f"/proc/self/fd/{descriptor}").readlink()
+        flushed.append((path.name, path.read_text() if path.is_file() else sorted(p.name for p in path.iterdir())))
+
+    monkeypatch.setattr(os, "fsync", flush)
+    workdir = tmp_path / "run"
+    checkpoint.write_config(saved.config, workdir)
+    assert flushed == [("config.json.tmp", saved.config.to_json()), ("run", ["config.json"])]
+    assert checkpoint.read_config(workdir) == saved.config

@@ -1,5 +1,6 @@
 import dataclasses
 import gzip
+import hashlib
 import itertools
 import json
 from collections import Counter
@@ -117,6 +118,24 @@ def test_a_file_that_changes_under_its_name_is_told(folder, tmp_path):
     assert not (workdir / "tokens" / name / "sources.json").exists()
 
 
+@pytest.mark.parametrize(("file", "mend"), [("index.json", "remove .*tokens/"), ("sources.json", r"remove that file")])
+def test_damaged_notes_about_the_tokens_are_named(folder, tmp_path, file, mend):
+    config, workdir = config_of(folder), tmp_path / "run"
+    path = workdir / "tokens" / records_of(config, workdir).name / file
+    data = path.read_bytes()
+    for damaged in (data[:-9], b"", bytes(20), b"[1]"):
+        path.write_bytes(damaged)
+        with pytest.raises(DataError, match=rf"^{path} is damaged \(.+\); .*{mend}"):
+            records_of(config, workdir)
+        assert path.read_bytes() == damaged
+    path.write_bytes(data)
+    records_of(config, workdir)
+    path.with_name("sources.json").write_bytes(b"")
+    path.with_name("index.json").unlink()  # the tokens are not known to be complete
+    with pytest.raises(DataError, match=r"sources\.json is damaged .*; remove .*/tokens/\w+, and the same command"):
+        records_of(config, workdir)
+
+
 def test_a_file_that_is_mended_before_the_tokens_are_complete_is_read_again(folder, tmp_path):
     file, whole = folder / "03.jsonl", (folder / "03.jsonl").read_text()
     file.write_text(whole + '{"text": \n')
@@ -211,6 +230,23 @@ def test_a_place_in_other_data_is_refused(folder, batches_of):
     state = batches_of(config_of(folder)).get_state()
     (folder / "12.jsonl").write_text(json.dumps({"text": "more"}))
     with pytest.raises(DataError, match=r"config\.data\.corpus has other files than when this run began"):
+        batches_of(config_of(folder)).set_state(state)
+    del state["tokenizer"]  # as in checkpoints of before it was kept: either may be at fault
+    with pytest.raises(DataError, match=r"corpus has other files, or the work dir another tokenizer, than when"):
+        batches_of(config_of(folder)).set_state(state)
+
+
+def test_a_place_in_tokens_of_another_tokenizer_is_told_as_such(folder, tmp_path, monkeypatch, batches_of):
+    iterator = batches_of(config_of(folder))
+    next(iterator)
+    state = iterator.get_state()
+    assert state["tokenizer"] == hashlib.sha256(TOKENIZER.model).hexdigest()
+    older = {name: value for name, value in state.items() if name != "tokenizer"}
+    again = batches_of(config_of(folder))
+    again.set_state(older)
+    assert_equal(take(again, 3), take(iterator, 3))
+    monkeypatch.setitem(globals(), "TOKENIZER", Tokenizer(train(TEXTS[:30], 320)))
+    with pytest.raises(DataError, match=r"^the tokenizer is another than when this run began .* same tokenizer\.model"):
         batches_of(config_of(folder)).set_state(state)
 
 

@@ -1,5 +1,6 @@
 import io
 import random
+import sys
 import sysconfig
 from pathlib import Path
 
@@ -133,6 +134,24 @@ def test_load_or_train_keeps_what_it_trained(tmp_path, monkeypatch):
         load_or_train(wrong, corpus, tmp_path / "run")
 
 
+def test_another_tokenizer_than_the_work_dir_keeps_is_refused(tmp_path):
+    corpus = open_corpus(config_of(write_corpus(tmp_path / "data")).data)
+    keep(TOKENIZER, tmp_path / "run")
+    other = tmp_path / "other.model"
+    given = config_of(tmp_path / "data", tokenizer=str(other))
+    for model in (None, MODEL):  # moved away meanwhile, or a copy
+        if model is not None:
+            other.write_bytes(model)
+        assert load_or_train(given, corpus, tmp_path / "run").model == MODEL
+    other.write_bytes(train(SOURCES[12:20], 400))
+    kept = tmp_path / "run" / tokenizers.FILE
+    with pytest.raises(ConfigError, match=rf"tokenizer is '{other}', another tokenizer than {kept}, which"):
+        load_or_train(given, corpus, tmp_path / "run")
+    unreadable = config_of(tmp_path / "data", tokenizer="/proc/self/mem")
+    with pytest.raises(ConfigError, match=r"is '/proc/self/mem', which cannot be read \(Input/output error\)"):
+        load_or_train(unreadable, corpus, tmp_path / "run")
+
+
 def test_the_tokenizer_sees_training_documents_only_and_as_many_as_asked(tmp_path, monkeypatch):
     (tmp_path / "data").mkdir()
     texts = [f"document {i} " + "x" * 89 for i in range(100)]
@@ -183,6 +202,20 @@ def test_a_given_tokenizer_must_be_lossless(tmp_path, model, says):
     with pytest.raises(ConfigError, match=says):
         load_or_train(config, open_corpus(config.data), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("source", "says"),
+    [
+        ("gs://bucket/a.model", r"pip install 'lrt-jax\[gcs\]'"),
+        ("http://host/a.model", r"allowed are local paths, gs:// and s3://"),
+    ],
+)
+def test_a_tokenizer_where_nothing_can_be_read_is_refused_in_one_sentence(tmp_path, monkeypatch, source, says):
+    monkeypatch.setitem(sys.modules, "gcsfs", None)  # as where it is not installed
+    config = config_of(write_corpus(tmp_path / "data"), tokenizer=source)
+    with pytest.raises(ConfigError, match=rf"config\.data\.tokenizer is '{source}'[;,] .*{says}"):
+        load_or_train(config, open_corpus(config.data), tmp_path / "run")
 
 
 @pytest.mark.parametrize("interruption", [KeyboardInterrupt, Stopped])

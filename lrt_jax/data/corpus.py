@@ -16,7 +16,7 @@ from typing import Any
 
 from etils import epath
 
-from lrt_jax.data import compressed
+from lrt_jax.data import compressed, places
 from lrt_jax.data.faults import BadRecords, DataError
 from lrt_jax.setup.config import ConfigError, DataConfig
 
@@ -197,14 +197,26 @@ class ParquetShard(Shard):
         with epath.Path(self.path).open("rb") as stream:
             try:
                 file = pyarrow.parquet.ParquetFile(stream, page_checksum_verification=True)
-                group = file.read_row_group(self.row_group, columns=[self.column])
-                values = group.column(self.column).to_pylist()
-            except (ValueError, OSError) as error:  # pyarrow.ArrowInvalid, or text that is not UTF-8; a broken page
+                column = file.read_row_group(self.row_group, columns=[self.column]).column(self.column)
+            except (ValueError, OSError) as error:  # pyarrow.ArrowInvalid; a broken page
                 raise DataError(damaged % error) from None
+        read: Callable[[Any, str, str], str] = _as_text
+        try:
+            rows = column.to_pylist()
+        except ValueError:  # some row is not UTF-8: each is decoded by itself
+            read, rows = _scalar_as_text, column
         return self._good(
-            functools.partial(_as_text, value, f"{where}, row {number}", self.column)
-            for number, value in enumerate(values)
+            functools.partial(read, row, f"{where}, row {number}", self.column) for number, row in enumerate(rows)
         )
+
+
+def _scalar_as_text(scalar: Any, where: str, field: str) -> str:
+    """:func:`_as_text` of a value of pyarrow's, which does not check text before it is asked for."""
+    try:
+        value = scalar.as_py()
+    except ValueError as error:
+        raise DataError(f"config.data.corpus: {where}: {field!r} cannot be read ({error}); it must be UTF-8") from None
+    return _as_text(value, where, field)
 
 
 def _as_text(value: Any, where: str, field: str) -> str:
@@ -282,6 +294,10 @@ def _parquet_shards(path: str, name: str, bad: BadRecords, column: str) -> list[
         raise DataError(
             f"config.data.corpus: {path} has no column {column!r} (config.data.text_field); found: {', '.join(columns)}"
         )
+    if (count := columns.count(column)) > 1:
+        raise DataError(
+            f"config.data.corpus: {path} has {count} columns {column!r} (config.data.text_field); it must have one"
+        )
     begins = [
         next((c.data_page_offset for c in map(group.column, range(group.num_columns)) if c.path_in_schema == column), 0)
         for group in described
@@ -291,7 +307,7 @@ def _parquet_shards(path: str, name: str, bad: BadRecords, column: str) -> list[
 
 def _files(source: str) -> list[tuple[str, str]]:
     """(path, name) of the files that a path or pattern names, by name."""
-    root = epath.Path(source).expanduser()
+    root = places.path_of(source, "config.data.corpus")
     if root.is_dir():
         found = _below(root, SUFFIXES)
         allowed = f"a folder must hold files that end in {', '.join(SUFFIXES)}"

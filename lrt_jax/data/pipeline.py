@@ -12,7 +12,7 @@ import numpy as np
 from lrt_jax.data.corpus import Corpus, is_held_out
 from lrt_jax.data.faults import DataError
 from lrt_jax.data.records import Records
-from lrt_jax.data.tokenizer import Tokenizer
+from lrt_jax.data.tokenizer import FILE, Tokenizer
 from lrt_jax.setup.config import Config
 
 # Batches read at once: enough to hide a bucket's latency.
@@ -59,23 +59,31 @@ class _Steps:
 
 
 class _Batches(grain.DatasetIterator[Batch]):
-    """Batches whose state is the same on every process: the records' name and the number of the next row."""
+    """Batches whose state is the same on every process: the records' name and tokenizer, the next row's number."""
 
-    def __init__(self, parent: grain.DatasetIterator[Batch], name: str, batch_size: int):
+    def __init__(self, parent: grain.DatasetIterator[Batch], records: Records, batch_size: int):
         super().__init__(parent)
-        self._name, self._batch_size = name, batch_size
+        self._name, self._tokenizer, self._batch_size = records.name, records.tokenizer, batch_size
 
     def __next__(self) -> Batch:
         return next(self._parent)
 
     def get_state(self) -> dict[str, Any]:
-        return {"records": self._name, "next_row": self._parent.get_state()["next_index"] * self._batch_size}
+        next_row = self._parent.get_state()["next_index"] * self._batch_size
+        return {"records": self._name, "tokenizer": self._tokenizer, "next_row": next_row}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        if state["records"] != self._name:
+        before = state.get("tokenizer")  # older checkpoints do not say it
+        if before not in (None, self._tokenizer):
             raise DataError(
-                f"config.data.corpus has other files than when this run began (its tokens were {state['records']}, now "
-                f"{self._name}); the run goes on only with the same files, or begins anew in another --workdir"
+                f"the tokenizer is another than when this run began (its SHA-256 was {before}, now {self._tokenizer}); "
+                f"the run goes on only with the same {FILE}, or begins anew in another --workdir"
+            )
+        if state["records"] != self._name:
+            what = "has other files" if before else "has other files, or the work dir another tokenizer,"
+            raise DataError(
+                f"config.data.corpus {what} than when this run began (its tokens were {state['records']}, now "
+                f"{self._name}); the run goes on only with the same ones, or begins anew in another --workdir"
             )
         self._parent.set_state({"next_index": state["next_row"] // self._batch_size})
 
@@ -97,7 +105,7 @@ def training_batches(
     rows = grain.MapDataset.source(records).shuffle(config.seed % 2**31).repeat()
     steps = grain.MapDataset.source(_Steps(rows, size, tuple(range(size) if here is None else here)))
     options = grain.ReadOptions(num_threads=THREADS, prefetch_buffer_size=max(config.data.prefetch, THREADS))
-    return _Batches(iter(steps.to_iter_dataset(options)), records.name, size)
+    return _Batches(iter(steps.to_iter_dataset(options)), records, size)
 
 
 def held_out_rows(config: Config, corpus: Corpus, tokenizer: Tokenizer, rows: int) -> HeldOut:

@@ -38,13 +38,15 @@ class Records:
 
     Attributes:
       name: a digest of corpus, tokenizer and what makes tokens of one with the other.
+      tokenizer: the SHA-256 of the tokenizer that made the tokens, in hex.
       tokens: how many tokens there are.
       left_out: how many records of the corpus were bad and left out, as ``*.left_out`` beside the tokens names them.
     """
 
-    def __init__(self, folder: epath.Path, index: dict[str, Any], sequence_length: int):
+    def __init__(self, folder: epath.Path, index: dict[str, Any], tokenizer: str, sequence_length: int):
         """Opens what :func:`prepare` wrote, of which ``index`` says what there is."""
         self.name: str = index["name"]
+        self.tokenizer = tokenizer
         self.left_out: int = index["left_out"]
         self._length, self._dtype = sequence_length, np.dtype(index["dtype"])
         self._files = [str(folder / _file(part)) for part in range(len(index["tokens"]))]
@@ -97,7 +99,7 @@ def prepare(config: Config, corpus: Corpus, tokenizer: Tokenizer, workdir: epath
         dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
         processes.together(lambda: _write_share(folder, config.data, corpus, tokenizer, parts, dtype))
         index = processes.from_first(lambda: _finish(folder, config.data, corpus, name, len(parts), dtype))
-    return Records(folder, json.loads(index), config.model.sequence_length)
+    return Records(folder, json.loads(index), tokenizer.sha256, config.model.sequence_length)
 
 
 def _name(config: DataConfig, corpus: Corpus, tokenizer: Tokenizer) -> str:
@@ -114,10 +116,12 @@ def _index_of_unchanged(folder: epath.Path, corpus: Corpus, parts: list[list[int
     sizes were noted, nothing is compared.
 
     Raises:
-      DataError: a file has another size than when its tokens were made.
+      DataError: a file has another size than when its tokens were made; or what was noted of them is damaged.
     """
-    index = (folder / INDEX).read_bytes() if (folder / INDEX).exists() else b""
-    before = json.loads((folder / SOURCES).read_text()) if (folder / SOURCES).exists() else {}
+    again = f"remove {folder}, and the same command makes the tokens again"
+    index = _checked(folder / INDEX, ("name", "dtype", "tokens", "left_out"), again)
+    go_on = "the tokens beside it are complete: remove that file alone, and sizes are no longer compared"
+    before = json.loads(_checked(folder / SOURCES, (), go_on if index else again) or b"{}")
     names: dict[str, str] = {}
     for shard in corpus.shards:
         names.setdefault(shard.path, shard.name)  # of several shards of a file the first
@@ -143,6 +147,24 @@ def _index_of_unchanged(folder: epath.Path, corpus: Corpus, parts: list[list[int
             f"put that file back, begin anew in another --workdir, or remove {folder}, to go on with other rows"
         )
     return index
+
+
+def _checked(path: epath.Path, fields: tuple[str, ...], mend: str) -> bytes:
+    """A file with one JSON object that has these fields; empty where there is none.
+
+    Raises:
+      DataError: it holds something else, or cannot be read; ``mend`` says what to do then.
+    """
+    if not path.exists():
+        return b""
+    try:
+        data = path.read_bytes()
+        found = json.loads(data)
+    except (ValueError, OSError) as error:
+        raise DataError(f"{path} is damaged ({error}); {mend}") from None
+    if not isinstance(found, dict) or not found.keys() >= set(fields):
+        raise DataError(f"{path} is damaged (it is no object with {', '.join(fields) or 'sizes'}); {mend}")
+    return data
 
 
 def _size(path: str) -> int | None:

@@ -1,5 +1,6 @@
 """SentencePiece: a byte-complete BPE vocabulary, trained on the corpus, that loses nothing of any text."""
 
+import hashlib
 import io
 import random
 import re
@@ -9,6 +10,7 @@ import numpy as np
 import sentencepiece
 from etils import epath
 
+from lrt_jax.data import places
 from lrt_jax.data.corpus import Corpus, training_documents
 from lrt_jax.data.faults import DataError
 from lrt_jax.setup.config import Config, ConfigError
@@ -27,6 +29,7 @@ class Tokenizer:
 
     Attributes:
       model: the serialized SentencePiece model.
+      sha256: of ``model``, in hex.
       vocab_size: V, the number of tokens.
       bos_id: the id of the token that begins a document.
       token_bytes: int32 [V], how many UTF-8 bytes each token stands for; 0 for special tokens.
@@ -45,6 +48,7 @@ class Tokenizer:
         except RuntimeError:
             raise ValueError("is not a SentencePiece model") from None
         self.model = model
+        self.sha256 = hashlib.sha256(model).hexdigest()
         self.vocab_size: int = self._processor.vocab_size()
         self.bos_id: int = self._processor.bos_id()
         self._pieces = [self._piece_bytes(i) for i in range(self.vocab_size)]
@@ -127,12 +131,19 @@ def load_or_train(config: Config, corpus: Corpus, workdir: epath.PathLike) -> To
     shards in an order shuffled by ``config.seed``.
 
     Raises:
-      ConfigError: ``config.data.tokenizer`` or ``config.model.vocab_size`` does not fit.
+      ConfigError: ``config.data.tokenizer`` or ``config.model.vocab_size`` does not fit, or the former is another
+        than the work dir's.
       DataError: there are no documents to train on.
     """
     kept = epath.Path(workdir) / FILE
     if kept.exists():
-        return _load(kept.read_bytes(), str(kept), config)
+        model = kept.read_bytes()
+        if config.data.tokenizer and _bytes_given(config) not in (None, model):
+            raise ConfigError(
+                f"config.data.tokenizer is {config.data.tokenizer!r}, another tokenizer than {kept}, which the work "
+                "dir was begun with; there must be a copy of that, or use another --workdir"
+            )
+        return _load(model, str(kept), config)
     if config.data.tokenizer:
         return given(config)
     shards = list(corpus.shards)
@@ -147,13 +158,25 @@ def given(config: Config) -> Tokenizer:
     Raises:
       ConfigError: there is none, or it does not fit the config.
     """
-    path = epath.Path(config.data.tokenizer).expanduser()
-    if not path.is_file():
+    model = _bytes_given(config)
+    if model is None:
         raise ConfigError(
             f"config.data.tokenizer is {config.data.tokenizer!r}, where there is no file; it must be a "
             "SentencePiece model, or '' to train one"
         )
-    return _load(path.read_bytes(), str(path), config)
+    return _load(model, config.data.tokenizer, config)
+
+
+def _bytes_given(config: Config) -> bytes | None:
+    """The bytes of the file that ``config.data.tokenizer`` names; None where there is none."""
+    path = places.path_of(config.data.tokenizer, "config.data.tokenizer")
+    try:
+        return path.read_bytes() if path.is_file() else None
+    except OSError as error:
+        raise ConfigError(
+            f"config.data.tokenizer is {config.data.tokenizer!r}, which cannot be read ({error.strerror or error}); "
+            "it must be a SentencePiece model"
+        ) from None
 
 
 def keep(tokenizer: Tokenizer, workdir: epath.PathLike) -> None:

@@ -48,10 +48,11 @@ def load(workdir: Path, step: int | None = None) -> Trained:
     """The model of a work dir after ``step`` steps (None: the newest good checkpoint).
 
     Raises:
-      ConfigError: ``workdir`` is no run's work dir, has no such checkpoint, or no tokenizer.
+      ConfigError: ``workdir`` is no run's work dir, has no such checkpoint, or not its tokenizer.
       CheckpointError: the checkpoint is damaged.
     """
     config, params, step = load_params(workdir, step)
+    checkpoint.check_kept_tokenizer(workdir, step)
     mesh = _mesh(config)
     return Trained(config, Decoder(config.model, mesh), params, tokenizer.load(workdir, config), mesh, step)
 

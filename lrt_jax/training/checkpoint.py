@@ -5,6 +5,7 @@ The only module that knows orbax, whose API still moves.
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import os
 import re
@@ -21,10 +22,12 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy
 from lrt_jax.data import tokenizer
 from lrt_jax.setup.config import Config, ConfigError, from_json
 from lrt_jax.setup.errors import writing
-from lrt_jax.training import inventory
+from lrt_jax.training import inventory, manifest
 from lrt_jax.training.state import TrainState
 
 CONFIG_FILE = "config.json"
+# Where in a checkpoint's folder orbax keeps the config, and the place in the data.
+CONFIG_ITEM, DATA_ITEM = "config/metadata", "data/metadata"
 # What a work dir is bound to: what parameters, tokens and the optimizer's state mean, and the stream of batches.
 FIXED = ("model", "data", "seed", "train.batch_size", "optimizer.name")
 # Fields within those that change speed only, never a number's meaning.
@@ -193,19 +196,21 @@ def _beside_params(state: TrainState) -> dict[str, Any]:
 def check_config(config: Config, workdir: epath.PathLike) -> list[str]:
     """Checks that a run may go on in a work dir that was begun before; a fresh one allows everything.
 
-    A work dir of imported parameters is bound to the model only.
+    What binds it is the config of the newest checkpoint; the work dir's own file only where there is none yet. A work
+    dir of imported parameters is bound to the model only.
 
     Returns:
       A line for each field that has changed, where it may.
 
     Raises:
-      ConfigError: a field that the saved state depends on has changed.
+      ConfigError: a field that the saved state depends on has changed, or the config of before cannot be read.
     """
-    path = epath.Path(workdir) / CONFIG_FILE
+    steps = inventory.steps(workdir)
+    path = inventory.folder_of(workdir, steps[-1]) / CONFIG_ITEM if steps else epath.Path(workdir) / CONFIG_FILE
     changes = []
     fixed = FIXED_BY_PARAMETERS if holds_parameters_only(workdir) else FIXED
-    if path.exists():
-        before, now = (_flat(dataclasses.asdict(c)) for c in (read_config(workdir), config))
+    if steps or path.exists():
+        before, now = (_flat(dataclasses.asdict(c)) for c in (_config_in(path), config))
         for name in sorted(before.keys() | now.keys()):
             if before.get(name) == now.get(name):
                 continue
@@ -219,16 +224,41 @@ def check_config(config: Config, workdir: epath.PathLike) -> list[str]:
 
 
 def check_tokenizer(config: Config, workdir: epath.PathLike) -> None:
-    """Checks that imported parameters are not trained on with a tokenizer that they have never seen.
+    """Checks that saved parameters are not trained on with a tokenizer that they have never seen.
 
     Raises:
-      ConfigError: the work dir holds imported parameters, no tokenizer came with them, and the config names none.
+      ConfigError: the work dir holds imported parameters, no tokenizer came with them, and the config names none; or
+        its tokenizer is another than when its newest checkpoint was saved.
     """
     kept = epath.Path(workdir) / tokenizer.FILE
     if holds_parameters_only(workdir) and not config.data.tokenizer and not kept.exists():
         raise ConfigError(
             f"config.data.tokenizer is '', but {workdir} holds imported parameters without their tokenizer; name the "
             "SentencePiece model that they were trained with"
+        )
+    if steps := inventory.steps(workdir):
+        check_kept_tokenizer(workdir, steps[-1])
+
+
+def check_kept_tokenizer(workdir: epath.PathLike, step: int) -> None:
+    """Checks that the tokenizer that a work dir keeps is the one that the checkpoint of ``step`` was trained with.
+
+    Where none is kept, or the checkpoint does not say which it was, there is nothing to check: imported parameters,
+    and checkpoints from before it was noted.
+
+    Raises:
+      ConfigError: it is another.
+    """
+    kept = epath.Path(workdir) / tokenizer.FILE
+    noted = inventory.folder_of(workdir, step) / DATA_ITEM
+    if not (kept.exists() and noted.exists()) or inventory.faults(workdir, step, ("data",)):
+        return
+    before = json.loads(noted.read_bytes()).get("tokenizer")
+    now = hashlib.sha256(kept.read_bytes()).hexdigest()
+    if before not in (None, now):
+        raise ConfigError(
+            f"{kept} is not the tokenizer that the checkpoint of step {step:,} was trained with (its SHA-256 is {now}, "
+            f"not {before}); put that one back, or begin anew in another --workdir"
         )
 
 
@@ -239,13 +269,11 @@ def holds_parameters_only(workdir: epath.PathLike) -> bool:
 
 
 def write_config(config: Config, workdir: epath.PathLike) -> None:
-    """Writes the config into the work dir, which binds the dir to it; by the first process."""
+    """Writes the config into the work dir, for readers, and to bind the dir until a checkpoint does; by one process."""
     path = epath.Path(workdir) / CONFIG_FILE
     with writing(workdir):
         path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_name(path.name + ".tmp")
-        unfinished.write_text(config.to_json())
-        unfinished.replace(path)
+        manifest.write_whole(path, config.to_json().encode())
 
 
 def read_config(workdir: epath.PathLike) -> Config:
@@ -257,7 +285,19 @@ def read_config(workdir: epath.PathLike) -> Config:
     path = epath.Path(workdir) / CONFIG_FILE
     if not path.exists():
         raise ConfigError(f"--workdir is {str(workdir)!r}, which has no {CONFIG_FILE}; it must be a run's work dir")
-    return from_json(path.read_text())
+    return _config_in(path)
+
+
+def _config_in(path: epath.Path) -> Config:
+    try:
+        return from_json(path.read_bytes().decode())
+    except UnicodeDecodeError as error:
+        reason = f"it is not UTF-8: {error}"
+    except ConfigError as error:
+        reason = str(error)
+    except OSError as error:
+        reason = error.strerror or str(error)
+    raise ConfigError(f"{path} cannot be used ({reason}); it must be the config as the run wrote it")
 
 
 def _is_within(name: str, groups: tuple[str, ...]) -> bool:

@@ -76,8 +76,12 @@ def faults(workdir: epath.PathLike, step: int, items: tuple[str, ...] = ()) -> l
 
 
 def aside(workdir: epath.PathLike) -> dict[str, list[str]]:
-    """The names of what was set aside: under ``damaged`` and under ``superseded``."""
-    places = {kind: folder_of(workdir) / kind for kind in (DAMAGED, SUPERSEDED)}
+    """The names of what was set aside: under ``damaged`` and under ``superseded``.
+
+    Raises:
+      CheckpointError: a file lies where such a folder must be.
+    """
+    places = {kind: _place_of(workdir, kind) for kind in (DAMAGED, SUPERSEDED)}
     return {kind: sorted(p.name for p in place.iterdir()) if place.exists() else [] for kind, place in places.items()}
 
 
@@ -206,15 +210,23 @@ def _is_unfinished(workdir: epath.PathLike, step: int) -> bool:
         return False
 
 
+def _place_of(workdir: epath.PathLike, kind: str) -> epath.Path:
+    """The folder for checkpoints of a kind that are set aside, whether it is there yet or not."""
+    place = folder_of(workdir) / kind
+    if place.exists() and not place.is_dir():
+        raise CheckpointError(f"{place} is a file; {kind} checkpoints are set aside in a folder of that name: move it")
+    return place
+
+
 def _set_aside(workdir: epath.PathLike, step: int, kind: str) -> epath.Path:
     """Moves a checkpoint to a folder of its kind, beside earlier ones of the same step."""
-    folder = folder_of(workdir)
-    (folder / kind).mkdir(parents=True, exist_ok=True)
-    place, copies = folder / kind / str(step), 1
+    folder = _place_of(workdir, kind)
+    folder.mkdir(parents=True, exist_ok=True)
+    place, copies = folder / str(step), 1
     while place.exists():
         copies += 1
-        place = folder / kind / f"{step}.{copies}"
-    return (folder / str(step)).rename(place)
+        place = folder / f"{step}.{copies}"
+    return folder_of(workdir, step).rename(place)
 
 
 def _remove(path: epath.Path) -> None:

@@ -30,13 +30,22 @@ def write(folder: epath.Path) -> None:
         files = {name: {"bytes": size, "sha256": digest} for name, (size, digest) in zip(names, digests, strict=True)}
     for parent in {(folder / name).parent for name in names}:
         _flush_folder(parent)
-    unfinished = folder / (FILE + ".tmp")
+    write_whole(folder / FILE, _serialized(files))
+
+
+def write_whole(path: epath.Path, data: bytes) -> None:
+    """Writes a file that is there with all of its bytes or not at all, a power cut included.
+
+    Raises:
+      OSError: it cannot be written; what was there before is untouched.
+    """
+    unfinished = path.with_name(path.name + ".tmp")
     with unfinished.open("wb") as stream:
-        stream.write(_serialized(files))
+        stream.write(data)
         stream.flush()
         _flush(stream)
-    unfinished.replace(folder / FILE)
-    _flush_folder(folder)
+    unfinished.replace(path)
+    _flush_folder(path.parent)
 
 
 def exists(folder: epath.Path) -> bool:

@@ -16,6 +16,7 @@ import pyarrow.parquet
 import pytest
 from runs import TINY, differing, errors_of, last_step, metrics_of, params_of
 
+from lrt_jax.data import tokenizer
 from lrt_jax.training import inventory
 from lrt_jax.training.watchdog import EXIT_CODE
 
@@ -257,3 +258,25 @@ def test_a_killed_save_and_metrics_that_end_in_half_a_line(place, tell):
     assert code == 0 and "going on from step 8" in out and "step 9 had not been completed" in err
     assert sorted(json.loads(line)["step"] for line in (workdir / "metrics.jsonl").read_text().splitlines())[-1] == 12
     tell("half a save, half a line of metrics", "neither counts", "went on from step 8")
+
+
+@pytest.mark.faults
+def test_a_lost_config_and_a_replaced_tokenizer(place, tell):
+    workdir = place.workdir("unbound")
+    place.start(workdir, **SCHEDULE | {"train__steps": 4}).succeed()
+    kept, before = workdir / "tokenizer.model", sorted(path.name for path in (workdir / "tokens").iterdir())
+    for content in (None, '{"na'):
+        (workdir / "config.json").unlink() if content is None else (workdir / "config.json").write_text(content)
+        for field, value in {"seed": 5, "model__width": 64}.items():
+            error = the_error(place.start(workdir, **SCHEDULE | {field: value}).end())
+            assert f"config.{field.replace('__', '.')} is {value}, but {workdir} was begun with" in error
+    tell("config.json lost or damaged, and another seed", "the checkpoint's config binds", error[7:90] + " …")
+    model = kept.read_bytes()
+    kept.write_bytes(tokenizer.train(["other words of another text\n" * 99], 280))
+    error = the_error(place.start(workdir, **SCHEDULE).end())
+    assert error.startswith(f"error: {kept} is not the tokenizer that the checkpoint of step 4 was trained with")
+    assert sorted(path.name for path in (workdir / "tokens").iterdir()) == before
+    kept.write_bytes(model)
+    assert "going on from step 4" in place.start(workdir, **SCHEDULE).succeed()
+    assert json.loads((workdir / "config.json").read_text())["train"]["steps"] == 12
+    tell("tokenizer.model replaced", "one line names it; the run goes on with its own", error[7:90] + " …")
