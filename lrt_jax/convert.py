@@ -8,6 +8,7 @@ python -m lrt_jax.convert verify FILE.npz [--precision=float64|float32] [--toler
 import base64
 import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -214,9 +215,15 @@ def export_weights(workdir: Path, out: Path, step: int | None = None, names: str
 
 
 def verify(path: Path, precision: str = "float64", tolerance: float | None = None) -> int:
-    """Compares everything that a parity file holds with our numbers; 1 where one is past the tolerance."""
+    """Compares everything that a parity file holds with our numbers; 1 where one is past the tolerance.
+
+    Raises:
+      UserError: the file is broken, or the tolerance is no finite number from 0 up.
+    """
     precise = precision == "float64"
     tolerance = (1e-6 if precise else 1e-5) if tolerance is None else tolerance
+    if not 0 <= tolerance < math.inf:
+        raise ConfigError(f"--tolerance is {tolerance}; it must be a finite number, 0 or more")
     errors = []
     with jax.enable_x64(precise):
         for name, error in parity.differences(path, "float64" if precise else "float32"):

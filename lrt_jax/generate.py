@@ -60,15 +60,15 @@ def main() -> None:
         flags.FLAGS.top_p,
         flags.FLAGS.min_p,
     )
+    changes = command_line.decode_flags()
+    if flags.FLAGS.prefill is not None:
+        changes["prefill"] = flags.FLAGS.prefill
     prompt = None if flags.FLAGS.interactive else _prompt()
     processes.start()
     if flags.FLAGS.interactive and jax.process_count() > 1:
         raise ConfigError("--interactive needs one process, which can ask; give several --prompt or --file")
     trained = load.load(Path(flags.FLAGS.workdir), flags.FLAGS.step)
     meshes.cache_compilations(Path(flags.FLAGS.workdir))
-    changes = command_line.decode_flags()
-    if flags.FLAGS.prefill is not None:
-        changes["prefill"] = flags.FLAGS.prefill
     method = Method(sampling, dataclasses.replace(trained.config.decode, **changes), use_memory=flags.FLAGS.memory)
     if prompt is not None:
         write(trained, prompt, method)

@@ -200,6 +200,12 @@ def test_what_the_reference_has_not_is_said(tiny, random_params, model):
         reference.to_reference(random_params(config), config)
 
 
+@pytest.mark.parametrize("tolerance", [np.nan, np.inf, -1.0])
+def test_a_check_against_no_finite_tolerance_is_refused(tolerance):
+    with pytest.raises(ConfigError, match=f"^--tolerance is {tolerance}; it must be a finite number, 0 or more$"):
+        convert.verify(GOLDEN / "lrt_s2.npz", tolerance=tolerance)
+
+
 def test_files_that_cannot_be_read_are_named(tmp_path, monkeypatch):
     for name, message in (("a.zip", "no known kind"), ("a.npz", "there is no file")):
         with pytest.raises(ConversionError, match=message):

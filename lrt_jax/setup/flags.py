@@ -1,5 +1,6 @@
 """How a command reads its flags and ends: one clear line for whatever the user can mend."""
 
+import math
 import os
 import re
 import sys
@@ -109,9 +110,16 @@ def define_decode_flags(name: str, about: str) -> None:
 
 
 def decode_flags() -> dict[str, Any]:
-    """The fields of ``config.decode`` that were given by flags."""
+    """The fields of ``config.decode`` that were given by flags.
+
+    Raises:
+      ConfigError: ``--tolerance`` is not finite.
+    """
     given = {name: getattr(flags.FLAGS, name) for name in ("tolerance", "max_refinements", "chunk")}
-    return {name: value for name, value in given.items() if value is not None}
+    found = {name: value for name, value in given.items() if value is not None}
+    if not 0 <= found.get("tolerance", 0.0) < math.inf:  # absl lets NaN through every bound
+        raise ConfigError(f"--tolerance is {found['tolerance']}; it must be a finite number, 0 or more")
+    return found
 
 
 def _overrides(argument: str) -> bool:
