@@ -132,7 +132,7 @@ def load_or_train(config: Config, corpus: Corpus, workdir: epath.PathLike) -> To
     """
     kept = epath.Path(workdir) / FILE
     if kept.exists():
-        return _load(kept.read_bytes(), str(kept), config)
+        return checked(kept.read_bytes(), str(kept), config)
     if config.data.tokenizer:
         return given(config)
     shards = list(corpus.shards)
@@ -153,7 +153,7 @@ def given(config: Config) -> Tokenizer:
             f"config.data.tokenizer is {config.data.tokenizer!r}, where there is no file; it must be a "
             "SentencePiece model, or '' to train one"
         )
-    return _load(path.read_bytes(), str(path), config)
+    return checked(path.read_bytes(), str(path), config)
 
 
 def keep(tokenizer: Tokenizer, workdir: epath.PathLike) -> None:
@@ -180,11 +180,15 @@ def load(workdir: epath.PathLike, config: Config) -> Tokenizer:
             f"--workdir is {str(workdir)!r}, which has no {FILE}; it must be the work dir of a run, or of an "
             "import with --tokenizer"
         )
-    return _load(kept.read_bytes(), str(kept), config)
+    return checked(kept.read_bytes(), str(kept), config)
 
 
-def _load(model: bytes, path: str, config: Config) -> Tokenizer:
-    """The tokenizer of a model file, once it is known to fit the config and to be lossless."""
+def checked(model: bytes, path: str, config: Config) -> Tokenizer:
+    """The tokenizer of a model file, once it is known to fit the config and to be lossless.
+
+    Raises:
+      ConfigError: naming ``path``, what was found and what is allowed.
+    """
     try:
         tokenizer = Tokenizer(model)
     except ValueError as error:
