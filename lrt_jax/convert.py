@@ -229,6 +229,8 @@ def export_weights(workdir: Path, out: Path, step: int | None = None, names: str
     Raises:
       UserError: there is no such checkpoint, the file is there already, or the reference has no such model.
     """
+    if not (workdir / checkpoint.CONFIG_FILE).exists():
+        raise ConfigError(f"{str(workdir)!r} has no {checkpoint.CONFIG_FILE}; export takes a run's work dir")
     config, params, step = load.load_params(workdir, step)
     arrays = {name: np.asarray(array) for name, array in params.items()}
     metadata: dict[str, Any] = {"format": "np", "step": str(step)}

@@ -149,7 +149,7 @@ def test_our_config_as_theirs_and_back(tiny, model):
         (lambda array: array.astype(bool), "has the dtype bool; allowed are float64"),
         (lambda array: array * [np.nan, 1], "has 1 of 2 entries that are not finite in float32; all must be finite"),
         (lambda array: array.astype(np.float16) * np.float16(np.inf), "has 2 of 2 entries that are not finite"),
-        (lambda array: array * np.array([1e50, 1e50]), "has 2 of 2 entries that are not finite in float32"),
+        (lambda array: np.full(len(array), 1e50), "has 2 of 2 entries that are not finite in float32"),
     ],
 )
 @pytest.mark.parametrize("names", ["theirs", "ours"])
@@ -183,6 +183,10 @@ def test_import_reads_our_names_from_any_file_and_compares_models(tmp_path, tiny
     convert.import_weights(tmp_path / "ours.npz", tmp_path / "run", config)
     _, found, step = load.load_params(tmp_path / "run")
     assert step == 0 and all(np.array_equal(found[name], params[name]) for name in params)
+    with pytest.raises(ConfigError, match=r"^the work dir '.*run' has not a checkpoint of step 7; found: 0$"):
+        convert.export_weights(tmp_path / "run", tmp_path / "out.safetensors", step=7)
+    with pytest.raises(ConfigError, match=r"^'.*nothing' has no config\.json; export takes a run's work dir$"):
+        convert.export_weights(tmp_path / "nothing", tmp_path / "out.safetensors")
     with pytest.raises(ConfigError, match="is there already"):
         convert.import_weights(tmp_path / "ours.npz", tmp_path / "run", config)
     with pytest.raises(ConversionError, match="does not say which model"):
