@@ -2,6 +2,9 @@
 
 import functools
 import math
+import re
+import subprocess
+import sys
 
 import pytest
 from absl import flags
@@ -54,3 +57,21 @@ def test_a_tolerance_that_is_no_finite_number_is_refused(run, module, tolerance)
 def test_flags_that_do_not_fit_together_are_refused(run, arguments, message):
     with pytest.raises(UserError, match=f"^{message}"):
         run(generate, "--workdir=/nowhere", *arguments)
+
+
+@pytest.mark.parametrize("printed", ["print('x' * 10**6)", "print('x')", "print('x', flush=True)"])
+def test_a_reader_that_has_gone_ends_a_command_quietly(printed):
+    program = f"from lrt_jax.setup import flags\nflags.run(lambda: [input(), {printed}] and None)"
+    pipe = subprocess.PIPE
+    process = subprocess.Popen([sys.executable, "-c", program], stdin=pipe, stdout=pipe, stderr=pipe, text=True)
+    process.stdout.close()
+    process.stdin.write("\n")
+    process.stdin.close()
+    assert (process.stderr.read(), process.wait()) == ("", 1)
+    process.stderr.close()
+
+
+def test_a_pipe_that_breaks_elsewhere_is_not_hidden():
+    program = "from lrt_jax.setup import flags\ndef fail(): raise BrokenPipeError('of a worker')\nflags.run(fail)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 1 and re.search("BrokenPipeError: of a worker$", done.stderr.strip())

@@ -3,6 +3,7 @@
 import math
 import os
 import re
+import select
 import sys
 import traceback
 import typing
@@ -40,13 +41,22 @@ def run(command: Callable[..., int | None], *, takes_arguments: bool = False) ->
             raise ConfigError(f"{rest[1]!r} is not a flag; flags are written --name=value")
         return rest
 
+    def call(rest: list[str]) -> int | None:
+        code = command(*rest[1:] if takes_arguments else ())
+        sys.stdout.flush()  # here, where a reader that is gone is no fault
+        return code
+
     try:
-        app.run(lambda rest: command(*rest[1:] if takes_arguments else ()), flags_parser=read)
+        app.run(call, flags_parser=read)
     except UserError as error:
         _end(f"error: {error}", 1)
     except KeyboardInterrupt:
         _end("stopped; nothing was changed", 1)
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and _unread():
+            if processes.started():
+                os._exit(1)
+            sys.exit(1)
         if not processes.started():
             raise
         if isinstance(error, jax.errors.JaxRuntimeError) and LOST.search(str(error)):
@@ -58,6 +68,16 @@ def run(command: Callable[..., int | None], *, takes_arguments: bool = False) ->
             )
         traceback.print_exc()
         _end(f"error: process {jax.process_index()} fails, and so all others will", 1)
+
+
+def _unread() -> bool:
+    """Whether nobody reads standard output any more, as after ``| head``; what is left of it is then dropped."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)  # that the other end is closed is told unasked
+    if not poll.poll(0):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return True
 
 
 def _end(message: str, code: int) -> NoReturn:
