@@ -1,9 +1,11 @@
 """Kinds of arguments of the benchmarks' command lines. It needs Python alone: the yardstick runs where torch is."""
 
 import argparse
+import math
 import re
 import subprocess
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 
@@ -17,17 +19,42 @@ def positive(text: str) -> int:
     return _whole(text, 1)
 
 
-def number(text: str) -> float:
-    """A number."""
+def two_or_more(text: str) -> int:
+    """A whole number from 2 up."""
+    return _whole(text, 2)
+
+
+def tolerance(text: str) -> float:
+    """A finite number, 0 or more."""
     try:
-        return float(text)
+        found = float(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number") from None
+        found = math.nan
+    if not 0 <= found < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not allowed; allowed are finite numbers, 0 or more")
+    return found
 
 
-def several(kind: Callable[[str], Any]) -> Callable[[str], list[Any]]:
-    """A list of a kind, separated by commas; it may be empty."""
-    return lambda text: [kind(item) for item in text.split(",") if item]
+def several(kind: Callable[[str], Any], *, or_none: bool = False) -> Callable[[str], list[Any]]:
+    """A list of a kind, separated by commas; an empty one only where ``or_none`` says so."""
+
+    def read(text: str) -> list[Any]:
+        found = [kind(item) for item in text.split(",") if item]
+        if not (found or or_none):
+            raise argparse.ArgumentTypeError(f"{text!r} names none; name at least one")
+        return found
+
+    return read
+
+
+def output(text: str) -> Path:
+    """A file that can be written once there is something to write: no folder, and in one that is there."""
+    path = Path(text)
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"{text!r} is a folder; it must be a file to write")
+    if not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be written: there is no folder {path.parent}")
+    return path
 
 
 def pattern(text: str) -> re.Pattern[str]:

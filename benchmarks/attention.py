@@ -11,13 +11,12 @@ import json
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from benchmarks.arguments import positive, several
+from benchmarks.arguments import output, positive, several
 from benchmarks.checks import check
 from lrt_jax.model import attention, blocks, layers
 from lrt_jax.model.backend import HOMES
@@ -79,12 +78,11 @@ def compiled(kind: str, subsets: int, window: int, options: argparse.Namespace) 
     return run, int(program.memory_analysis().temp_size_in_bytes)
 
 
-def main() -> None:
-    """Measures, prints the table, and writes the rows."""
-    host_memory.keep_freed()
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     on_cpu = jax.default_backend() == "cpu"
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=output)
     parser.add_argument("--length", type=positive, default=512 if on_cpu else 2048)
     parser.add_argument("--heads", type=positive, default=6)
     parser.add_argument("--width", type=positive, default=64 if on_cpu else 128, help="of a head")
@@ -92,7 +90,13 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32" if on_cpu else "bfloat16", choices=["float32", "bfloat16"])
     parser.add_argument("--subsets", type=several(positive), default=[1, 2, 4, 8])
     parser.add_argument("--repeats", type=positive, default=15)
-    options = parser.parse_args()
+    return parser.parse_args(arguments)
+
+
+def main() -> None:
+    """Measures, prints the table, and writes the rows."""
+    host_memory.keep_freed()
+    options = parse()
     for subsets in options.subsets:
         heads, width = options.heads, options.heads * options.width
         model = ModelConfig(1, width, heads, heads, sequence_length=options.length, vocab_size=1)

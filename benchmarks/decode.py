@@ -14,7 +14,6 @@ import json
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -23,7 +22,7 @@ import numpy as np
 from flax import linen as nn
 from jax import lax
 
-from benchmarks.arguments import positive
+from benchmarks.arguments import output, positive, two_or_more
 from benchmarks.checks import check
 from lrt_jax.inference import decode
 from lrt_jax.inference.generate import Generation, Method
@@ -204,7 +203,7 @@ def measure(model: ModelConfig, options: argparse.Namespace) -> list[Row]:
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--json", type=Path, help="write the rows here")
+    parser.add_argument("--json", type=output, help="write the rows here")
     parser.add_argument("--layers", type=positive, default=6)
     parser.add_argument("--width", type=positive, default=384)
     parser.add_argument("--heads", type=positive, default=6)
@@ -213,7 +212,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"])
     parser.add_argument("--batch", type=positive, default=1)
     parser.add_argument("--prompt", type=positive, default=64, help="tokens of the prompt")
-    parser.add_argument("--tokens", type=positive, default=192, help="tokens generated")
+    parser.add_argument("--tokens", type=two_or_more, default=192, help="tokens generated; the first is not timed")
     parser.add_argument("--repeats", type=positive, default=9)
     return parser.parse_args(arguments)
 

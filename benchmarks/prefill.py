@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.arguments import natural, number, positive, several
+from benchmarks.arguments import natural, output, positive, several, tolerance
 from benchmarks.checks import in_one_line
 from lrt_jax.inference import decode, prefill, scoring
 from lrt_jax.model.decoder import Decoder
@@ -121,11 +121,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("workdir", type=Path)
-    parser.add_argument("--json", type=Path, help="write the rows here")
+    parser.add_argument("--json", type=output, help="write the rows here")
     parser.add_argument(
         "--lengths", type=several(positive), default=[], help="default: 64, 256 and T, as far as T goes"
     )
-    parser.add_argument("--tolerances", type=several(number), default=[1.0, 0.3, 0.1, 0.01, 0.001])
+    parser.add_argument("--tolerances", type=several(tolerance), default=[1.0, 0.3, 0.1, 0.01, 0.001])
     parser.add_argument("--max_refinements", type=natural, default=DecodeConfig().max_refinements)
     parser.add_argument("--rows", type=positive, default=32, help="held-out rows")
     parser.add_argument("--timed", type=positive, default=9, help="prompts that are timed")

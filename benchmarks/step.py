@@ -17,13 +17,12 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from benchmarks.arguments import natural, pattern, positive, several
+from benchmarks.arguments import natural, output, pattern, positive, several
 from benchmarks.checks import check
 from lrt_jax.model import costs
 from lrt_jax.model.backend import compute_dtype
@@ -178,7 +177,7 @@ def measure(
     steps = {id(plain): timed(plain, plain_schedule)}
     seconds: dict[int, list[float]] = {id(row): [] for row, _ in chosen}
     paired: dict[int, list[float]] = {id(row): [] for row, _ in chosen}
-    groups = [chosen] if not options.one_by_one else [[chosen[0], pair] for pair in chosen[1:]]
+    groups = [[chosen[0], pair] for pair in chosen[1:]] if options.one_by_one and chosen[1:] else [chosen]
     for group in groups:
         steps |= {id(row): timed(row, schedule) for row, schedule in group if id(row) not in steps}
         for baseline, *others in turns([steps[id(row)] for row, _ in group], options.repeats):
@@ -217,7 +216,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     on_cpu = jax.default_backend() == "cpu"
 
-    parser.add_argument("--json", type=Path, help="write the rows here")
+    parser.add_argument("--json", type=output, help="write the rows here")
     parser.add_argument("--depth", type=natural, default=0, help="nanochat's dial: sets layers, width and heads of 128")
     parser.add_argument("--layers", type=positive, default=6)
     parser.add_argument("--width", type=positive, default=384)
@@ -232,7 +231,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--scan_layers", action="store_true")
     parser.add_argument("--remat", action="store_true")
     parser.add_argument("--subsets", type=several(positive), default=[2, 4, 8])
-    parser.add_argument("--refinements", type=several(positive), default=[1, 2] if on_cpu else [1, 2, 3])
+    parser.add_argument("--refinements", type=several(positive, or_none=True), default=[1, 2] if on_cpu else [1, 2, 3])
     parser.add_argument("--memories", type=several(str), default=["shared", "layerwise"])
     parser.add_argument(
         "--everything",
@@ -266,6 +265,9 @@ def main() -> None:
         remat=options.remat,
     )
     chosen = list(rows(options.subsets, options.refinements, options.memories, options.everything))
+    if not any(options.only.search(row.name) for row, _ in chosen):
+        names = ", ".join(row.name for row, _ in chosen)
+        raise SystemExit(f"error: --only is {options.only.pattern!r}, which matches no row; rows are: {names}")
     chosen = [chosen[0], *(pair for pair in chosen[1:] if options.only.search(pair[0].name))]
     for row, schedule in chosen:
         check(model_of(model, row), schedule, batch_size=options.batch, accumulation=options.accumulation)

@@ -23,10 +23,9 @@ import statistics
 import subprocess
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
-from benchmarks.arguments import positive, python_with_torch
+from benchmarks.arguments import output, positive, python_with_torch
 
 # What a row of eager PyTorch is compared with: our schedule, as ``benchmarks.step`` names it.
 COUNTERPART = {"plain": "plain", "interleaved": "interleaved", "released": "interleaved"}
@@ -35,7 +34,7 @@ COUNTERPART = {"plain": "plain", "interleaved": "interleaved", "released": "inte
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--json", default="", help="write tokens per second here")
+    parser.add_argument("--json", type=output, help="write tokens per second here")
     parser.add_argument("--against", type=python_with_torch, help="a Python that has torch: compare lrt_jax with it")
     parser.add_argument("--rounds", type=positive, default=3, help="with --against: turns")
     sizes = {"layers": 6, "width": 384, "heads": 6, "length": 512, "vocab": 4096, "batch": 4, "subsets": 2}
@@ -192,14 +191,14 @@ def main() -> None:
         found = torch_tokens_per_second(options)
         print(json.dumps(found))
         if options.json:
-            Path(options.json).write_text(json.dumps(found))
+            options.json.write_text(json.dumps(found))
         return
     arguments = [options.against, "-m", "benchmarks.yardstick"]
     arguments += [
         f"--{name}={getattr(options, name)}"
         for name in ("layers", "width", "heads", "length", "vocab", "batch", "subsets", "repeats")
     ]
-    options.json = ""
+    path, options.json = options.json, None
     turns = []
     for _ in range(options.rounds):
         theirs = json.loads(subprocess.run(arguments, check=True, capture_output=True, text=True).stdout)
@@ -211,6 +210,8 @@ def main() -> None:
     for name, counterpart in COUNTERPART.items():
         ratio = statistics.median(ours[counterpart] / theirs[name] for ours, theirs in turns)
         print(f"{name}: {ratio:.2f} × eager PyTorch's tokens per second (median of {options.rounds})")
+    if path:
+        path.write_text(json.dumps([{"ours": ours, "torch": theirs} for ours, theirs in turns], indent=2) + "\n")
 
 
 if __name__ == "__main__":

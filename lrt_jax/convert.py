@@ -6,8 +6,11 @@ python -m lrt_jax.convert verify FILE.npz [--precision=float64|float32] [--toler
 """
 
 import base64
+import contextlib
 import dataclasses
 import json
+import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +29,7 @@ from lrt_jax.model.parameters import table
 from lrt_jax.setup import config as configs
 from lrt_jax.setup import flags as command_line
 from lrt_jax.setup.config import Config, ConfigError, ModelConfig
+from lrt_jax.setup.errors import UserError
 from lrt_jax.training import checkpoint
 
 __all__ = ["export_weights", "from_reference", "import_weights", "to_reference", "verify"]
@@ -99,8 +103,9 @@ def import_weights(
     run, params = _config_and_params(
         file, path, None if config is None else configs.from_config_dict(config), reference_config
     )
-    found = _tokenizer(file, run, tokenizer)
-    inexact = [name for name, array in params.items() if np.any(array.astype(np.float32) != array)]
+    found = _tokenizer(file, path, run, tokenizer)
+    wide = {name: array for name, array in params.items() if array.dtype == np.float64}
+    inexact = [name for name, array in wide.items() if np.any(array.astype(np.float32) != array)]
     if found is not None:
         tokenizers.keep(found, workdir)
     checkpoint.write_config(run, workdir)
@@ -130,25 +135,48 @@ def _config_and_params(
         _check_same_model(path, stated.model, config.model)
     if set(file.parameters) & set(table(config.model)):
         _check_own(file.parameters, config.model)
-        return config, dict(file.parameters)
+        return config, {name: reference.widened(name, array) for name, array in file.parameters.items()}
     return config, from_reference(file.parameters, config.model)
 
 
 def _stated_config(file: files.ArrayFile, path: Path, reference_path: str | None) -> Config | None:
     """The config that the file, or the authors' fields beside it, describes; None if there is neither."""
     if CONFIG_KEY in file.metadata:
-        return configs.from_json(file.metadata[CONFIG_KEY])
+        with _naming(path):
+            return configs.from_json(file.metadata[CONFIG_KEY])
     fields = files.reference_config(file.metadata, path)
     if reference_path:
-        if not Path(reference_path).is_file():
-            raise ConfigError(f"--reference_config is {reference_path!r}, where there is no file")
-        fields = files.parse_reference_config(Path(reference_path).read_text(), Path(reference_path))
+        fields = files.parse_reference_config(_read(reference_path), Path(reference_path))
     if fields is None:
         return None
     fields = reference.complete_config(fields, file.parameters)
     train = configs.TrainConfig(batch_size=BATCH_SIZE, tokens_per_parameter=10.0)
-    model, schedule = reference.model_config(fields), reference.schedule_config(fields)
-    return configs.validate(Config(model=model, train=train, schedule=schedule))
+    with _naming(Path(reference_path) if reference_path else path):
+        model, schedule = reference.model_config(fields), reference.schedule_config(fields)
+        return configs.validate(Config(model=model, train=train, schedule=schedule))
+
+
+def _read(reference_path: str) -> str:
+    try:
+        return Path(reference_path).read_text(encoding="utf-8")
+    except OSError as error:
+        found = f"cannot be read ({error.strerror})"
+    except UnicodeDecodeError:
+        found = "is not UTF-8 text"
+    raise ConfigError(f"--reference_config is {reference_path!r}, which {found}; it must be a JSON file")
+
+
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Within, what does not fit in a file's config names the file, too.
+
+    Raises:
+      ConversionError: it does not fit.
+    """
+    try:
+        yield
+    except UserError as error:
+        raise ConversionError(f"the config in {path} does not fit: {error}") from None
 
 
 def _check_same_model(path: Path, stated: ModelConfig, given: ModelConfig) -> None:
@@ -174,14 +202,18 @@ def _check_own(arrays: dict[str, np.ndarray], config: ModelConfig) -> None:
         raise ConversionError(f"the arrays do not fit the model config: {'; '.join(faults)}")
 
 
-def _tokenizer(file: files.ArrayFile, config: Config, path: str | None) -> tokenizers.Tokenizer | None:
+def _tokenizer(file: files.ArrayFile, path: Path, config: Config, given: str | None) -> tokenizers.Tokenizer | None:
     """The tokenizer given by flag, by config, or with the weights."""
-    source = path or config.data.tokenizer
+    source = given or config.data.tokenizer
     if source:
         data = dataclasses.replace(config.data, tokenizer=source)
         return tokenizers.given(dataclasses.replace(config, data=data))
     if TOKENIZER_KEY in file.metadata:
-        return tokenizers.Tokenizer(base64.b64decode(file.metadata[TOKENIZER_KEY]))
+        try:
+            model = base64.b64decode(file.metadata[TOKENIZER_KEY], validate=True)
+        except ValueError as error:
+            raise ConversionError(f"the tokenizer in {path} is damaged ({error}); give one by --tokenizer") from None
+        return tokenizers.checked(model, f"in {path}", config)
     return None
 
 
@@ -197,6 +229,8 @@ def export_weights(workdir: Path, out: Path, step: int | None = None, names: str
     Raises:
       UserError: there is no such checkpoint, the file is there already, or the reference has no such model.
     """
+    if not (workdir / checkpoint.CONFIG_FILE).exists():
+        raise ConfigError(f"{str(workdir)!r} has no {checkpoint.CONFIG_FILE}; export takes a run's work dir")
     config, params, step = load.load_params(workdir, step)
     arrays = {name: np.asarray(array) for name, array in params.items()}
     metadata: dict[str, Any] = {"format": "np", "step": str(step)}
@@ -215,9 +249,15 @@ def export_weights(workdir: Path, out: Path, step: int | None = None, names: str
 
 
 def verify(path: Path, precision: str = "float64", tolerance: float | None = None) -> int:
-    """Compares everything that a parity file holds with our numbers; 1 where one is past the tolerance."""
+    """Compares everything that a parity file holds with our numbers; 1 where one is past the tolerance.
+
+    Raises:
+      UserError: the file is broken, or the tolerance is no finite number from 0 up.
+    """
     precise = precision == "float64"
     tolerance = (1e-6 if precise else 1e-5) if tolerance is None else tolerance
+    if not 0 <= tolerance < math.inf:
+        raise ConfigError(f"--tolerance is {tolerance}; it must be a finite number, 0 or more")
     errors = []
     with jax.enable_x64(precise):
         for name, error in parity.differences(path, "float64" if precise else "float32"):

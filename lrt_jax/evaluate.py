@@ -29,13 +29,14 @@ def main() -> None:
     """Prints the metrics of the checkpoint that the flags name, as one JSON object."""
     if flags.FLAGS.workdir is None:
         raise ConfigError("--workdir is not set; it must be a run's work dir")
+    decode = command_line.decode_flags()
     processes.start()
     found = evaluate(
         Path(flags.FLAGS.workdir),
         flags.FLAGS.step,
         flags.FLAGS.rows,
         scoring=flags.FLAGS.scoring,
-        **command_line.decode_flags(),
+        **decode,
     )
     processes.say(json.dumps(found, indent=2))
 

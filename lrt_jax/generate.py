@@ -18,6 +18,9 @@ from lrt_jax.setup import processes
 from lrt_jax.setup.config import ConfigError
 from lrt_jax.setup.errors import UserError
 
+# Generated where --tokens says nothing, if the context has room for so many.
+TOKENS = 128
+
 
 def define_flags() -> None:
     """Declares the command's flags."""
@@ -28,14 +31,19 @@ def define_flags() -> None:
     flags.DEFINE_bool("interactive", False, "Ask for one prompt after the other.")
     flags.DEFINE_bool("new_document", False, "Begin a document instead of continuing a prompt.")
     flags.DEFINE_integer("samples", 1, "How many continuations, with seeds that count up.", lower_bound=1)
-    flags.DEFINE_integer("tokens", 128, "How many tokens to generate, at most.", lower_bound=1)
+    flags.DEFINE_integer(
+        "tokens",
+        None,
+        f"How many tokens to generate, at most; default: {TOKENS}, or what the context has room for after the prompt.",
+        lower_bound=1,
+    )
     flags.DEFINE_float("temperature", 0.8, "0 takes the most likely token.")
     flags.DEFINE_integer("top_k", 0, "Keep the k most likely tokens; 0: all.")
     flags.DEFINE_float("top_p", 1.0, "Keep the most likely share.")
     flags.DEFINE_float("min_p", 0.0, "Keep tokens at least this share as likely as the most likely one.")
     flags.DEFINE_float("repetition_penalty", 1.0, "Above 1: tokens the text has already become less likely.")
     flags.DEFINE_multi_string("stop", [], "End before this text; may be given several times.")
-    flags.DEFINE_integer("seed", 0, "The same seed gives the same text.")
+    flags.DEFINE_integer("seed", 0, "From 0 to 2**32 - 1; the same seed gives the same text.")
     flags.DEFINE_bool("memory", True, "--nomemory zeroes the recurrent memory: for ablations.")
     flags.DEFINE_bool("stats", False, "Print how fast it was, and how likely the model thought it, to standard error.")
     command_line.define_decode_flags("prefill", "How the prompt is read; default: config.decode.prefill.")
@@ -46,13 +54,19 @@ def main() -> None:
     """Prints prompts and what the model makes of them, with the recurrent memory."""
     if flags.FLAGS.workdir is None:
         raise ConfigError("--workdir is not set; it must be a run's work dir")
-    given = [name for name in ("prompt", "file", "interactive", "new_document") if flags.FLAGS[name].present]
+    sources = ("prompt", "file", "interactive", "new_document")
+    given = [name for name in sources if flags.FLAGS[name].value not in (None, False)]
     if len(given) != 1:
         found = " and ".join(f"--{name}" for name in given) or "none"
         raise ConfigError(
             f"of --prompt=TEXT, --file=PATH (- is standard input), --interactive and --new_document {found} "
             "is given; give exactly one"
         )
+    if "" in flags.FLAGS.stop:
+        raise ConfigError("--stop is empty; give the text to end before, or no --stop")
+    most = 2**32 - flags.FLAGS.samples  # the last sample's seed is 32 bits, too
+    if not 0 <= flags.FLAGS.seed <= most:
+        raise ConfigError(f"--seed is {flags.FLAGS.seed}; with --samples={flags.FLAGS.samples} allowed are 0 to {most}")
     sampling = Sampling(
         flags.FLAGS.repetition_penalty,
         flags.FLAGS.temperature,
@@ -60,15 +74,15 @@ def main() -> None:
         flags.FLAGS.top_p,
         flags.FLAGS.min_p,
     )
+    changes = command_line.decode_flags()
+    if flags.FLAGS.prefill is not None:
+        changes["prefill"] = flags.FLAGS.prefill
     prompt = None if flags.FLAGS.interactive else _prompt()
     processes.start()
     if flags.FLAGS.interactive and jax.process_count() > 1:
         raise ConfigError("--interactive needs one process, which can ask; give several --prompt or --file")
     trained = load.load(Path(flags.FLAGS.workdir), flags.FLAGS.step)
     meshes.cache_compilations(Path(flags.FLAGS.workdir))
-    changes = command_line.decode_flags()
-    if flags.FLAGS.prefill is not None:
-        changes["prefill"] = flags.FLAGS.prefill
     method = Method(sampling, dataclasses.replace(trained.config.decode, **changes), use_memory=flags.FLAGS.memory)
     if prompt is not None:
         write(trained, prompt, method)
@@ -88,7 +102,11 @@ def main() -> None:
 
 def write(trained: Trained, prompt: str, method: Method) -> None:
     """Prints the prompt and its continuations: one as it is decoded, several one after the other."""
-    samples, tokens, seed, stop = flags.FLAGS.samples, flags.FLAGS.tokens, flags.FLAGS.seed, flags.FLAGS.stop
+    samples, seed, stop = flags.FLAGS.samples, flags.FLAGS.seed, flags.FLAGS.stop
+    tokens = flags.FLAGS.tokens
+    if tokens is None:
+        room = trained.config.model.sequence_length - len(text.encode(trained.tokenizer, prompt))
+        tokens = max(1, min(TOKENS, room))  # 1 where there is no room, which is refused
     if samples == 1 and not flags.FLAGS.stats:
         pieces = text.stream(trained, prompt, tokens=tokens, method=method, seed=seed, stop_strings=stop)
         first = next(pieces, "")  # so that an error is all that is printed

@@ -1,5 +1,6 @@
 """Benchmarks: what they refuse before they compile anything, and which turns count."""
 
+import json
 from types import SimpleNamespace
 
 import pytest
@@ -14,6 +15,7 @@ from benchmarks import attention, decode, prefill, step, yardstick
         (["--subsets=7"], "config.schedule.subsets is 7"),
         (["--width=100"], "config.model.heads is 6"),
         (["--batch=4", "--accumulation=3"], "config.train.accumulation is 3"),
+        (["--only=zzz", "--subsets=2"], "--only is 'zzz', which matches no row; rows are: plain, interleaved(S=2)"),
     ],
 )
 def test_a_row_that_cannot_be_is_refused_in_one_line(arguments, message, monkeypatch):
@@ -33,7 +35,14 @@ def test_a_row_that_cannot_be_is_refused_in_one_line(arguments, message, monkeyp
         (step, "--subsets=0"),
         (step, "--depth=-1"),
         (step, "--repeats=0"),
+        (step, "--subsets="),
+        (step, "--memories=,"),
+        (attention, "--subsets="),
+        (decode, "--tokens=1"),
         (prefill, "--tolerances=small"),
+        (prefill, "--tolerances=0.1,nan"),
+        (prefill, "--tolerances=inf"),
+        (prefill, "--tolerances=-1"),
         (yardstick, "--against=/nowhere/python"),
         (yardstick, "--against=/bin/false"),
     ],
@@ -42,6 +51,24 @@ def test_an_argument_that_cannot_be_read_is_named(benchmark, argument, capsys):
     with pytest.raises(SystemExit):
         benchmark.parse([argument, *(["workdir"] if benchmark is prefill else [])])
     assert f"argument {argument.partition('=')[0]}: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("benchmark", [attention, decode, prefill, step, yardstick])
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [(".", "'.' is a folder; it must be a file"), ("/no/file", "'/no/file' cannot be written: there is no folder /no")],
+)
+def test_a_file_that_cannot_be_written_is_refused_before_anything_is_measured(benchmark, path, message, capsys):
+    with pytest.raises(SystemExit):
+        benchmark.parse([f"--json={path}", *(["workdir"] if benchmark is prefill else [])])
+    assert f"argument --json: {message}" in capsys.readouterr().err
+
+
+def test_arguments_that_are_in_order_are_read(tmp_path):
+    options = step.parse([f"--json={tmp_path / 'new.json'}", "--refinements=", "--subsets=2,4"])
+    assert (options.json, options.refinements, options.subsets) == (tmp_path / "new.json", [], [2, 4])
+    assert prefill.parse(["workdir", "--tolerances=0,1e-3"]).tolerances == [0.0, 0.001]
+    assert decode.parse(["--tokens=2", "--json=/dev/stdout"]).tokens == 2
 
 
 @pytest.mark.parametrize(
@@ -60,6 +87,24 @@ def test_other_benchmarks_refuse_likewise(benchmark, argument, message, monkeypa
     with pytest.raises(SystemExit) as stopped:
         benchmark.main()
     assert str(stopped.value).startswith(f"error: {message}") and "\n" not in str(stopped.value)
+
+
+def test_a_comparison_with_torch_writes_every_turn(tmp_path, monkeypatch):
+    theirs, ours = dict.fromkeys(yardstick.COUNTERPART, 2.0), {"plain": 3.0, "interleaved": 4.0}
+    answer = SimpleNamespace(returncode=0, stdout=json.dumps(theirs))
+    monkeypatch.setattr(yardstick.subprocess, "run", lambda *_, **__: answer)
+    monkeypatch.setattr(yardstick, "ours_tokens_per_second", lambda _: ours)
+    monkeypatch.setattr("sys.argv", ["yardstick", "--against=x", "--rounds=2", f"--json={tmp_path / 'turns.json'}"])
+    yardstick.main()
+    assert json.loads((tmp_path / "turns.json").read_text()) == [{"ours": ours, "torch": theirs}] * 2
+
+
+def test_the_plain_row_can_be_measured_alone(tiny, monkeypatch):
+    made = SimpleNamespace(compile_seconds=1.0, temp_bytes=1, run=lambda: 2.0)
+    monkeypatch.setattr(step, "Timed", lambda *_: made)
+    options = step.parse(["--only=plain", "--one_by_one", "--batch=3"])
+    (row,) = step.measure(tiny(), list(step.rows([], [], [], True)), options)
+    assert (row.name, row.step_seconds, row.step_ratio, row.tokens_per_second) == ("plain", 2.0, 1.0, 3 * 8 / 2.0)
 
 
 @pytest.mark.parametrize(

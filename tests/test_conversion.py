@@ -1,9 +1,11 @@
 """Import and export of weights: exact, complete, and with one clear sentence for what does not fit."""
 
+import base64
 import dataclasses
 import json
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import ml_dtypes
@@ -15,9 +17,11 @@ from ml_collections import ConfigDict
 from lrt_jax import convert
 from lrt_jax.conversion import files, reference
 from lrt_jax.conversion.reference import ConversionError
+from lrt_jax.data import tokenizer
 from lrt_jax.inference import load
 from lrt_jax.model.parameters import table
 from lrt_jax.setup.config import Config, ConfigError, ScheduleConfig, TrainConfig
+from lrt_jax.setup.errors import UserError
 from lrt_jax.training import checkpoint
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -29,6 +33,11 @@ MODELS = {
     "plain, all, odd layers": {"memory": "none", "residual_injection": False, "layers": 3},
     "plain, none": {"memory": "none", "residual_injection": False, "value_embeddings": "none"},
 }
+
+
+def tokens(vocab_size):
+    """A tokenizer as the metadata of a file holds it."""
+    return base64.b64encode(tokenizer.train(["some text of few letters"] * 9, vocab_size)).decode()
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -133,12 +142,37 @@ def test_our_config_as_theirs_and_back(tiny, model):
         assert reference.schedule_config(fields) == schedule
 
 
-def test_dtypes_that_lose_numbers_are_refused(tiny, random_params):
-    config = tiny(memory="layerwise")
-    theirs = reference.to_reference(random_params(config), config)
-    theirs["x0_lambdas"] = theirs["x0_lambdas"].astype(np.int32)
-    with pytest.raises(ConversionError, match="x0_lambdas has the dtype int32; allowed are float64"):
-        reference.from_reference(theirs, config)
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda array: array.astype(np.int64), "has the dtype int64; allowed are float64"),
+        (lambda array: array.astype(bool), "has the dtype bool; allowed are float64"),
+        (lambda array: array * [np.nan, 1], "has 1 of 2 entries that are not finite in float32; all must be finite"),
+        (lambda array: array.astype(np.float16) * np.float16(np.inf), "has 2 of 2 entries that are not finite"),
+        (lambda array: np.full(len(array), 1e50), "has 2 of 2 entries that are not finite in float32"),
+    ],
+)
+@pytest.mark.parametrize("names", ["theirs", "ours"])
+def test_dtypes_that_lose_numbers_and_numbers_that_are_none_are_refused(
+    tmp_path, tiny, random_params, change, message, names
+):
+    run = Config(tiny(memory="layerwise"), TrainConfig(batch_size=2, steps=1))
+    arrays, name = random_params(run.model), "beta"
+    if names == "theirs":
+        arrays, name = reference.to_reference(arrays, run.model), "x0_lambdas"
+    np.savez(tmp_path / "a.npz", **(arrays | {name: change(arrays[name])}))
+    with pytest.raises(ConversionError, match=f"^{name} {message}"):
+        convert.import_weights(tmp_path / "a.npz", tmp_path / "run", ConfigDict(dataclasses.asdict(run)))
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_was_rounded_is_said_and_nothing_else(tmp_path, tiny, random_params, capsys):
+    run = Config(tiny(), TrainConfig(batch_size=2, steps=1))
+    params = random_params(run.model)
+    changes = {"alpha": params["alpha"].astype(np.float64), "beta": np.array([0.1, 1]), "gamma": np.float16([0.1, 1])}
+    np.savez(tmp_path / "a.npz", **(params | changes))
+    convert.import_weights(tmp_path / "a.npz", tmp_path / "run", ConfigDict(dataclasses.asdict(run)))
+    assert "rounded from float64 to float32: beta\n" in capsys.readouterr().out
 
 
 def test_import_reads_our_names_from_any_file_and_compares_models(tmp_path, tiny, random_params):
@@ -149,6 +183,10 @@ def test_import_reads_our_names_from_any_file_and_compares_models(tmp_path, tiny
     convert.import_weights(tmp_path / "ours.npz", tmp_path / "run", config)
     _, found, step = load.load_params(tmp_path / "run")
     assert step == 0 and all(np.array_equal(found[name], params[name]) for name in params)
+    with pytest.raises(ConfigError, match=r"^the work dir '.*run' has not a checkpoint of step 7; found: 0$"):
+        convert.export_weights(tmp_path / "run", tmp_path / "out.safetensors", step=7)
+    with pytest.raises(ConfigError, match=r"^'.*nothing' has no config\.json; export takes a run's work dir$"):
+        convert.export_weights(tmp_path / "nothing", tmp_path / "out.safetensors")
     with pytest.raises(ConfigError, match="is there already"):
         convert.import_weights(tmp_path / "ours.npz", tmp_path / "run", config)
     with pytest.raises(ConversionError, match="does not say which model"):
@@ -200,6 +238,12 @@ def test_what_the_reference_has_not_is_said(tiny, random_params, model):
         reference.to_reference(random_params(config), config)
 
 
+@pytest.mark.parametrize("tolerance", [np.nan, np.inf, -1.0])
+def test_a_check_against_no_finite_tolerance_is_refused(tolerance):
+    with pytest.raises(ConfigError, match=f"^--tolerance is {tolerance}; it must be a finite number, 0 or more$"):
+        convert.verify(GOLDEN / "lrt_s2.npz", tolerance=tolerance)
+
+
 def test_files_that_cannot_be_read_are_named(tmp_path, monkeypatch):
     for name, message in (("a.zip", "no known kind"), ("a.npz", "there is no file")):
         with pytest.raises(ConversionError, match=message):
@@ -211,6 +255,19 @@ def test_files_that_cannot_be_read_are_named(tmp_path, monkeypatch):
     np.savez(tmp_path / "pickled.npz", a=np.array([{"a": 1}], dtype=object))
     with pytest.raises(ConversionError, match=r"pickled\.npz is not a readable"):
         files.read(tmp_path / "pickled.npz")
+    with (tmp_path / "one.npz").open("wb") as file:
+        np.save(file, np.ones(2))
+    with pytest.raises(ConversionError, match=r"one\.npz is not .* \(it is one array alone, as np\.save writes it\)"):
+        files.read(tmp_path / "one.npz")
+    np.savez_compressed(tmp_path / "damaged.npz", a=np.arange(99.0))
+    damaged = bytearray((tmp_path / "damaged.npz").read_bytes())
+    damaged[60:90] = bytes(30)  # within the compressed array
+    (tmp_path / "damaged.npz").write_bytes(damaged)
+    with zipfile.ZipFile(tmp_path / "other.npz", "w") as archive:
+        archive.writestr("notes.txt", "no array")
+    for name in ("damaged.npz", "other.npz"):
+        with pytest.raises(ConversionError, match=rf"{name} is not a readable"):
+            files.read(tmp_path / name)
     (tmp_path / "c.pt").write_bytes(b"")
     monkeypatch.setitem(sys.modules, "torch", None)
     with pytest.raises(ConversionError, match=r"c\.pt is a PyTorch file, and torch is not installed"):
@@ -232,3 +289,39 @@ def test_their_checkpoints_config_is_found(tmp_path):
     assert files.parse_reference_config(text, tmp_path) == {"n_layer": 2}
     with pytest.raises(ConversionError, match="not a JSON object"):
         files.parse_reference_config("{", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (b"\xff{}", "--reference_config is '.*fields.json', which is not UTF-8 text"),
+        (None, "--reference_config is '.*fields.json', which cannot be read"),
+        (b"{}", "the config in .*fields.json does not fit: the reference's config comes without sequence_len"),
+    ],
+)
+def test_a_config_beside_the_weights_is_named(tmp_path, text, message):
+    path = tmp_path / "fields.json"
+    if text is not None:
+        path.write_bytes(text)
+    with pytest.raises(UserError, match=message):
+        convert.import_weights(GOLDEN / "lrt_s2.npz", tmp_path / "run", reference_config=str(path))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        (convert.CONFIG_KEY, '{"model": 1}', r"^the config in .*a\.safetensors does not fit: config\.model is 1; "),
+        (convert.CONFIG_KEY, "{", r"^the config in .*a\.safetensors does not fit: the config is not valid JSON"),
+        (convert.TOKENIZER_KEY, "abcde", r"^the tokenizer in .*a\.safetensors is damaged \("),
+        (convert.TOKENIZER_KEY, "ab#?cdef", r"^the tokenizer in .*a\.safetensors is damaged \("),
+        (convert.TOKENIZER_KEY, "abcd", r"^the tokenizer in .*a\.safetensors is not a SentencePiece model; it must be"),
+        (convert.TOKENIZER_KEY, tokens(270), r"vocab_size is 40, but the tokenizer in .*a\.safetensors has 270 tokens"),
+    ],
+)
+def test_damaged_metadata_names_its_file(tmp_path, tiny, random_params, key, value, message):
+    run = Config(tiny(), TrainConfig(batch_size=2, steps=1))
+    path = tmp_path / "a.safetensors"
+    files.write_safetensors(path, random_params(run.model), {convert.CONFIG_KEY: run.to_json()} | {key: value})
+    with pytest.raises(UserError, match=message):
+        convert.import_weights(path, tmp_path / "run")
+    assert not (tmp_path / "run").exists()

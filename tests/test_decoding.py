@@ -233,11 +233,12 @@ def test_refinements_stop_at_the_tolerance_and_say_how_many(model):
     assert not exact.refinements_B.any()
 
 
-def test_what_does_not_converge_is_computed_sequentially(model):
+@pytest.mark.parametrize("tolerance", [1e-4, np.nan])
+def test_what_does_not_converge_is_computed_sequentially(model, tolerance):
     _, decoder, params = model
     tokens = np.random.default_rng(4).integers(0, 40, (3, 16), dtype=np.int32)
     tokens[0, :14] = PAD  # two tokens: one refinement is exact
-    strict = DecodeConfig("fixed_point", tolerance=1e-4, max_refinements=1, chunk=8)
+    strict = DecodeConfig("fixed_point", tolerance=tolerance, max_refinements=1, chunk=8)
     exact, found = (
         jax.jit(lambda *batch: scoring.score(decoder, params, *batch, how))(tokens, tokens)  # noqa: B023
         for how in (DecodeConfig(), strict)

@@ -34,6 +34,9 @@ def drawn(sampling, seen=None):
         (Sampling(temperature=1.0, top_p=1e-9), [0, 1, 0, 0]),
         (Sampling(temperature=1.0, top_k=1), [0, 1, 0, 0]),
         (GREEDY, [0, 1, 0, 0]),
+        (Sampling(temperature=1e-39), [0, 1, 0, 0]),  # a logit divided by it is infinite
+        (Sampling(temperature=1e-300), [0, 1, 0, 0]),  # in float32 it is 0
+        (Sampling(temperature=1e-300, top_k=3, top_p=0.9, min_p=0.1), [0, 1, 0, 0]),
     ],
 )
 def test_tokens_are_drawn_with_the_probabilities_that_the_options_leave(sampling, expected):
@@ -61,7 +64,17 @@ def test_rows_draw_independently_of_each_other():
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("temperature", -0.1), ("top_k", -1), ("top_p", 0.0), ("top_p", 1.1), ("min_p", 1.5), ("repetition_penalty", 0.0)],
+    [
+        ("temperature", -0.1),
+        ("temperature", np.inf),
+        ("temperature", np.nan),
+        ("top_k", -1),
+        ("top_p", 0.0),
+        ("top_p", 1.1),
+        ("min_p", 1.5),
+        ("repetition_penalty", 0.0),
+        ("repetition_penalty", np.inf),
+    ],
 )
 def test_impossible_options_are_refused(field, value):
     with pytest.raises(UserError, match=f"^{field} is {value}; it must be"):

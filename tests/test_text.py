@@ -2,7 +2,7 @@ import itertools
 
 import pytest
 
-from lrt_jax.inference.text import Reader, encode
+from lrt_jax.inference.text import Reader, complete, encode
 from lrt_jax.setup.errors import UserError
 
 
@@ -52,3 +52,7 @@ def test_nothing_of_a_stop_string_and_no_half_character_is_given_out_early():
 def test_a_prompt_that_is_no_text_is_said():
     with pytest.raises(UserError, match=r"the prompt holds '\\udcff', which no UTF-8 text does"):
         encode(Bytes, "good \udcff")  # what Python makes of the byte 0xff on a command line
+
+
+def test_no_prompts_have_no_completions():
+    assert complete(None, [], tokens=3) == []

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -56,9 +55,14 @@ def read(path: Path) -> ArrayFile:
 
 def _read_npz(path: Path) -> ArrayFile:
     try:
-        with np.load(path, allow_pickle=False) as file:
+        file = np.load(path, allow_pickle=False)
+        if not isinstance(file, np.lib.npyio.NpzFile):
+            raise ValueError("it is one array alone, as np.save writes it")
+        with file:
             arrays = {name: file[name] for name in file.files}
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+        if strange := [name for name, array in arrays.items() if not isinstance(array, np.ndarray)]:
+            raise ValueError(f"{strange[0]} in it is no array")
+    except Exception as error:  # a broken archive raises many kinds
         raise ConversionError(f"{path} is not a readable .npz of plain arrays ({error})") from None
     texts = {name: str(array) for name, array in arrays.items() if array.dtype.kind == "U" and array.ndim == 0}
     return ArrayFile({name: array for name, array in arrays.items() if name not in texts}, texts)

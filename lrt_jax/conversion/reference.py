@@ -203,14 +203,14 @@ def from_reference(arrays: Mapping[str, np.ndarray], config: ModelConfig) -> dic
       config: the model.
 
     Raises:
-      ConversionError: lists every array that misses, is surplus or has another shape.
+      ConversionError: lists every array that misses, is surplus or has another shape; or see :func:`widened`.
       ConfigError: the reference has no such model.
     """
     arrays = {name.removeprefix("_orig_mod."): np.asarray(array) for name, array in arrays.items()}
     _check_arrays(arrays, config)
     pieces: dict[str, list[np.ndarray]] = {}
     for piece in _pieces(config):
-        array = _widened(piece.name, arrays[piece.name])
+        array = widened(piece.name, arrays[piece.name])
         for ours, part in _to_ours(piece, array, config).items():
             pieces.setdefault(ours, []).append(part)
     return {name: np.stack(pieces[name]) if "{}" in _name(name, config) else pieces[name][0] for name in table(config)}
@@ -315,15 +315,26 @@ def _to_theirs(piece: Piece, parts: list[np.ndarray], config: ModelConfig) -> np
     return array.reshape(shape[::-1]).T if _is_linear(piece.ours[0]) else array.reshape(shape)
 
 
-def _widened(name: str, array: np.ndarray) -> np.ndarray:
-    """Floats narrower than float32, bfloat16 among them, as float32, which holds each exactly."""
-    if array.dtype in (np.float32, np.float64):
-        return array
+def widened(name: str, array: np.ndarray) -> np.ndarray:
+    """Floats narrower than float32, bfloat16 among them, as float32, which holds each exactly.
+
+    Raises:
+      ConversionError: the array holds no floats, or floats that are not finite in float32.
+    """
     if array.dtype.name in NARROW:
-        return array.astype(np.float32)
-    raise ConversionError(
-        f"{name} has the dtype {array.dtype}; allowed are float64, float32, {', '.join(NARROW)} (bfloat16 not in .npz)"
-    )
+        array = array.astype(np.float32)
+    if array.dtype not in (np.float32, np.float64):
+        raise ConversionError(
+            f"{name} has the dtype {array.dtype}; allowed are float64, float32, {', '.join(NARROW)} (bfloat16 not in "
+            ".npz)"
+        )
+    with np.errstate(over="ignore"):
+        infinite = np.count_nonzero(~np.isfinite(array.astype(np.float32)))
+    if infinite:
+        raise ConversionError(
+            f"{name} has {infinite:,} of {array.size:,} entries that are not finite in float32; all must be finite"
+        )
+    return array
 
 
 def _check_arrays(arrays: Mapping[str, np.ndarray], config: ModelConfig) -> None:

@@ -143,7 +143,7 @@ def load_or_train(config: Config, corpus: Corpus, workdir: epath.PathLike) -> To
                 f"config.data.tokenizer is {config.data.tokenizer!r}, another tokenizer than {kept}, which the work "
                 "dir was begun with; there must be a copy of that, or use another --workdir"
             )
-        return _load(model, str(kept), config)
+        return checked(model, str(kept), config)
     if config.data.tokenizer:
         return given(config)
     shards = list(corpus.shards)
@@ -164,7 +164,7 @@ def given(config: Config) -> Tokenizer:
             f"config.data.tokenizer is {config.data.tokenizer!r}, where there is no file; it must be a "
             "SentencePiece model, or '' to train one"
         )
-    return _load(model, config.data.tokenizer, config)
+    return checked(model, config.data.tokenizer, config)
 
 
 def _bytes_given(config: Config) -> bytes | None:
@@ -203,11 +203,15 @@ def load(workdir: epath.PathLike, config: Config) -> Tokenizer:
             f"--workdir is {str(workdir)!r}, which has no {FILE}; it must be the work dir of a run, or of an "
             "import with --tokenizer"
         )
-    return _load(kept.read_bytes(), str(kept), config)
+    return checked(kept.read_bytes(), str(kept), config)
 
 
-def _load(model: bytes, path: str, config: Config) -> Tokenizer:
-    """The tokenizer of a model file, once it is known to fit the config and to be lossless."""
+def checked(model: bytes, path: str, config: Config) -> Tokenizer:
+    """The tokenizer of a model file, once it is known to fit the config and to be lossless.
+
+    Raises:
+      ConfigError: naming ``path``, what was found and what is allowed.
+    """
     try:
         tokenizer = Tokenizer(model)
     except ValueError as error:

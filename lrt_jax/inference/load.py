@@ -73,7 +73,7 @@ def load_params(workdir: Path, step: int | None = None) -> tuple[Config, dict[st
     if step not in found:
         wanted = "a checkpoint" if step is None else f"a checkpoint of step {step}"
         listed = ", ".join(map(str, found)) or "none"
-        raise ConfigError(f"--workdir is {str(workdir)!r}, which has not {wanted}; found: {listed}")
+        raise ConfigError(f"the work dir {str(workdir)!r} has not {wanted}; found: {listed}")
     checkpoints = checkpoint.Checkpoints(workdir, config.train.keep)
     try:
         abstract = state.abstract_params(Decoder(config.model), _mesh(config))

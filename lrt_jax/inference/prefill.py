@@ -206,7 +206,7 @@ def fixed_point(
     guess = _Guess(out.buffer.pieces[0], out.source_BxPxD, out.hidden_BxPxD, none_B, residual_B)
 
     def unfinished(guess: _Guess) -> jax.Array:
-        return (guess.residual_B > config.tolerance) & (guess.refinements_B < needed_B)
+        return ~(guess.residual_B <= config.tolerance) & (guess.refinements_B < needed_B)  # NaN has not converged
 
     def refine(guess: _Guess) -> _Guess:
         out, _ = run(shifted(guess.source_BxPxD))

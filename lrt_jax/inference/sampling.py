@@ -1,6 +1,7 @@
 """From logits to the next token of each row."""
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -35,8 +36,8 @@ class Sampling:
           UserError: naming the field, what was found and what is allowed.
         """
         for name, fits, allowed in (
-            ("repetition_penalty", self.repetition_penalty > 0, "above 0"),
-            ("temperature", self.temperature >= 0, "0 or more"),
+            ("repetition_penalty", 0 < self.repetition_penalty < math.inf, "above 0 and finite"),
+            ("temperature", 0 <= self.temperature < math.inf, "0 or more and finite"),
             ("top_k", self.top_k >= 0, "0 (all tokens) or more"),
             ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
             ("min_p", 0 <= self.min_p <= 1, "between 0 and 1"),
@@ -66,12 +67,15 @@ def choose(
     scores_BxV = logits_BxV
     if sampling.repetition_penalty != 1 and seen_BxV is not None:
         penalty = sampling.repetition_penalty
-        lowered_BxV = jnp.where(scores_BxV > 0, scores_BxV / penalty, scores_BxV * penalty)
-        scores_BxV = jnp.where(seen_BxV, lowered_BxV, scores_BxV)
+        penalized_BxV = jnp.where(scores_BxV > 0, scores_BxV / penalty, scores_BxV * penalty)
+        scores_BxV = jnp.where(seen_BxV, penalized_BxV, scores_BxV)
     if sampling.temperature == 0:
         tokens_B = jnp.argmax(scores_BxV, axis=-1)
     else:
-        tokens_B = _draw(scores_BxV / sampling.temperature, keys_B, sampling)
+        # The largest becomes 0, which no temperature moves: divided by a small one, the others alone overflow.
+        lowered_BxV = scores_BxV - jnp.max(scores_BxV, axis=-1, keepdims=True)
+        temperature = max(sampling.temperature, float(jnp.finfo(scores_BxV.dtype).tiny))
+        tokens_B = _draw(lowered_BxV / temperature, keys_B, sampling)
     chosen_B = jnp.take_along_axis(logits_BxV, tokens_B[:, None], axis=-1)[:, 0]
     return tokens_B.astype(jnp.int32), chosen_B - jax.nn.logsumexp(logits_BxV, axis=-1)
 

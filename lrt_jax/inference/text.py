@@ -126,7 +126,7 @@ def complete(
 
     Args:
       trained: the model.
-      prompts: each follows BOS; an empty one begins a new document.
+      prompts: each follows BOS; an empty one begins a new document. There may be none.
       tokens: how many tokens each gets, at most.
       method: how. BOS, which begins another document, is always a stop token.
       seeds: one for each prompt; None: 0, 1, …
@@ -135,6 +135,8 @@ def complete(
     Raises:
       UserError: a prompt with the new tokens is longer than the context.
     """
+    if not prompts:
+        return []
     generation = _begin(trained, prompts, tokens, method, seeds)
     readers = [Reader(trained.tokenizer, stop_strings) for _ in prompts]
     texts, lengths = [""] * len(readers), [0] * len(readers)

@@ -1,7 +1,9 @@
 """How a command reads its flags and ends: one clear line for whatever the user can mend."""
 
+import math
 import os
 import re
+import select
 import sys
 import traceback
 import typing
@@ -39,13 +41,22 @@ def run(command: Callable[..., int | None], *, takes_arguments: bool = False) ->
             raise ConfigError(f"{rest[1]!r} is not a flag; flags are written --name=value")
         return rest
 
+    def call(rest: list[str]) -> int | None:
+        code = command(*rest[1:] if takes_arguments else ())
+        sys.stdout.flush()  # here, where a reader that is gone is no fault
+        return code
+
     try:
-        app.run(lambda rest: command(*rest[1:] if takes_arguments else ()), flags_parser=read)
+        app.run(call, flags_parser=read)
     except UserError as error:
         _end(f"error: {error}", 1)
     except KeyboardInterrupt:
         _end("stopped; nothing was changed", 1)
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and _unread():
+            if processes.started():
+                os._exit(1)
+            sys.exit(1)
         if not processes.started():
             raise
         if isinstance(error, jax.errors.JaxRuntimeError) and LOST.search(str(error)):
@@ -57,6 +68,16 @@ def run(command: Callable[..., int | None], *, takes_arguments: bool = False) ->
             )
         traceback.print_exc()
         _end(f"error: process {jax.process_index()} fails, and so all others will", 1)
+
+
+def _unread() -> bool:
+    """Whether nobody reads standard output any more, as after ``| head``; what is left of it is then dropped."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)  # that the other end is closed is told unasked
+    if not poll.poll(0):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return True
 
 
 def _end(message: str, code: int) -> NoReturn:
@@ -109,9 +130,16 @@ def define_decode_flags(name: str, about: str) -> None:
 
 
 def decode_flags() -> dict[str, Any]:
-    """The fields of ``config.decode`` that were given by flags."""
+    """The fields of ``config.decode`` that were given by flags.
+
+    Raises:
+      ConfigError: ``--tolerance`` is not finite.
+    """
     given = {name: getattr(flags.FLAGS, name) for name in ("tolerance", "max_refinements", "chunk")}
-    return {name: value for name, value in given.items() if value is not None}
+    found = {name: value for name, value in given.items() if value is not None}
+    if not 0 <= found.get("tolerance", 0.0) < math.inf:  # absl lets NaN through every bound
+        raise ConfigError(f"--tolerance is {found['tolerance']}; it must be a finite number, 0 or more")
+    return found
 
 
 def _overrides(argument: str) -> bool:

@@ -1,0 +1,77 @@
+"""What the commands that use a trained model refuse before they load it; none is a process of its own."""
+
+import functools
+import math
+import re
+import subprocess
+import sys
+
+import pytest
+from absl import flags
+
+from lrt_jax import evaluate, generate
+from lrt_jax.setup.errors import UserError
+
+
+@pytest.fixture
+def run(monkeypatch):
+    """Runs a command with arguments, on flags of its own."""
+
+    def command(module, *arguments):
+        values = flags.FlagValues()
+        monkeypatch.setattr(flags, "FLAGS", values)
+        for kind in ("string", "integer", "float", "bool", "enum", "multi_string"):
+            define = getattr(flags, f"DEFINE_{kind}")
+            define = define.func if isinstance(define, functools.partial) else define
+            monkeypatch.setattr(flags, f"DEFINE_{kind}", functools.partial(define, flag_values=values))
+        module.define_flags()
+        values(["command", *arguments])
+        module.main()
+
+    return command
+
+
+@pytest.mark.parametrize("module", [evaluate, generate])
+@pytest.mark.parametrize("tolerance", [math.nan, math.inf])
+def test_a_tolerance_that_is_no_finite_number_is_refused(run, module, tolerance):
+    prompt = ["--prompt=x"] if module is generate else []
+    with pytest.raises(UserError, match=f"^--tolerance is {tolerance}; it must be a finite number"):
+        run(module, "--workdir=/nowhere", *prompt, f"--tolerance={tolerance}")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--nointeractive"], "of --prompt=TEXT, .* and --new_document none is given; give exactly one"),
+        (["--interactive=false", "--nonew_document"], "of --prompt=TEXT, .* none is given; give exactly one"),
+        (["--prompt=x", "--interactive"], "of --prompt=TEXT, .* --prompt and --interactive is given; give exactly one"),
+        (["--prompt=", "--file=x"], "of --prompt=TEXT, .* --prompt and --file is given; give exactly one"),
+        (["--interactive=false", "--prompt=x"], "--workdir is '/nowhere', which has no config.json"),
+        (["--prompt=x", "--stop=a", "--stop="], "--stop is empty; give the text to end before"),
+        (["--prompt=x", "--seed=-1"], "--seed is -1; with --samples=1 allowed are 0 to 4294967295"),
+        (["--prompt=x", "--seed=4294967296"], "--seed is 4294967296; with --samples=1 allowed are 0 to 4294967295"),
+        (["--prompt=x", "--seed=4294967295", "--samples=2"], ".* with --samples=2 allowed are 0 to 4294967294"),
+        (["--prompt=x", "--temperature=inf"], "temperature is inf; it must be 0 or more and finite"),
+    ],
+)
+def test_flags_that_do_not_fit_together_are_refused(run, arguments, message):
+    with pytest.raises(UserError, match=f"^{message}"):
+        run(generate, "--workdir=/nowhere", *arguments)
+
+
+@pytest.mark.parametrize("printed", ["print('x' * 10**6)", "print('x')", "print('x', flush=True)"])
+def test_a_reader_that_has_gone_ends_a_command_quietly(printed):
+    program = f"from lrt_jax.setup import flags\nflags.run(lambda: [input(), {printed}] and None)"
+    pipe = subprocess.PIPE
+    process = subprocess.Popen([sys.executable, "-c", program], stdin=pipe, stdout=pipe, stderr=pipe, text=True)
+    process.stdout.close()
+    process.stdin.write("\n")
+    process.stdin.close()
+    assert (process.stderr.read(), process.wait()) == ("", 1)
+    process.stderr.close()
+
+
+def test_a_pipe_that_breaks_elsewhere_is_not_hidden():
+    program = "from lrt_jax.setup import flags\ndef fail(): raise BrokenPipeError('of a worker')\nflags.run(fail)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 1 and re.search("BrokenPipeError: of a worker$", done.stderr.strip())
