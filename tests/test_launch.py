@@ -198,3 +198,23 @@ def test_what_is_wrong_is_said(script, arguments, message):
 
 def test_local_dry_run_reads_back_in_any_shell():
     assert shlex.split(dry("local.sh", *TRAINING)) == [".venv/bin/python", "-m", "lrt_jax.main", *TRAINING]
+
+
+@pytest.mark.parametrize(
+    ("said", "build"),
+    [
+        ("echo 580.65.06; echo 580.65.06", "cuda13"),
+        ("echo 1000.1", "cuda13"),
+        ("echo 575.57.08", "cuda12"),
+        ("echo 'NVIDIA-SMI has failed because it could not reach the NVIDIA driver. Make sure it runs.'; exit 9", None),
+        ("echo 'No devices were found'; exit 6", None),
+    ],
+)
+def test_make_takes_the_cuda_build_that_the_driver_runs(tmp_path, said, build):
+    (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\ncase $* in *driver_version*) {said} ;; esac\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    environment = {name: value for name, value in os.environ.items() if name not in ("ACCELERATOR", "MAKEFLAGS")}
+    environment["PATH"] = f"{tmp_path}:{environment['PATH']}"
+    command = ["make", "-n", "-B", "-C", str(LAUNCH.parent), "train"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
+    assert re.findall(r"jax\[(cuda\d+)\]", done.stdout) == ([build] if build else [])
