@@ -4,8 +4,10 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -114,6 +116,70 @@ def test_tpu_vm_workers_say_how_they_ended(tmp_path):
         assert done.returncode == 75 and done.stdout.splitlines()[-1] == f"lrt-jax ended: exit 75, step {step}"
 
 
+# Commands of a worker: each says that it was called, in a file; those that make something make one like it.
+WORKER = {
+    "old_python": "exit 1",
+    "python": 'case $2 in venv) mkdir -p $3/bin; cp "$0" $3/bin/python ;; lrt_jax.main) exit 75 ;; esac',
+    "curl": 'case $* in *uv*) echo "mkdir -p ~/.local/bin; cp $TOOLS/uv ~/.local/bin" ;; *) echo key ;; esac',
+    "uv": "mkdir -p .venv/bin; cp $TOOLS/python .venv/bin/python",
+    "apt-get": "case $* in *install*gcsfuse*) cp $TOOLS/gcsfuse $IMAGE/gcsfuse ;; esac",
+    "sudo": 'case $1 in mkdir | chown) ;; tee) cat >"$HOME/${2##*/}" ;; *) "$@" ;; esac',
+    **dict.fromkeys(("tar", "gcsfuse", "sleep"), ""),
+    "mountpoint": "exit 1",
+}
+
+
+@pytest.mark.parametrize(
+    ("has", "brought"),
+    [
+        ({"python3": "python", "gcsfuse": "gcsfuse"}, []),
+        ({"python3": "old_python", "python3.11": "python", "gcsfuse": "gcsfuse"}, []),
+        ({"python3": "old_python", "uv": "uv", "gcsfuse": "gcsfuse"}, ["uv venv"]),
+        ({"python3": "old_python"}, ["curl -fsSL", "apt-get -qq install", "curl -LsSf", "uv venv"]),
+    ],
+)
+def test_tpu_vm_brings_what_an_image_lacks(tmp_path, has, brought):
+    tools, image, home = (tmp_path / name for name in ("tools", "image", "home"))
+    for folder in (tools, image, home):
+        folder.mkdir()
+    for name, program in WORKER.items():
+        (tools / name).write_text(f'#!/bin/bash\necho "${{0##*/}} $*" >>$HOME/calls\n{program}\n')
+        (tools / name).chmod(0o755)
+    for name in ("bash", "sh", "mkdir", "rm", "cp", "cat", "ls", "sed", "grep", "sort", "tail"):
+        (image / name).symlink_to(shutil.which(name))
+    for name, tool in {
+        **{name: name for name in ("tar", "curl", "apt-get", "sudo", "sleep", "mountpoint")},
+        **has,
+    }.items():
+        shutil.copy(tools / tool, image / name)
+    *_, start = commands_of(dry("tpu_vm.sh", "run", *TPU, "--bucket=b", "--", "--config=x"))
+    command = start[-1].removeprefix("--command=").replace("/mnt/lrt", "mnt")
+    assert "\n" not in command
+    environment = {"HOME": str(home), "USER": "me", "PATH": str(image), "TOOLS": str(tools), "IMAGE": str(image)}
+
+    def called(begins):
+        done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=home, env=environment)
+        assert done.returncode == 75 and "lrt-jax ended: exit 75" in done.stdout, done
+        calls = (home / "calls").read_text()
+        (home / "calls").unlink()
+        install, train = [line for line in calls.splitlines() if line.startswith("python -m")][-2:]
+        assert install.endswith("pip install --quiet -e .[gcs] jax[tpu]") and "lrt_jax.main" in train
+        return [line for line in calls.splitlines() if line.startswith(begins)]
+
+    begins = ("curl", "uv", "apt-get -qq -o", "apt-get -qq install")
+    calls = called(begins)
+    assert len(calls) == len(brought), calls
+    for call, expected in zip(calls, brought, strict=True):
+        assert call.replace("-o DPkg::Lock::Timeout=300 ", "").startswith(expected)
+    assert not called(begins)  # it is there now
+    if "gcsfuse" not in has:
+        codename = re.search(r"^VERSION_CODENAME=(.*)$", Path("/etc/os-release").read_text(), flags=re.MULTILINE)
+        assert (home / "gcsfuse.list").read_text() == (
+            "deb [signed-by=/usr/share/keyrings/cloud.google.asc] https://packages.cloud.google.com/apt "
+            f"gcsfuse-{codename[1] if codename else ''} main\n"
+        )
+
+
 # Prints what workers said in the run of the day, and hands on no exit code.
 GCLOUD = """#!/usr/bin/env bash
 echo "$*" >>calls
@@ -146,6 +212,36 @@ def test_tpu_vm_runs_again_while_there_is_progress(tmp_path, days, code, pauses,
     assert done.returncode == code and says in done.stderr, done
     assert (tmp_path / "pauses").read_text().split() == pauses if pauses else not (tmp_path / "pauses").exists()
     assert ("delete" in (tmp_path / "calls").read_text()) == (code == 0)  # machines of a run that failed are kept
+
+
+@pytest.mark.parametrize("action", ["run", "up"])
+def test_tpu_vm_ships_nothing_that_is_not_committed(tmp_path, action):
+    (tmp_path / "launch").mkdir()
+    shutil.copy(LAUNCH / "tpu_vm.sh", tmp_path / "launch")
+    (tmp_path / "gcloud").write_text(f'#!/bin/sh\necho "$*" >>{tmp_path}/calls\n')
+    (tmp_path / "gcloud").chmod(0o755)
+    (tmp_path / ".gitignore").write_text("gcloud\ncalls\n")
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=x", "-c", "user.email=x@x"]
+    subprocess.run([*git, "init", "-q"], check=True)
+    command = [str(tmp_path / "launch" / "tpu_vm.sh"), action, *TPU, "--", "x"]
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=20)
+    assert done.returncode == 2 and done.stderr.startswith("error: .gitignore is not committed"), done
+    assert done.stderr.count("\n") == 1 and not (tmp_path / "calls").exists()  # nothing was asked for
+    shown = subprocess.run([command[0], "--dry-run", *command[1:]], capture_output=True, text=True, check=True).stdout
+    assert shown.startswith("# would stop here: .gitignore is not committed")
+    subprocess.run([*git, "add", "-A"], check=True)
+    subprocess.run([*git, "commit", "-qm", "x"], check=True)
+    shown = subprocess.run([command[0], "--dry-run", *command[1:]], capture_output=True, text=True, check=True).stdout
+    assert "would stop" not in shown
+    command[1] = "run"
+    subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert " scp " in (tmp_path / "calls").read_text()
+
+
+def test_what_reads_buckets_is_named():
+    extras = tomllib.loads((LAUNCH.parent / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert extras["gcs"] == ["gcsfs"] and extras["s3"] == ["s3fs"]
 
 
 def test_slurm():
