@@ -11,6 +11,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import yaml
 
 LAUNCH = Path(__file__).parents[1] / "launch"
 SCRIPTS = sorted(LAUNCH.rglob("*.sh"))
@@ -254,10 +255,12 @@ def test_slurm():
     assert training_of(start) == TRAINING
 
 
+GKE = ["--image=gcr.io/p/i:1", "--accelerator=tpu-v5-lite-podslice", "--topology=16x16", "--hosts=64"]
+
+
 def test_gke():
-    arguments = ["--image=gcr.io/p/i:1", "--accelerator=tpu-v5-lite-podslice", "--topology=16x16", "--hosts=64"]
     script = "gke/run.sh"
-    manifest = dry(script, "my-run", *arguments, "--slices=2", "--spot", "--bucket=b", "--", *TRAINING)
+    manifest = dry(script, "my-run", *GKE, "--slices=2", "--spot", "--bucket=b", "--", *TRAINING)
     (command,) = re.findall(r"^ *command: (\[.*\])$", manifest, flags=re.MULTILINE)
     # Kubernetes takes $$( for $(, and what is no reference as it is.
     words = [word.replace("$$(", "$(") for word in json.loads(command)]
@@ -267,8 +270,34 @@ def test_gke():
         "replicas: 2" in rest and "completions: 64" in rest and 'gke-spot: "true"' in rest and "bucketName: b" in rest
     )
     assert not re.search(r"@[A-Z]+@|# if", rest)
-    plain = dry(script, "my-run", *arguments, "--", *TRAINING)
+    plain = dry(script, "my-run", *GKE, "--", *TRAINING)
     assert "gke-spot" not in plain and "gcsfuse" not in plain
+
+
+def test_gke_starts_again_except_after_an_error():
+    jobset = yaml.safe_load(dry("gke/run.sh", "my-run", *GKE, "--bucket=b", "--", *TRAINING))["spec"]
+    policy, (slices,) = jobset["failurePolicy"], jobset["replicatedJobs"]
+    assert policy["rules"] == [{"action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]}]
+    job = slices["template"]["spec"]
+    pod = job["template"]["spec"]
+    (container,) = pod["containers"]
+    preempted, failed = job["podFailurePolicy"]["rules"]  # the first that fits counts
+    assert preempted == {"action": "Count", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]}
+    assert failed["action"] == "FailJob" and failed["onExitCodes"] == {
+        "containerName": container["name"],
+        "operator": "In",
+        "values": [1],
+    }
+    assert pod["restartPolicy"] == "Never"  # what a podFailurePolicy needs
+    assert job["backoffLimit"] == 0 and policy["maxRestarts"] > 0  # all other codes
+    bucket = next(volume["csi"] for volume in pod["volumes"] if volume["name"] == "bucket")
+    assert pod["hostNetwork"] and bucket["volumeAttributes"]["hostNetworkPodKSA"] == "true"
+
+
+def test_gke_image_copies_what_there_is():
+    for line in (LAUNCH / "gke" / "Dockerfile").read_text().splitlines():
+        if line.startswith("COPY"):
+            assert all((LAUNCH.parent / name).exists() for name in line.split()[1:-1])
 
 
 @pytest.mark.parametrize(
