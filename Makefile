@@ -1,5 +1,6 @@
 # make train: set everything up, then train the default model on the embedded corpus.
 # make test:  set everything up, then run the tests.
+# make install: only set everything up.
 PYTHON ?= python3
 VENV ?= .venv
 # Which jax to install: cuda13 beside an NVIDIA driver from 580 on, cuda12 beside an older one (and by hand for GPUs
@@ -12,7 +13,10 @@ ARGS ?=
 RUN := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 
-.PHONY: train test test-faults lint types format clean
+.DEFAULT_GOAL := train
+.PHONY: install train test test-faults lint types format clean
+
+install: $(INSTALLED)
 
 train: $(INSTALLED)
 	$(RUN) -m lrt_jax.main --config=$(CONFIG) $(ARGS)

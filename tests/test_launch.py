@@ -294,6 +294,30 @@ def test_gke_starts_again_except_after_an_error():
     assert pod["hostNetwork"] and bucket["volumeAttributes"]["hostNetworkPodKSA"] == "true"
 
 
+@pytest.mark.parametrize(
+    ("script", "arguments"), [("local.sh", []), ("slurm.sh", ["--nodes=1", "--gpus=1", "--", "x"])]
+)
+def test_an_environment_that_misses_is_said_before_anything_starts(tmp_path, script, arguments):
+    (tmp_path / "launch").mkdir()
+    shutil.copy(LAUNCH / script, tmp_path / "launch")
+    (tmp_path / "sbatch").write_text('#!/bin/sh\ncat >/dev/null; echo "Submitted"\n')
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    command = [str(tmp_path / "launch" / script), *arguments]
+    for name in ("sbatch", ".venv/bin/python"):
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+        assert done.returncode == 2 and not done.stdout
+        assert re.fullmatch("error: there is no .venv/bin/python in .*; make install .*\n", done.stderr), done
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+        (tmp_path / name).chmod(0o755)
+    if script == "slurm.sh":
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
+        assert done.stdout == "Submitted\n" and "warning: .venv has jax for CPUs only" in done.stderr
+        (tmp_path / ".venv/lib/python3.12/site-packages/jax_cuda13_plugin").mkdir(parents=True)
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
+        assert done.stdout == "Submitted\n" and not done.stderr
+
+
 def test_gke_image_copies_what_there_is():
     for line in (LAUNCH / "gke" / "Dockerfile").read_text().splitlines():
         if line.startswith("COPY"):
