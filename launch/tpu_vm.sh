@@ -273,13 +273,13 @@ up() {
             continue
         fi
         if [[ $code -ne 75 ]]; then
-            echo "error: training ended with an error and the machines are still there; see launch/tpu_vm.sh logs $name" >&2
+            echo "error: training ended with an error and the machines are still there; see launch/tpu_vm.sh logs $name, then run again or delete" >&2
             return 1
         fi
         if [[ $newest -gt $before ]]; then without=0; else without=$((without + 1)); fi
         if [[ $without -gt $restarts ]]; then
             echo "error: training stopped $without times without a checkpoint after step $newest (--restarts=$restarts), and the" \
-                "machines are still there; see launch/tpu_vm.sh logs $name" >&2
+                "machines are still there; see launch/tpu_vm.sh logs $name, then run again or delete" >&2
             return 1
         fi
         pause=$((without < 6 ? 10 << without : 600))
