@@ -14,6 +14,7 @@ from lrt_jax.setup.config import ConfigError, MeshConfig
 
 PROGRAM = """
 import json, sys
+import jax
 jax.config.update("jax_disable_most_optimizations", True)  # compiling is nearly all of the time
 import numpy as np
 import optax
