@@ -1,16 +1,22 @@
 # make train: set everything up, then train the default model on the embedded corpus.
 # make test:  set everything up, then run the tests.
+# make install: only set everything up.
 PYTHON ?= python3
 VENV ?= .venv
-# Which jax to install: cuda13 beside an NVIDIA driver, tpu on a TPU VM, else the CPU build.
-ACCELERATOR ?= $(shell if command -v nvidia-smi >/dev/null 2>&1; then echo cuda13; \
+# Which jax to install: cuda13 beside an NVIDIA driver from 580 on, cuda12 beside an older one (and by hand for GPUs
+# before Turing, which CUDA 13 has dropped), tpu on a TPU VM, else the CPU build.
+ACCELERATOR ?= $(shell driver=$$(nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null | sed -n '1s/[.].*//p'); \
+	if [ "$$driver" -ge 580 ] 2>/dev/null; then echo cuda13; elif [ "$$driver" -ge 0 ] 2>/dev/null; then echo cuda12; \
 	elif [ -e /dev/accel0 ] || [ -e /dev/vfio/0 ]; then echo tpu; fi)
 CONFIG ?= configs/base.py
 ARGS ?=
 RUN := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 
-.PHONY: train test test-faults lint types format clean
+.DEFAULT_GOAL := train
+.PHONY: install train test test-faults lint types format clean
+
+install: $(INSTALLED)
 
 train: $(INSTALLED)
 	$(RUN) -m lrt_jax.main --config=$(CONFIG) $(ARGS)

@@ -1,5 +1,5 @@
 #!/bin/sh
-# Train on this machine, in the environment that `make train` or `make test` has set up:
+# Train on this machine, in the environment that `make install`, or `make train`, has set up:
 #   launch/local.sh [--config=configs/base.py] [--workdir=DIR] [--config.key=value …]
 #   launch/local.sh --dry-run …     print the command only, quoted for a shell
 set -eu
@@ -16,6 +16,10 @@ done
 [ -n "$given" ] || set -- --config=configs/base.py "$@"
 set -- .venv/bin/python -m lrt_jax.main "$@"
 if [ -z "$dry" ]; then
+    [ -x "$1" ] || {
+        echo "error: there is no $1 in $PWD; make install sets it up" >&2
+        exit 2
+    }
     exec "$@"
 fi
 for word in "$@"; do

@@ -2,7 +2,8 @@
 # Train on the GPUs of a SLURM cluster, one task for each GPU:
 #   launch/slurm.sh [--dry-run] --nodes=N --gpus=PER_NODE [--time=HH:MM:SS] [--partition=…] [--account=…] [--name=…]
 #                   [-- --config=… --workdir=… …]
-# Run in the repository, on a file system that all nodes share, in the environment of `make train`. A job that is
+# Run in the repository, on a file system that all nodes share, in the environment of `make install`; on a login node,
+# which has no GPU to choose by, name the build: `make install ACCELERATOR=cuda13` (or cuda12). A job that is
 # preempted or runs out of time gets SIGTERM two minutes before, saves, and is queued again; the same command goes on.
 # Each task sees all GPUs of its node and takes the one of its local number: with --gpus-per-task a task would see only
 # its own, and GPUs of one node could not reach each other directly.
@@ -81,5 +82,12 @@ if [[ -n $dry ]]; then
     echo "# sbatch, with this on its standard input:"
     script "$@"
 else
+    [[ -x .venv/bin/python ]] || {
+        echo "error: there is no .venv/bin/python in $PWD; make install ACCELERATOR=cuda13 (or cuda12) sets it up" >&2
+        exit 2
+    }
+    if ! compgen -G '.venv/lib/python3*/site-packages/jax_*_plugin' >/dev/null; then
+        echo "warning: .venv has jax for CPUs only; make --always-make install ACCELERATOR=cuda13 (or cuda12) brings the other" >&2
+    fi
     script "$@" | sbatch
 fi

@@ -3,13 +3,15 @@
 #   launch/tpu_vm.sh [--dry-run] ACTION NAME [--zone=…] [--project=…] [--type=v5litepod-256] [--version=…] [--slices=N]
 #                    [--spot] [--bucket=BUCKET] [--restarts=N] [-- --config=… --workdir=… …]
 #   create   asks for the machines, and waits until they are there
-#   run      installs this checkout on every worker and starts training there; what follows -- is passed on
+#   run      installs this checkout's last commit on every worker and starts training there; what follows -- is passed on
 #   logs     follows the log of the first worker
 #   delete   stops everything and gives the machines back
 #   up       create, run, and after a preemption both again, until training ends; where it stopped and there is more to
 #            do, only run again, after a pause that doubles, and at most N times (5) without a newer checkpoint
 # The same command on every worker makes one run: lrt_jax.main finds the others by itself. The work dir must be one that
 # all workers share: with --bucket, the bucket is mounted at /mnt/lrt by gcsfuse, so --workdir=/mnt/lrt/runs/NAME.
+# Where something is not committed, run and up stop before they begin: so a run's code has a name, and is the same after
+# a preemption. What an image lacks is brought: Python 3.12 by uv where none from 3.11 on has venv, gcsfuse by apt.
 # --dry-run prints every command that would be run, quoted for a shell, and runs none.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -20,7 +22,7 @@ if [[ ${1:-} == --dry-run ]]; then
     shift
 fi
 usage() {
-    sed -n '2,15s/^# \{0,1\}//p' "launch/$(basename "$0")" >&2
+    sed -n '2,17s/^# \{0,1\}//p' "launch/$(basename "$0")" >&2
     exit 2
 }
 [[ $# -ge 2 ]] || usage
@@ -74,6 +76,24 @@ do_() {
     else
         "$@"
     fi
+}
+
+# Settles which commit is shipped, by every run of an `up`.
+commit=HEAD
+settle() {
+    local changes message
+    changes=$(git status --porcelain -- .) || [[ -n $dry ]]
+    message="${changes:3}"
+    message="${message%%$'\n'*} is not committed, and workers get the last commit; commit what they need, and set the rest aside with: git stash -u"
+    if [[ -n $dry ]]; then
+        [[ -z $changes ]] || echo "# would stop here: $message"
+        return
+    fi
+    [[ -z $changes ]] || {
+        echo "error: $message" >&2
+        exit 2
+    }
+    commit=$(git rev-parse HEAD)
 }
 
 state() {
@@ -131,8 +151,32 @@ nodes() {
     fi
 }
 
-# What every worker does, as one line of shell in which every argument is quoted. Its last words are how training ended
-# and the newest checkpoint, on standard output: whether gcloud hands on an exit code of --worker=all is not known.
+# Shell for a worker, which expands it. In .venv, a Python that is new enough: Ubuntu 22.04 has 3.10, often without venv.
+# One that an earlier run made stays.
+# shellcheck disable=SC2016
+python='enough() { "$1" -c "import $2, sys; sys.exit(sys.version_info < (3, 11))" 2>/dev/null; } &&
+{ enough .venv/bin/python pip || {
+    rm -rf .venv;
+    for python in python3 python3.13 python3.12 python3.11; do enough "$python" ensurepip && break; python=; done;
+    if [ -n "$python" ]; then "$python" -m venv .venv; else
+        PATH=$HOME/.local/bin:$PATH;
+        command -v uv >/dev/null || curl -LsSf https://astral.sh/uv/install.sh | sh;
+        uv venv --quiet --seed --python 3.12 .venv;
+    fi;
+}; } && '
+# The same for gcsfuse, from Google's repository. A machine that has just started may update its lists itself: that ends.
+# shellcheck disable=SC2016
+gcsfuse='{ command -v gcsfuse >/dev/null || {
+    key=/usr/share/keyrings/cloud.google.asc; google=https://packages.cloud.google.com/apt;
+    curl -fsSL $google/doc/apt-key.gpg | sudo tee $key >/dev/null &&
+    echo "deb [signed-by=$key] $google gcsfuse-$(. /etc/os-release && echo $VERSION_CODENAME) main" |
+        sudo tee /etc/apt/sources.list.d/gcsfuse.list >/dev/null &&
+    for i in 1 2 3 4 5; do sudo apt-get -qq update && break; sleep 20; done &&
+    sudo apt-get -qq -o DPkg::Lock::Timeout=300 install -y gcsfuse >/dev/null;
+}; } && '
+
+# What every worker does, as shell in which every argument is quoted. Its last words are how training ended and the
+# newest checkpoint, on standard output: whether gcloud hands on an exit code of --worker=all is not known.
 remote() {
     local mount="" workdir='runs/*' before="" argument
     for argument in "$@"; do
@@ -141,10 +185,10 @@ remote() {
         before=$argument
     done
     if [[ -n $bucket ]]; then
-        mount="sudo mkdir -p /mnt/lrt && sudo chown \"\$USER\" /mnt/lrt && (mountpoint -q /mnt/lrt || gcsfuse --implicit-dirs --rename-dir-limit=200000 $(printf %q "$bucket") /mnt/lrt) && "
+        mount="${gcsfuse//$'\n'/ }sudo mkdir -p /mnt/lrt && sudo chown \"\$USER\" /mnt/lrt && (mountpoint -q /mnt/lrt || gcsfuse --implicit-dirs --rename-dir-limit=200000 $(printf %q "$bucket") /mnt/lrt) && "
     fi
-    printf '%s' "${mount}mkdir -p lrt-jax && tar -xzf lrt-jax.tar.gz -C lrt-jax && cd lrt-jax && " \
-        "python3 -m venv .venv && .venv/bin/pip install --quiet -e . 'jax[tpu]' && " \
+    printf '%s' "${mount}mkdir -p lrt-jax && tar -xzf lrt-jax.tar.gz -C lrt-jax && cd lrt-jax && ${python//$'\n'/ }" \
+        ".venv/bin/python -m pip install --quiet -e '.[gcs]' 'jax[tpu]' && " \
         ".venv/bin/python -m lrt_jax.main --stopped_exit_code=75$(printf ' %q' "$@") >>\$HOME/lrt-jax.log 2>&1; " \
         "code=\$?; step=\$(ls -d $workdir/checkpoints/* 2>/dev/null | sed 's|.*/||' | grep -x '[0-9]*' | sort -n | tail -n 1); " \
         "echo; echo \"lrt-jax ended: exit \$code, step \${step:-0}\"; exit \$code"
@@ -176,7 +220,7 @@ run() {
         folder=$(mktemp -d)
         archive=$folder/$archive
     fi
-    do_ git archive --format=tar.gz "--output=$archive" HEAD || return
+    do_ git archive --format=tar.gz "--output=$archive" "$commit" || return
     while read -r node; do
         do_ gcloud compute tpus tpu-vm scp "$archive" "$node:lrt-jax.tar.gz" "${where[@]}" --worker=all </dev/null || return
     done < <(nodes)
@@ -229,13 +273,13 @@ up() {
             continue
         fi
         if [[ $code -ne 75 ]]; then
-            echo "error: training ended with an error and the machines are still there; see launch/tpu_vm.sh logs $name" >&2
+            echo "error: training ended with an error and the machines are still there; see launch/tpu_vm.sh logs $name, then run again or delete" >&2
             return 1
         fi
         if [[ $newest -gt $before ]]; then without=0; else without=$((without + 1)); fi
         if [[ $without -gt $restarts ]]; then
             echo "error: training stopped $without times without a checkpoint after step $newest (--restarts=$restarts), and the" \
-                "machines are still there; see launch/tpu_vm.sh logs $name" >&2
+                "machines are still there; see launch/tpu_vm.sh logs $name, then run again or delete" >&2
             return 1
         fi
         pause=$((without < 6 ? 10 << without : 600))
@@ -252,6 +296,7 @@ case $action in
             echo "error: what to train is not set; for example: -- --config=configs/nanochat.py:depth=20 --workdir=/mnt/lrt/runs/d20" >&2
             exit 2
         }
+        settle
         "$action" "$@"
         ;;
     *) usage ;;

@@ -7,6 +7,10 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
+
+from lrt_jax.setup import mesh as meshes
+from lrt_jax.setup.config import ConfigError, MeshConfig
 
 PROGRAM = """
 import json, sys
@@ -74,3 +78,28 @@ def test_7_losses_and_scores_are_the_same_on_every_mesh():
             ways = run["mesh"][1] * run["mesh"][2]
             assert run["shards"] == {"query": ways, "value_embedding": ways}  # really sharded, over fsdp × tensor
             assert run["compiled"] == 1  # the state comes out as it went in
+
+
+class Device:
+    """What a mesh asks of a device: number ``id`` on one of two hosts, of four each."""
+
+    device_kind = "stand-in"
+
+    def __init__(self, platform, number):
+        self.platform, self.id = platform, number
+        self.process_index = self.slice_index = number // 4
+
+
+@pytest.mark.parametrize("sizes", [(-1, 1, 1, 1), (2, 4, 1, 1), (1, 8, 1, 1), (1, 2, 4, 1)])
+def test_any_axis_goes_over_the_hosts_of_gpus(sizes):
+    devices = [Device("gpu", number) for number in range(8)]
+    mesh = meshes.make_mesh(MeshConfig(*sizes), devices)
+    assert [device.id for device in mesh.devices.flat] == list(range(8))
+    assert meshes.data_ways_of_a_slice(mesh) == mesh.shape["data"]
+
+
+@pytest.mark.parametrize("slices", [1, 4])
+def test_slices_of_tpus_must_be_those_found(slices):
+    devices = [Device("tpu", number) for number in range(8)]
+    with pytest.raises(ConfigError, match=f"config.mesh.slices is {slices}; the devices found lie in 2"):
+        meshes.make_mesh(MeshConfig(data=8, slices=slices), devices)

@@ -1,6 +1,9 @@
 """The tour runs from a clean kernel, and is committed as it ran."""
 
 import ast
+import importlib.util
+import re
+import shutil
 import warnings
 from pathlib import Path
 
@@ -55,3 +58,22 @@ def test_the_tour_begins_with_its_badge_and_defines_plots_only(tour):
                 assert not isinstance(node, ast.ClassDef | ast.Lambda)
                 if isinstance(node, ast.FunctionDef):
                     assert node.name.startswith("plot_")
+
+
+@pytest.mark.parametrize(
+    ("there", "build"),
+    [
+        ((), "jax"),
+        (("nvidia-smi",), "jax[cuda12]"),
+        (("nvidia-smi", "jax_cuda13_plugin"), "jax[cuda13]"),
+        (("libtpu",), "jax[tpu]"),
+        (("lrt_jax", "nvidia-smi"), None),
+    ],
+)
+def test_the_tour_installs_the_jax_of_the_runtime(tour, monkeypatch, there, build):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: True if name in there else None)
+    monkeypatch.setattr(shutil, "which", lambda name: name if name in there else None)
+    source = next(cell.source for cell in tour.cells if "%pip install" in cell.source)
+    installed = []
+    exec(re.sub(r'%pip install -q "{jax_build}".*', "installed.append(jax_build)", source), {"installed": installed})
+    assert installed == ([build] if build else [])

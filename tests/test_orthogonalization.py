@@ -107,8 +107,9 @@ def test_meshes_that_shard_rows_only(sizes, rows_only):
 
 
 def test_work_is_shared_out_within_a_slice():
-    def mesh(slices):
-        devices = [SimpleNamespace(slice_index=index * slices // 8) for index in range(8)]
+    def mesh(slices, platform="tpu"):
+        devices = [SimpleNamespace(platform=platform, slice_index=index * slices // 8) for index in range(8)]
         return SimpleNamespace(shape={"data": 4, "fsdp": 2}, devices=np.array(devices).reshape(4, 2, 1, 1))
 
     assert [data_ways_of_a_slice(mesh(slices)) for slices in (1, 2, 4)] == [4, 2, 1]
+    assert data_ways_of_a_slice(mesh(8, "gpu")) == 4  # eight hosts

@@ -2,11 +2,15 @@
 # Train on TPU slices of a GKE cluster, as a JobSet:
 #   launch/gke/run.sh [--dry-run] NAME --image=IMAGE --accelerator=tpu-v5-lite-podslice --topology=16x16 --hosts=64
 #                     [--chips=4] [--slices=N] [--bucket=BUCKET] [--namespace=…] [--spot] [-- --config=… --workdir=… …]
-# IMAGE holds this repository with its environment, `lrt_jax` importable by `python`. --hosts is how many machines a slice
-# has, --chips how many chips a machine. GKE tells every pod who the others are, and lrt_jax.main finds them by itself.
+# IMAGE holds this repository with its environment, `lrt_jax` importable by `python`: launch/gke/Dockerfile builds one.
+# --hosts is how many machines a slice has, --chips how many chips a machine. GKE tells every pod who the others are, and
+# lrt_jax.main finds them by itself. The cluster needs JobSet 0.6 or newer.
 # The work dir must be one that all pods share: with --bucket, a bucket is mounted at /mnt/lrt (Cloud Storage FUSE CSI
-# driver; the namespace's default service account must be allowed to write to it). A pod that is preempted ends the others, and the
-# JobSet starts all of them again: the same command goes on from the last checkpoint.
+# driver 1.17.2 or newer; the namespace's default service account must be allowed to write to it). A pod that is preempted
+# ends the others, and the JobSet starts all of them again: the same command goes on from the last checkpoint. An error
+# (exit 1) ends the JobSet. To look, to begin again after an error or the end, and to stop:
+#   kubectl logs --follow --selector=jobset.sigs.k8s.io/jobset-name=NAME,batch.kubernetes.io/job-completion-index=0
+#   kubectl delete jobset NAME      a JobSet is not changed or begun again by the same name: delete it, then run this again
 # --dry-run prints the manifest and the command that would apply it, and applies nothing.
 set -euo pipefail
 cd "$(dirname "$0")"

@@ -1,5 +1,6 @@
 """What the devices can do at best: the denominator of MFU."""
 
+import re
 import time
 
 import jax
@@ -15,17 +16,25 @@ PEAK_FLOPS = {
     "TPU v6 lite": 918e12,
     "TPU v6e": 918e12,
     "NVIDIA A100": 312e12,
-    "NVIDIA H100": 989e12,
+    "NVIDIA H100": 989e12,  # SXM: its device says "80GB HBM3"
+    "NVIDIA H100 NVL": 835e12,
+    "NVIDIA H100 PCIe": 756e12,
     "NVIDIA H200": 989e12,
+    "NVIDIA H200 NVL": 835e12,
     "NVIDIA L4": 121e12,
+    "NVIDIA L40": 181e12,
+    "NVIDIA L40S": 362e12,
     "Tesla T4": 65e12,
 }
 PROBE_SIZE = 1024
 
 
 def peak_flops(device: jax.Device) -> float:
-    """Peak FLOP/s of one device: its data sheet's, or, for a device that has none here, what a probe reaches."""
-    known = [name for name in PEAK_FLOPS if device.device_kind.startswith(name)]
+    """Peak FLOP/s of one device: its data sheet's, or, for a device that has none here, what a probe reaches.
+
+    A name stands for all kinds that begin with it in whole words; of several the longest counts.
+    """
+    known = [name for name in PEAK_FLOPS if re.match(rf"{re.escape(name)}(?!\w)", device.device_kind)]
     return PEAK_FLOPS[max(known, key=len)] if known else measured_flops(device)
 
 

@@ -2,7 +2,7 @@
 
 import bisect
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,15 +33,16 @@ AXES = ("data", "fsdp", "tensor", "sequence")
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """The mesh that ``config`` describes, over ``devices`` (default: all of them), neighbours on inner axes.
 
-    With several slices the ``data`` axis goes over them, outermost: only it crosses their slow network.
+    With several slices the ``data`` axis goes over them, outermost: only it crosses their slow network. Devices that
+    are no TPUs lie in one, host after host: any axis may go over hosts.
 
     Raises:
       ConfigError: the axes' sizes do not multiply to the number of devices, or the slices are not those found.
     """
     devices = jax.devices() if devices is None else list(devices)
     sizes = resolve(config, len(devices))
-    found = len({getattr(device, "slice_index", 0) for device in devices})
-    if found != config.slices and (found > 1 or devices[0].platform == "tpu"):
+    found = slices_of(devices)
+    if found != config.slices and devices[0].platform == "tpu":
         raise ConfigError(f"config.mesh.slices is {config.slices}; the devices found lie in {found}")
     shape = tuple(sizes.values())
     if found == 1:  # also where slices are only imagined: virtual devices lie in order
@@ -97,9 +98,14 @@ def shards_rows_only(sizes: Mapping[str, int]) -> bool:
     return sizes["data"] * sizes["fsdp"] > 1 and sizes["tensor"] == sizes["sequence"] == 1
 
 
+def slices_of(devices: Iterable[jax.Device]) -> int:
+    """The number of TPU slices that the devices lie in; 1 for others, where XLA calls each host of GPUs a slice."""
+    return len({getattr(device, "slice_index", 0) if device.platform == "tpu" else 0 for device in devices})
+
+
 def data_ways_of_a_slice(mesh: Mesh) -> int:
     """The part of the ``data`` axis that lies within one slice: neighbours on it, from any multiple of it on."""
-    return mesh.shape["data"] // len({getattr(device, "slice_index", 0) for device in mesh.devices.flat})
+    return mesh.shape["data"] // slices_of(mesh.devices.flat)
 
 
 def check(config: Config, sizes: Mapping[str, int]) -> None:
