@@ -27,6 +27,7 @@ from lrt_jax.setup import config as configs
 from lrt_jax.setup import flags as command_line
 from lrt_jax.setup import hardware, processes
 from lrt_jax.setup import mesh as meshes
+from lrt_jax.setup import workdir as workdirs
 from lrt_jax.training import (
     checkpoint,
     guard,
@@ -67,8 +68,9 @@ def main() -> int:
         raise configs.ConfigError("--config is not set; for the default run: --config=configs/base.py")
     config = configs.from_config_dict(flags.FLAGS.config)
     name = config_flags.get_config_filename(flags.FLAGS["config"])
+    place = workdirs.local(flags.FLAGS.workdir) if flags.FLAGS.workdir else default_workdir(name)
     processes.start()
-    scores = run(config, Path(flags.FLAGS.workdir or default_workdir(name)))
+    scores = run(config, place)
     return 0 if scores else flags.FLAGS.stopped_exit_code
 
 

@@ -222,6 +222,11 @@ def test_a_staged_run_changes_its_schedule(corpus, tmp_path):
         ([*TRAIN, "--config.model.layers=three"], "config.model.layers is 'three'; it must be int"),
         ([*TRAIN, "--config.model.heads=3"], "config.model.heads is 3, which does not divide model.width"),
         ([*TRAIN, "--config.data.corpus=/nowhere"], "config.data.corpus is '/nowhere'"),
+        (
+            [*TRAIN, "--workdir=s3://bucket/run"],
+            "--workdir is 's3://bucket/run'; it must be a folder: mount the bucket",
+        ),
+        (["lrt_jax.generate", "--workdir=gs://bucket/run", "--prompt=x"], "--workdir is 'gs://bucket/run'; it must be"),
         (["lrt_jax.generate", "--workdir=/nowhere", "--prompt=x"], "has no config.json"),
         (
             ["lrt_jax.generate", "--workdir=/nowhere"],
@@ -240,7 +245,7 @@ def test_a_staged_run_changes_its_schedule(corpus, tmp_path):
 )
 def test_wrong_input_ends_in_one_line(arguments, message, tmp_path):
     if arguments[0] == "lrt_jax.main":
-        arguments = [*arguments, f"--workdir={tmp_path / 'run'}"]
+        arguments = [arguments[0], f"--workdir={tmp_path / 'run'}", *arguments[1:]]
     code, _, err = finish(command(arguments))
     assert code == 1
     assert message in err and "Traceback" not in err
