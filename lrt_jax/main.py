@@ -1,6 +1,7 @@
 """Train: ``python -m lrt_jax.main --config=configs/base.py [--workdir=DIR] [--config.key=value …]``."""
 
 import contextlib
+import dataclasses
 import functools
 import re
 import sys
@@ -103,7 +104,9 @@ def run(config: configs.Config, workdir: Path) -> dict[str, float]:
             watchdog.phase("set-up or closing", "config.train.phase_timeout", config.train.phase_timeout),
             contextlib.ExitStack() as alone,
         ):
+            processes.require_same("config", dataclasses.asdict(config))
             processes.together(lambda: alone.enter_context(lock.held(workdir)) if processes.is_first() else None)
+            workdirs.require_shared(workdir)
             return _run(config, workdir, startup, stop, watchdog)
     except Stopped:
         processes.say("stopped by a signal; run the same command to go on")
