@@ -8,7 +8,16 @@ from lrt_jax.model import costs
 from lrt_jax.model.decoder import Decoder
 from lrt_jax.model.parameters import table
 from lrt_jax.setup import mesh as meshes
-from lrt_jax.setup.config import Config, ConfigError, default_config, from_config_dict, from_json, train_steps
+from lrt_jax.setup.config import (
+    Config,
+    ConfigError,
+    TrainConfig,
+    default_config,
+    from_config_dict,
+    from_json,
+    train_steps,
+)
+from lrt_jax.setup.durations import require_ahead
 from lrt_jax.training import optimizer, schedules, state, step
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -59,6 +68,8 @@ def test_depth_20_has_the_papers_size():
 def test_json_round_trip():
     config = load("nanochat.py:depth=20,memory=layerwise")
     assert from_json(config.to_json()) == config
+    with pytest.raises(ConfigError, match=r"config.eval.temperature is 10*; it must be a finite number"):
+        from_json(config.to_json().replace('"temperature": 0.8', f'"temperature": {10**400}'))
 
 
 @pytest.mark.parametrize(
@@ -75,6 +86,19 @@ def test_json_round_trip():
         ({"model.memory": "none", "model.residual_injection": False}, "trains with: plain"),
         ({"schedule.loss_weights": (1.0,)}, "config.schedule.loss_weights is \\(1.0,\\)"),
         ({"mesh.fsdp": -1}, "only one axis may be -1"),
+        ({"optimizer.muon_lr": float("nan")}, "config.optimizer.muon_lr is nan; it must be a finite number"),
+        ({"optimizer.eps": float("inf")}, "config.optimizer.eps is inf; it must be a finite number"),
+        (
+            {"schedule.loss_weights": (1.0, float("inf"))},
+            "config.schedule.loss_weights\\[1\\] is inf; it must be a fin",
+        ),
+        ({"optimizer.b2": 1.0}, "config.optimizer.b2 is 1.0; it must be 0 or more, and below 1"),
+        ({"optimizer.momentum_start": 1.0}, "config.optimizer.momentum_start is 1.0; it must be 0 or more, and below"),
+        ({"optimizer.momentum_warmup": 2**31}, "config.optimizer.momentum_warmup is 2147483648; it must be at most"),
+        ({"train.steps": 3_000_000_000}, "config.train.steps is 3000000000; it must be at most 2,147,483,647"),
+        ({"data.prefetch": 10**9}, "config.data.prefetch is 1000000000; it must be at most 1,024"),
+        ({"data.corpus": ""}, "config.data.corpus is ''; it must not be empty"),
+        ({"data.text_field": ""}, "config.data.text_field is ''; it must not be empty"),
     ],
 )
 def test_impossible_configs_end_in_one_clear_line(change, message):
@@ -113,3 +137,24 @@ def test_durations():
     assert train_steps(by_tokens, 25, 10) == 10
     by_parameters = type(train)(batch_size=4, tokens_per_parameter=10.0)
     assert train_steps(by_parameters, 25, 1000) == 100
+    for unit, value in (("tokens", 10**20), ("tokens", 10**400), ("tokens_per_parameter", 1e300)):
+        with pytest.raises(ConfigError, match=rf"config.train.{unit} is .*; that must be at most 2,147,483,647 steps"):
+            train_steps(type(train)(batch_size=4, **{unit: value}), 25, 1000)
+    most = type(train)(batch_size=4, tokens=100 * (2**31 - 1))
+    assert train_steps(most, 25, 10) == 2**31 - 1
+
+
+@pytest.mark.parametrize(
+    ("duration", "message"),
+    [
+        ({"steps": 3}, "config.train.steps is 3, but the run is at step 4; give 4 or more, or go back to an earlier"),
+        ({"tokens": 300}, "config.train.tokens is 300, which makes 3 steps, but .* step 4; give as much as makes 4 or"),
+        ({"tokens_per_parameter": 30.0}, "config.train.tokens_per_parameter is 30.0, which makes 3 steps, but the run"),
+    ],
+)
+def test_a_run_that_is_past_its_end_is_refused(duration, message):
+    train = TrainConfig(batch_size=4, **duration)
+    steps = train_steps(train, 25, 10)
+    require_ahead(train, steps, 3)
+    with pytest.raises(ConfigError, match=message):
+        require_ahead(train, steps, 4)

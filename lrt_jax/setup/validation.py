@@ -3,6 +3,7 @@
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
+from lrt_jax.setup.durations import MOST_STEPS, UNITS
 from lrt_jax.setup.schema import ConfigError
 
 if TYPE_CHECKING:
@@ -10,6 +11,8 @@ if TYPE_CHECKING:
 
 # The source layer that is the last one.
 FINAL = "final"
+# Batches made ahead: each has a place in a queue from the start.
+MOST_PREFETCH = 1024
 
 
 def validate(config: "Config") -> "Config":
@@ -59,7 +62,14 @@ def _validate_ranges(config: "Config") -> None:
         "eval": ("sample_tokens", "temperature"),
         "decode": ("tolerance", "max_refinements"),
     }
-    shares = {"optimizer": ("b1", "b2", "beta_b1", "momentum", "momentum_start", "warmup", "warmdown", "final_lr")}
+    shares = {"optimizer": ("warmup", "warmdown", "final_lr")}
+    decays = {"optimizer": ("b1", "b2", "beta_b1", "momentum", "momentum_start")}
+    at_most = {
+        "data": {"prefetch": MOST_PREFETCH},
+        "optimizer": {"momentum_warmup": MOST_STEPS},
+        "train": {"steps": MOST_STEPS},
+    }
+    not_empty = {"data": ("corpus", "text_field")}
     for group, names in positive.items():
         for name in names:
             value = getattr(getattr(config, group), name)
@@ -72,6 +82,18 @@ def _validate_ranges(config: "Config") -> None:
         for name in names:
             value = getattr(getattr(config, group), name)
             _require(0 <= value <= 1, f"{group}.{name}", value, "it must lie between 0 and 1")
+    for group, names in decays.items():
+        for name in names:
+            value = getattr(getattr(config, group), name)
+            _require(0 <= value < 1, f"{group}.{name}", value, "it must be 0 or more, and below 1")
+    for group, limits in at_most.items():
+        for name, limit in limits.items():
+            value = getattr(getattr(config, group), name)
+            _require(value <= limit, f"{group}.{name}", value, f"it must be at most {limit:,}")
+    for group, names in not_empty.items():
+        for name in names:
+            value = getattr(getattr(config, group), name)
+            _require(bool(value), f"{group}.{name}", value, "it must not be empty")
     _require(0 < config.data.held_out < 1, "data.held_out", config.data.held_out, "it must lie between 0 and 1")
     sizes = dataclasses.asdict(config.mesh)
     slices, _ = sizes.pop("slices"), sizes.pop("gather")
@@ -189,11 +211,10 @@ def _validate_stage(model: "ModelConfig", schedule: "ScheduleConfig") -> None:
 def _validate_durations(config: "Config") -> None:
     train = config.train
     _divides(train.accumulation, train.batch_size, "train.accumulation", "train.batch_size")
-    units = {name: getattr(train, name) for name in ("steps", "tokens", "tokens_per_parameter")}
-    chosen = [name for name, value in units.items() if value]
+    chosen = [name for name in UNITS if getattr(train, name)]
     if len(chosen) != 1:
         found = " and ".join(chosen) or "none of them"
-        raise ConfigError(f"config.train sets {found}; set exactly one of: {', '.join(units)} (the others 0)")
+        raise ConfigError(f"config.train sets {found}; set exactly one of: {', '.join(UNITS)} (the others 0)")
     _require(
         train.spike_factor == 0 or train.spike_factor > 1,
         "train.spike_factor",
