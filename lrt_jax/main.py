@@ -29,6 +29,7 @@ from lrt_jax.setup import flags as command_line
 from lrt_jax.setup import hardware, processes
 from lrt_jax.setup import mesh as meshes
 from lrt_jax.setup import workdir as workdirs
+from lrt_jax.setup.durations import require_ahead
 from lrt_jax.training import (
     checkpoint,
     guard,
@@ -143,6 +144,7 @@ def _run(
     decoder = Decoder(config.model, mesh)
     counts = costs.count_parameters(config.model)
     steps = configs.train_steps(config.train, config.model.sequence_length, counts.total)
+    require_ahead(config.train, steps, start or 0)
     transformation = optimizer.build(config.optimizer, table(config.model), steps, mesh)
     evaluator = Evaluator(decoder, config, mesh, held_out, tokens.token_bytes)
 

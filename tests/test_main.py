@@ -271,6 +271,15 @@ def test_changed_optimizer_on_an_existing_work_dir_is_refused(undisturbed, corpu
     assert (workdir / "config.json").read_text() == before
 
 
+def test_fewer_steps_than_are_done_are_refused(undisturbed, corpus):
+    workdir, _ = undisturbed
+    before = (workdir / "config.json").read_text(), (workdir / "metrics.jsonl").read_text()
+    code, _, err = finish(command([*TRAIN, *corpus, f"--workdir={workdir}", "--config.train.steps=2"]))
+    assert code == 1 and "Traceback" not in err
+    assert f"error: config.train.steps is 2, but the run is at step {STEPS}; give {STEPS} or more, or go back" in err
+    assert ((workdir / "config.json").read_text(), (workdir / "metrics.jsonl").read_text()) == before
+
+
 def test_a_run_of_more_devices_is_used_on_fewer(undisturbed, tmp_path):
     shutil.copytree(undisturbed[0], tmp_path / "copy")
     path = tmp_path / "copy" / "config.json"
