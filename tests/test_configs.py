@@ -1,12 +1,15 @@
 import importlib.util
 from pathlib import Path
 
+import absl.flags
 import jax
 import pytest
+from ml_collections import config_flags
 
 from lrt_jax.model import costs
 from lrt_jax.model.decoder import Decoder
 from lrt_jax.model.parameters import table
+from lrt_jax.setup import flags as command_line
 from lrt_jax.setup import mesh as meshes
 from lrt_jax.setup.config import (
     Config,
@@ -76,6 +79,12 @@ def test_json_round_trip():
     ("change", "message"),
     [
         ({"model.heads": 3}, "config.model.heads is 3, which does not divide model.width = 128; allowed are: 1, 2, 4"),
+        ({"model.heads": 3}, "allowed are: 1, 2, 4, 8, 16, 32, 64$"),
+        (
+            {"model.heads": 128, "model.kv_heads": 4},
+            "heads is 128; the head width 128 / 128 = 1 .* allowed are: 4, 8, 16, 32, 64 .with model.kv_heads = 4.",
+        ),
+        ({"model.width": 65}, "config.model.width is 65; it must be even"),
         ({"model.kv_heads": 4}, "config.model.kv_heads is 4, which does not divide model.heads = 2"),
         ({"schedule.subsets": 3}, "config.schedule.subsets is 3, which does not divide model.sequence_length = 256"),
         ({"schedule.name": "twice"}, "config.schedule.name is 'twice'; allowed are: plain, interleaved"),
@@ -112,6 +121,71 @@ def test_impossible_configs_end_in_one_clear_line(change, message):
     with pytest.raises(ConfigError, match=message) as error:
         from_config_dict(config)
     assert "\n" not in str(error.value)
+
+
+GOOD = """
+from lrt_jax.setup.config import default_config
+def get_config():
+    c = default_config(model__layers=1, model__width=8, model__heads=1, model__kv_heads=1, model__sequence_length=8,
+                       model__vocab_size=300, train__batch_size=1)
+"""
+RULE = "; it must be a Python file whose function get_config returns a ConfigDict"
+
+
+@pytest.mark.parametrize(
+    ("text", "given", "message"),
+    [
+        (None, (), "there is no file FILE; shipped ones are in configs/"),
+        ("x = 1", (), "--config is 'FILE', which has no function get_config" + RULE),
+        ("x =", (), "--config is 'FILE', which fails in line 1 (SyntaxError: invalid syntax)" + RULE),
+        ("\n1 / 0", (), "--config is 'FILE', which fails in line 2 (ZeroDivisionError: division by zero)" + RULE),
+        (
+            "def get_config():\n    open('/nope')",
+            (),
+            "which fails in line 2 (FileNotFoundError: [Errno 2] No such file",
+        ),
+        ("def get_config():\n    return int('x')", (), "which fails in line 2 (ValueError: invalid literal for int()"),
+        ("def get_config():\n    return {}", ("--config.seed=1",), "'FILE', whose get_config returns a dict" + RULE),
+        (
+            GOOD + "    del c.optimizer\n    return c",
+            ("--config.optimizer.eps=1.0",),
+            "config.optimizer.eps cannot be set by a flag: the config of FILE has no config.optimizer; begin it with "
+            "lrt_jax.setup.config.default_config, which has every field",
+        ),
+        (
+            GOOD + "    return c",
+            ("-config.model.foo=2",),
+            "config.model.foo is not a field; allowed are: layers, width",
+        ),
+        (GOOD + "    return c", ("--config.model.layers", "3x"), "config.model.layers is '3x'; it must be int"),
+        (GOOD + "    return c", ("--config.seed=x", "--config.seed=1"), "config.seed is 'x'; it must be int"),
+        (GOOD + "    return c", ("--config.model=3",), "config.model is '3'; it must be a group of fields"),
+    ],
+)
+def test_what_is_wrong_with_flags_and_files_is_said_in_one_line(text, given, message, tmp_path, monkeypatch):
+    file = tmp_path / "file.py"
+    if text is not None:
+        file.write_text(text)
+    with pytest.raises(ConfigError) as error:
+        parsed(file, given, monkeypatch)
+    assert message.replace("FILE", str(file)) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_flags_override_fields_with_one_dash_or_two_and_values_apart(tmp_path, monkeypatch):
+    (tmp_path / "file.txt").write_text(GOOD + "    return c")
+    given = ("-config.seed=3", "--config.model.layers", "2", "--noconfig.model.alpha")
+    config = parsed(tmp_path / "file.txt", given, monkeypatch)
+    assert (config.seed, config.model.layers, config.model.alpha, config.model.width) == (3, 2, False, 8)
+
+
+def parsed(file, given, monkeypatch):
+    """The ConfigDict that a command gets of ``--config=file`` and the flags given, which no other test sees."""
+    arguments = ["command", f"--config={file}", *given]
+    values = absl.flags.FlagValues()
+    config_flags.DEFINE_config_file("config", None, flag_values=values, sys_argv=arguments)
+    monkeypatch.setattr(absl.flags, "FLAGS", values)
+    assert command_line.parse(arguments) == ["command"]
+    return values.config
 
 
 def test_unknown_field_names_the_nearest():

@@ -1,6 +1,7 @@
 """What values and combinations a config may have, beyond the types of its fields."""
 
 import dataclasses
+import math
 from typing import TYPE_CHECKING, Any
 
 from lrt_jax.setup.durations import MOST_STEPS, UNITS
@@ -113,14 +114,23 @@ def validate_model(model: "ModelConfig") -> "ModelConfig":
     for name in ("layers", "width", "heads", "kv_heads", "sequence_length", "vocab_size", "softcap", "rope_base"):
         value = getattr(model, name)
         _require(value > 0, f"model.{name}", value, "it must be above 0")
-    _divides(model.heads, model.width, "model.heads", "model.width")
-    _divides(model.kv_heads, model.heads, "model.kv_heads", "model.heads")
+    _require(
+        model.width % 2 == 0, "model.width", model.width, "it must be even, since RoPE pairs the channels of heads"
+    )
+    allowed = _heads(model)
+    if model.width % model.heads:
+        raise ConfigError(
+            f"config.model.heads is {model.heads}, which does not divide model.width = {model.width}; allowed are: "
+            f"{allowed}"
+        )
     _require(
         model.head_width % 2 == 0,
         "model.heads",
         model.heads,
-        f"the head width {model.width} / {model.heads} = {model.head_width} must be even, since RoPE pairs channels",
+        f"the head width {model.width} / {model.heads} = {model.head_width} must be even, since RoPE pairs channels; "
+        f"allowed are: {allowed}",
     )
+    _divides(model.kv_heads, model.heads, "model.kv_heads", "model.heads")
     pattern = model.window_pattern
     _require(
         bool(pattern) and set(pattern) <= set("SL"),
@@ -142,6 +152,14 @@ def validate_model(model: "ModelConfig") -> "ModelConfig":
         f"it must be '{FINAL}' or a layer from '1' to '{model.layers}'",
     )
     return model
+
+
+def _heads(model: "ModelConfig") -> str:
+    """The numbers of heads that the width allows, listed: those that kv_heads divides too, if there are any."""
+    fitting = [heads for heads in _divisors(model.width) if model.width // heads % 2 == 0]
+    grouped = [heads for heads in fitting if heads % model.kv_heads == 0]
+    with_keys = f" (with model.kv_heads = {model.kv_heads})" if grouped not in ([], fitting) else ""
+    return ", ".join(map(str, grouped or fitting)) + with_keys
 
 
 def _validate_schedule(config: "Config") -> None:
@@ -237,5 +255,10 @@ def _require(condition: bool, field: str, found: Any, allowed: str) -> None:
 
 def _divides(part: int, whole: int, field: str, name: str) -> None:
     if whole % part:
-        allowed = ", ".join(str(n) for n in range(1, whole + 1) if whole % n == 0)
+        allowed = ", ".join(map(str, _divisors(whole)))
         raise ConfigError(f"config.{field} is {part}, which does not divide {name} = {whole}; allowed are: {allowed}")
+
+
+def _divisors(whole: int) -> list[int]:
+    small = [n for n in range(1, math.isqrt(whole) + 1) if whole % n == 0]
+    return sorted({*small, *(whole // n for n in small)})
