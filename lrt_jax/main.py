@@ -121,8 +121,14 @@ def _run(
     began = time.perf_counter()
     mesh = meshes.make_mesh(config.mesh)
     meshes.check(config, mesh.shape)
+    # What this machine cannot compute is refused now, and not when the tokens are made.
+    compute_dtype(config.model)
+    attention_kind(config.model, config.model.sequence_length, mesh)
     start = _recover(workdir)
     changes = checkpoint.check_config(config, workdir)
+    counts = costs.count_parameters(config.model)
+    steps = configs.train_steps(config.train, config.model.sequence_length, counts.total)
+    require_ahead(config.train, steps, start or 0)
     meshes.cache_compilations(workdir)
     startup.lap("devices and checkpoints")
 
@@ -142,9 +148,6 @@ def _run(
     startup.lap("data")
 
     decoder = Decoder(config.model, mesh)
-    counts = costs.count_parameters(config.model)
-    steps = configs.train_steps(config.train, config.model.sequence_length, counts.total)
-    require_ahead(config.train, steps, start or 0)
     transformation = optimizer.build(config.optimizer, table(config.model), steps, mesh)
     evaluator = Evaluator(decoder, config, mesh, held_out, tokens.token_bytes)
 

@@ -271,6 +271,14 @@ def test_changed_optimizer_on_an_existing_work_dir_is_refused(undisturbed, corpu
     assert (workdir / "config.json").read_text() == before
 
 
+def test_float64_needs_x64_which_is_said_before_anything_is_made(corpus, tmp_path):
+    arguments = [*TRAIN, *corpus, f"--workdir={tmp_path / 'run'}", "--config.model.dtype=float64"]
+    code, _, err = finish(command(arguments))
+    assert code == 1 and "Traceback" not in err
+    assert "error: config.model.dtype is 'float64', and JAX computes in 32 bits here; set JAX_ENABLE_X64=1" in err
+    assert not (tmp_path / "run").exists()
+
+
 def test_fewer_steps_than_are_done_are_refused(undisturbed, corpus):
     workdir, _ = undisturbed
     before = (workdir / "config.json").read_text(), (workdir / "metrics.jsonl").read_text()
