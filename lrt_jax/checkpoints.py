@@ -5,6 +5,7 @@ from pathlib import Path
 from absl import flags
 
 from lrt_jax.setup import flags as command_line
+from lrt_jax.setup import workdir as workdirs
 from lrt_jax.setup.config import ConfigError
 from lrt_jax.training import inventory, lock
 
@@ -23,7 +24,7 @@ def main(*arguments: str) -> int:
     """Reads every byte of every checkpoint; 1 if one is damaged."""
     if len(arguments) != 1:
         raise ConfigError(f"the arguments are {' '.join(arguments) or 'nothing'!r}; give one run's work dir")
-    workdir = Path(arguments[0])
+    workdir = workdirs.local(arguments[0], "the work dir")
     if not inventory.folder_of(workdir).exists():
         raise ConfigError(f"{str(workdir)!r} has no folder {inventory.FOLDER}; it must be a run's work dir")
     if flags.FLAGS.rewind is not None:

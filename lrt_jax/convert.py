@@ -28,6 +28,7 @@ from lrt_jax.model import costs
 from lrt_jax.model.parameters import table
 from lrt_jax.setup import config as configs
 from lrt_jax.setup import flags as command_line
+from lrt_jax.setup import workdir as workdirs
 from lrt_jax.setup.config import Config, ConfigError, ModelConfig
 from lrt_jax.setup.errors import UserError
 from lrt_jax.training import checkpoint
@@ -66,15 +67,17 @@ def main(*arguments: str) -> int | None:
     if len(arguments) != 2 or arguments[0] not in ("import", "export", "verify"):
         found = " ".join(arguments) or "nothing"
         raise ConfigError(f"the arguments are {found!r}; allowed are: import FILE, export DIR, verify FILE")
-    action, path = arguments[0], Path(arguments[1])
+    action, kind = arguments[0], "folder" if arguments[0] == "export" else "file"
+    path = workdirs.local(arguments[1], f"the argument of {action}", kind)
     if action == "verify":
         return verify(path, given.precision, given.tolerance)
     if not given.out:
         raise ConfigError("--out is not set; it must be the work dir, or the .safetensors file, to make")
+    out = workdirs.local(given.out, "--out", "file" if action == "export" else "folder")
     if action == "export":
-        export_weights(path, Path(given.out), given.step, given.names)
+        export_weights(path, out, given.step, given.names)
     else:
-        import_weights(path, Path(given.out), given.config, given.reference_config, given.tokenizer)
+        import_weights(path, out, given.config, given.reference_config, given.tokenizer)
     return None
 
 

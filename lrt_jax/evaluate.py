@@ -13,6 +13,7 @@ from lrt_jax.inference import load
 from lrt_jax.setup import flags as command_line
 from lrt_jax.setup import mesh as meshes
 from lrt_jax.setup import processes
+from lrt_jax.setup import workdir as workdirs
 from lrt_jax.setup.config import ConfigError, Prefill
 
 
@@ -32,7 +33,7 @@ def main() -> None:
     decode = command_line.decode_flags()
     processes.start()
     found = evaluate(
-        Path(flags.FLAGS.workdir),
+        workdirs.local(flags.FLAGS.workdir),
         flags.FLAGS.step,
         flags.FLAGS.rows,
         scoring=flags.FLAGS.scoring,

@@ -15,6 +15,7 @@ from lrt_jax.inference.sampling import Sampling
 from lrt_jax.setup import flags as command_line
 from lrt_jax.setup import mesh as meshes
 from lrt_jax.setup import processes
+from lrt_jax.setup import workdir as workdirs
 from lrt_jax.setup.config import ConfigError
 from lrt_jax.setup.errors import UserError
 
@@ -81,7 +82,7 @@ def main() -> None:
     processes.start()
     if flags.FLAGS.interactive and jax.process_count() > 1:
         raise ConfigError("--interactive needs one process, which can ask; give several --prompt or --file")
-    trained = load.load(Path(flags.FLAGS.workdir), flags.FLAGS.step)
+    trained = load.load(workdirs.local(flags.FLAGS.workdir), flags.FLAGS.step)
     meshes.cache_compilations(Path(flags.FLAGS.workdir))
     method = Method(sampling, dataclasses.replace(trained.config.decode, **changes), use_memory=flags.FLAGS.memory)
     if prompt is not None:

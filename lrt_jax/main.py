@@ -1,6 +1,7 @@
 """Train: ``python -m lrt_jax.main --config=configs/base.py [--workdir=DIR] [--config.key=value …]``."""
 
 import contextlib
+import dataclasses
 import functools
 import re
 import sys
@@ -27,6 +28,8 @@ from lrt_jax.setup import config as configs
 from lrt_jax.setup import flags as command_line
 from lrt_jax.setup import hardware, processes
 from lrt_jax.setup import mesh as meshes
+from lrt_jax.setup import workdir as workdirs
+from lrt_jax.setup.durations import require_ahead
 from lrt_jax.training import (
     checkpoint,
     guard,
@@ -67,8 +70,9 @@ def main() -> int:
         raise configs.ConfigError("--config is not set; for the default run: --config=configs/base.py")
     config = configs.from_config_dict(flags.FLAGS.config)
     name = config_flags.get_config_filename(flags.FLAGS["config"])
+    place = workdirs.local(flags.FLAGS.workdir) if flags.FLAGS.workdir else default_workdir(name)
     processes.start()
-    scores = run(config, Path(flags.FLAGS.workdir or default_workdir(name)))
+    scores = run(config, place)
     return 0 if scores else flags.FLAGS.stopped_exit_code
 
 
@@ -101,7 +105,9 @@ def run(config: configs.Config, workdir: Path) -> dict[str, float]:
             watchdog.phase("set-up or closing", "config.train.phase_timeout", config.train.phase_timeout),
             contextlib.ExitStack() as alone,
         ):
+            processes.require_same("config", dataclasses.asdict(config))
             processes.together(lambda: alone.enter_context(lock.held(workdir)) if processes.is_first() else None)
+            workdirs.require_shared(workdir)
             return _run(config, workdir, startup, stop, watchdog)
     except Stopped:
         processes.say("stopped by a signal; run the same command to go on")
@@ -115,8 +121,14 @@ def _run(
     began = time.perf_counter()
     mesh = meshes.make_mesh(config.mesh)
     meshes.check(config, mesh.shape)
+    # What this machine cannot compute is refused now, and not when the tokens are made.
+    compute_dtype(config.model)
+    attention_kind(config.model, config.model.sequence_length, mesh)
     start = _recover(workdir)
     changes = checkpoint.check_config(config, workdir)
+    counts = costs.count_parameters(config.model)
+    steps = configs.train_steps(config.train, config.model.sequence_length, counts.total)
+    require_ahead(config.train, steps, start or 0)
     meshes.cache_compilations(workdir)
     startup.lap("devices and checkpoints")
 
@@ -136,8 +148,6 @@ def _run(
     startup.lap("data")
 
     decoder = Decoder(config.model, mesh)
-    counts = costs.count_parameters(config.model)
-    steps = configs.train_steps(config.train, config.model.sequence_length, counts.total)
     transformation = optimizer.build(config.optimizer, table(config.model), steps, mesh)
     evaluator = Evaluator(decoder, config, mesh, held_out, tokens.token_bytes)
 

@@ -12,7 +12,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from lrt_jax import checkpoints, main
+from lrt_jax import checkpoints, convert, evaluate, main
+from lrt_jax.setup import workdir as workdirs
 from lrt_jax.setup.config import Config, ConfigError, DataConfig, TrainConfig
 from lrt_jax.setup.errors import WorkdirError
 from lrt_jax.training import lock
@@ -131,3 +132,35 @@ def test_a_run_that_fails_to_start_leaves_nothing_behind(tmp_path, tiny, monkeyp
             Config(tiny(), TrainConfig(batch_size=1, steps=1), DataConfig(corpus="/nowhere")), tmp_path / "runs" / "a"
         )
     assert not list(tmp_path.iterdir())
+
+
+def test_a_bucket_is_no_work_dir(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    says = (
+        r"is 'gs://bucket/run'; it must be a folder: mount the bucket \(launch/tpu_vm.sh --bucket does\) and name the"
+    )
+    with pytest.raises(ConfigError, match=f"^--workdir {says} folder there$"):
+        workdirs.local("gs://bucket/run")
+    given = SimpleNamespace(workdir="gs://bucket/run", out="gs://bucket/run", step=None, rows=None, scoring=None)
+    for command in (checkpoints, convert, evaluate):
+        monkeypatch.setattr(command, "flags", SimpleNamespace(FLAGS=given))
+    monkeypatch.setattr(evaluate.processes, "start", lambda: None)
+    with pytest.raises(ConfigError, match=f"^--workdir {says}"):
+        evaluate.main()
+    with pytest.raises(ConfigError, match=f"^the work dir {says}"):
+        checkpoints.main("gs://bucket/run")
+    with pytest.raises(ConfigError, match=f"^the argument of export {says}"):
+        convert.main("export", "gs://bucket/run")
+    with pytest.raises(ConfigError, match=f"^--out {says}"):
+        convert.main("import", "weights.npz")
+    with pytest.raises(ConfigError, match=r"^--out is 'gs://bucket/run'; it must be a file"):
+        convert.main("export", "run")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_name_that_is_too_long_ends_in_one_sentence(tmp_path):
+    path = tmp_path / ("a" * 300)
+    with pytest.raises(WorkdirError, match=r"cannot be written \(File name too long\)"), lock.held(path):
+        pass
+    with pytest.raises(ConfigError, match=r"--workdir is '.*', where no folder can be \(File name too long\)"):
+        workdirs.local(str(path))

@@ -223,6 +223,11 @@ def test_a_staged_run_changes_its_schedule(corpus, tmp_path):
         ([*TRAIN, "--config.model.layers=three"], "config.model.layers is 'three'; it must be int"),
         ([*TRAIN, "--config.model.heads=3"], "config.model.heads is 3, which does not divide model.width"),
         ([*TRAIN, "--config.data.corpus=/nowhere"], "config.data.corpus is '/nowhere'"),
+        (
+            [*TRAIN, "--workdir=s3://bucket/run"],
+            "--workdir is 's3://bucket/run'; it must be a folder: mount the bucket",
+        ),
+        (["lrt_jax.generate", "--workdir=gs://bucket/run", "--prompt=x"], "--workdir is 'gs://bucket/run'; it must be"),
         (["lrt_jax.generate", "--workdir=/nowhere", "--prompt=x"], "has no config.json"),
         (
             ["lrt_jax.generate", "--workdir=/nowhere"],
@@ -241,7 +246,7 @@ def test_a_staged_run_changes_its_schedule(corpus, tmp_path):
 )
 def test_wrong_input_ends_in_one_line(arguments, message, tmp_path):
     if arguments[0] == "lrt_jax.main":
-        arguments = [*arguments, f"--workdir={tmp_path / 'run'}"]
+        arguments = [arguments[0], f"--workdir={tmp_path / 'run'}", *arguments[1:]]
     code, _, err = finish(command(arguments))
     assert code == 1
     assert message in err and "Traceback" not in err
@@ -265,6 +270,23 @@ def test_changed_optimizer_on_an_existing_work_dir_is_refused(undisturbed, corpu
     assert code == 1 and "Traceback" not in err
     assert f"config.optimizer.name is 'adamw', but {workdir} was begun with 'muon'" in err
     assert (workdir / "config.json").read_text() == before
+
+
+def test_float64_needs_x64_which_is_said_before_anything_is_made(corpus, tmp_path):
+    arguments = [*TRAIN, *corpus, f"--workdir={tmp_path / 'run'}", "--config.model.dtype=float64"]
+    code, _, err = finish(command(arguments))
+    assert code == 1 and "Traceback" not in err
+    assert "error: config.model.dtype is 'float64', and JAX computes in 32 bits here; set JAX_ENABLE_X64=1" in err
+    assert not (tmp_path / "run").exists()
+
+
+def test_fewer_steps_than_are_done_are_refused(undisturbed, corpus):
+    workdir, _ = undisturbed
+    before = (workdir / "config.json").read_text(), (workdir / "metrics.jsonl").read_text()
+    code, _, err = finish(command([*TRAIN, *corpus, f"--workdir={workdir}", "--config.train.steps=2"]))
+    assert code == 1 and "Traceback" not in err
+    assert f"error: config.train.steps is 2, but the run is at step {STEPS}; give {STEPS} or more, or go back" in err
+    assert ((workdir / "config.json").read_text(), (workdir / "metrics.jsonl").read_text()) == before
 
 
 def test_a_run_of_more_devices_is_used_on_fewer(undisturbed, tmp_path):

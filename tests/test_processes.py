@@ -72,6 +72,33 @@ for sizes, expected in (((4, 1, 1, 1), (4, 4)), ((2, 1, 2, 1), (4, 4)), ((1, 1, 
 processes.wait("the end")
 processes.say("said once")
 """
+# Runs that end before they begin: in both processes with the same sentence.
+DIFFERENT = """
+import dataclasses, pathlib, sys
+import jax
+jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]), heartbeat_timeout_seconds=10)
+from lrt_jax import main
+from lrt_jax.setup import workdir as workdirs
+from lrt_jax.setup.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
+from lrt_jax.setup.errors import UserError
+place, index = pathlib.Path(sys.argv[3]), jax.process_index()
+config = Config(ModelConfig(2, 16, 4, 2, 8, 40), TrainConfig(batch_size=4, steps=1), DataConfig(corpus="/nowhere"))
+rate = OptimizerConfig(muon_lr=0.1 * (1 + index))
+workdirs.PATIENCE = 0.3
+said = open(place / f"said.{index}", "w")
+for given, folder in (
+    (dataclasses.replace(config, seed=index), "one"),
+    (dataclasses.replace(config, seed=index, optimizer=rate), "one"),
+    (config, f"of {index}"),
+    (config, "one"),
+):
+    try:
+        main.run(given, place / folder)
+    except UserError as error:
+        print(error, file=said)
+    else:
+        raise AssertionError
+"""
 
 
 def free_port() -> int:
@@ -164,6 +191,25 @@ def test_helpers_in_two_processes(tmp_path):
     where = f"localhost:{free_port()}"
     outputs = together(*([str(tmp_path / "program.py"), where, str(process)] for process in range(2)), devices=2)
     assert ["said once" in out for out in outputs] == [True, False]
+
+
+def test_processes_that_were_not_given_the_same_do_not_train(tmp_path):
+    (tmp_path / "program.py").write_text(DIFFERENT)
+    where = f"localhost:{free_port()}"
+    commands = ([str(tmp_path / "program.py"), where, str(process), str(tmp_path)] for process in range(2))
+    together(*commands, devices=2)
+    for process in range(2):
+        seed, two, folder, corpus = (tmp_path / f"said.{process}").read_text().splitlines()
+        assert seed == "process 1 has config.seed 1, process 0 has 0; all processes must be given the same"
+        assert two == (
+            "process 1 has config.optimizer.muon_lr 0.2, process 0 has 0.1 (1 more field differs); all processes must "
+            "be given the same"
+        )
+        assert folder.startswith(
+            f"--workdir is not the same folder on process 1 ({tmp_path}/of 1) as on process 0 ({tmp_path}/of 0); all"
+        )
+        assert "/nowhere" in corpus  # the same, and so the next thing that is wrong is told
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["program.py", "said.0", "said.1"]
 
 
 def test_alone_nothing_is_exchanged():

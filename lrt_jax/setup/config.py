@@ -16,6 +16,7 @@ from typing import Any, Literal
 from ml_collections import ConfigDict
 
 from lrt_jax.setup import schema
+from lrt_jax.setup.durations import train_steps as train_steps
 from lrt_jax.setup.schema import ConfigError
 from lrt_jax.setup.validation import FINAL, validate
 
@@ -344,17 +345,3 @@ def field_type(path: str) -> Any:
       ConfigError: there is no such field.
     """
     return schema.field_type(Config, path)
-
-
-def train_steps(train: TrainConfig, sequence_length: int, parameters: int) -> int:
-    """The run's number of optimizer steps, from whichever unit of duration is set (at least 1).
-
-    Args:
-      train: batch and duration.
-      sequence_length: T, tokens per row.
-      parameters: the model's parameter count, for ``tokens_per_parameter``.
-    """
-    if train.steps:
-        return train.steps
-    tokens = train.tokens or train.tokens_per_parameter * parameters
-    return max(1, round(tokens / (train.batch_size * sequence_length)))

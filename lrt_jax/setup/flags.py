@@ -1,5 +1,6 @@
 """How a command reads its flags and ends: one clear line for whatever the user can mend."""
 
+import dataclasses
 import math
 import os
 import re
@@ -7,8 +8,7 @@ import select
 import sys
 import traceback
 import typing
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
 import jax
@@ -16,9 +16,11 @@ from absl import app, flags, logging
 
 from lrt_jax.setup import host_memory, processes
 from lrt_jax.setup.config import ConfigError, Prefill, field_type
+from lrt_jax.setup.config_file import ConfigFileParser
 from lrt_jax.setup.errors import UserError
 
-PREFIX = "--config."
+# A flag that overrides a field: absl reads it with one dash or two, and with "no" in front of a bool.
+OVERRIDE = re.compile(r"--?(?:no)?config\.([^=]*)(?:=(.*))?", re.DOTALL)
 # How the runtime's messages tell that another process is gone, and the exit code then: "try again" in sysexits.h.
 LOST = re.compile(r"Gloo|NCCL|Connection (reset|closed|refused)|heartbeat|unhealthy|another task|Socket closed")
 LOST_EXIT_CODE = 75
@@ -95,22 +97,21 @@ def parse(arguments: list[str]) -> list[str]:
     Raises:
       ConfigError: a flag or field is unknown, or has a value of the wrong type.
     """
-    overrides = dict(
-        argument.removeprefix(PREFIX).partition("=")[::2] for argument in arguments if _overrides(argument)
-    )
-    types = {name: field_type(name) for name in overrides}
-    for argument in arguments:
-        if argument.startswith("--config="):
-            _check_file(argument.removeprefix("--config="))
+    given = list(_overrides(arguments))
+    types = {name: field_type(name) for name, _ in given}
+    if "config" in flags.FLAGS:
+        flags.FLAGS["config"].parser = ConfigFileParser(tuple(types))
     try:
         rest = flags.FLAGS(arguments)
     except flags.IllegalFlagValueError as error:
-        for name, kind in types.items():
-            if f"{PREFIX}{name}=" in str(error):
-                raise ConfigError(f"config.{name} is {overrides[name]!r}; it must be {_named(kind)}") from None
-        # An exception within the config file arrives as the text of its traceback; its last line says what it was.
-        last = str(error).strip().splitlines()[-1]
-        raise ConfigError(last.partition("ConfigError: ")[2] or last) from None
+        if isinstance(error.__context__, ConfigError):  # of the config file
+            raise error.__context__ from None
+        text = str(error)
+        named = [(name, value) for name, value in given if text.startswith(f"flag --config.{name}=")]
+        refused = [(name, value) for name, value in named if text.startswith(f"flag --config.{name}={value}: ")]
+        for name, value in refused or named:  # of a flag that is given twice, the value that was refused
+            raise ConfigError(f"config.{name} is {value!r}; it must be {_named(types[name])}") from None
+        raise ConfigError(text.strip().splitlines()[-1]) from None
     except flags.Error as error:
         raise ConfigError(str(error)) from None
     return rest
@@ -142,17 +143,16 @@ def decode_flags() -> dict[str, Any]:
     return found
 
 
-def _overrides(argument: str) -> bool:
-    return argument.startswith(PREFIX)
-
-
-def _check_file(value: str) -> None:
-    path = Path(value.partition(":")[0])
-    if not path.is_file():
-        raise ConfigError(f"--config is {value!r}, but there is no file {path}; shipped ones are in configs/")
+def _overrides(arguments: list[str]) -> Iterator[tuple[str, str]]:
+    """Name and value of each flag that overrides a field; the value may be the next argument."""
+    for argument, after in zip(arguments, [*arguments[1:], ""], strict=True):
+        if match := OVERRIDE.fullmatch(argument):
+            yield match[1], after if match[2] is None else match[2]
 
 
 def _named(kind: object) -> str:
     if typing.get_origin(kind) is typing.Literal:
         return "one of: " + ", ".join(map(str, typing.get_args(kind)))
+    if dataclasses.is_dataclass(kind):
+        return "a group of fields, each set by a flag of its own"
     return getattr(kind, "__name__", str(kind))

@@ -5,12 +5,13 @@ TPU pod on GKE (JobSet) or by a TPU VM whose metadata names more than one worker
 """
 
 import importlib.util
+import json
 import os
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TextIO, TypeVar
+from typing import Any, TextIO, TypeVar
 
 import jax
 import numpy as np
@@ -137,6 +138,11 @@ def started() -> bool:
     return jax.distributed.is_initialized()
 
 
+def count() -> int:
+    """How many processes make up the run."""
+    return jax.process_count()
+
+
 def is_first() -> bool:
     """Whether this process is the one that prints, and that writes what is written once."""
     return jax.process_index() == 0
@@ -188,3 +194,47 @@ def together(work: Callable[[], T]) -> T:
     if len(failed):
         raise ProcessError(f"process {failed[0]} could not go on; its output says why")
     return result
+
+
+def gathered(text: str) -> list[str]:
+    """The text of every process, by their numbers, in all of them."""
+    raw = np.frombuffer(text.encode(), np.uint8)
+    # With their numbers: the devices of a pod, whose order the rows have, need not be in the order of the processes.
+    heads = multihost_utils.process_allgather(np.array([jax.process_index(), len(raw)], np.int32)).reshape(-1, 2)
+    rows = multihost_utils.process_allgather(np.pad(raw, (0, heads[:, 1].max() - len(raw)))).reshape(len(heads), -1)
+    texts = {int(process): bytes(row[:length]).decode() for (process, length), row in zip(heads, rows, strict=True)}
+    return [texts[process] for process in sorted(texts)]
+
+
+def require_same(name: str, values: Mapping[str, Any]) -> None:
+    """Checks that all processes were given the same.
+
+    Args:
+      name: of the whole.
+      values: what JSON can hold, nested.
+
+    Raises:
+      ProcessError: a value differs from the first process's; in all processes the same sentence.
+    """
+    if count() == 1:
+        return
+    given = [_flat(json.loads(text), name) for text in gathered(json.dumps(values))]
+    first = given[0]
+    for process, found in enumerate(given):
+        different = [field for field in first | found if field not in first or first[field] != found.get(field)]
+        if different:
+            field, more = different[0], len(different) - 1
+            also = f" ({more} more field{'s differ' if more > 1 else ' differs'})" if more else ""
+            raise ProcessError(
+                f"process {process} has {field} {found.get(field)!r}, process 0 has {first.get(field)!r}{also}; all "
+                "processes must be given the same"
+            )
+
+
+def _flat(values: Mapping[str, Any], path: str) -> dict[str, Any]:
+    """Nested values by their dotted names."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        where = f"{path}.{name}"
+        flat |= _flat(value, where) if isinstance(value, dict) else {where: value}
+    return flat

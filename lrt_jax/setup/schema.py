@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import math
 import typing
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -57,11 +58,21 @@ def _check_type(hint: Any, value: Any, where: str) -> Any:
     if origin is tuple and isinstance(value, (tuple, list)):
         return tuple(_check_type(arguments[0], item, f"{where}[{i}]") for i, item in enumerate(value))
     wanted = hint if isinstance(hint, type) else None
-    if wanted is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+    if wanted is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+        return _finite(value, where)
     if wanted is None or not isinstance(value, wanted) or (isinstance(value, bool) and wanted is not bool):
         raise ConfigError(f"{where} is {value!r}; it must be {getattr(wanted, '__name__', hint)}")
     return value
+
+
+def _finite(value: float, where: str) -> float:
+    try:
+        number = float(value)
+    except OverflowError:  # a whole number past the largest float
+        number = math.inf
+    if not math.isfinite(number):
+        raise ConfigError(f"{where} is {value!r}; it must be a finite number")
+    return number
 
 
 def field_type(kind: Any, path: str) -> Any:

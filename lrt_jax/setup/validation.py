@@ -1,8 +1,10 @@
 """What values and combinations a config may have, beyond the types of its fields."""
 
 import dataclasses
+import math
 from typing import TYPE_CHECKING, Any
 
+from lrt_jax.setup.durations import MOST_STEPS, UNITS
 from lrt_jax.setup.schema import ConfigError
 
 if TYPE_CHECKING:
@@ -10,6 +12,8 @@ if TYPE_CHECKING:
 
 # The source layer that is the last one.
 FINAL = "final"
+# Batches made ahead: each has a place in a queue from the start.
+MOST_PREFETCH = 1024
 
 
 def validate(config: "Config") -> "Config":
@@ -59,7 +63,14 @@ def _validate_ranges(config: "Config") -> None:
         "eval": ("sample_tokens", "temperature"),
         "decode": ("tolerance", "max_refinements"),
     }
-    shares = {"optimizer": ("b1", "b2", "beta_b1", "momentum", "momentum_start", "warmup", "warmdown", "final_lr")}
+    shares = {"optimizer": ("warmup", "warmdown", "final_lr")}
+    decays = {"optimizer": ("b1", "b2", "beta_b1", "momentum", "momentum_start")}
+    at_most = {
+        "data": {"prefetch": MOST_PREFETCH},
+        "optimizer": {"momentum_warmup": MOST_STEPS},
+        "train": {"steps": MOST_STEPS},
+    }
+    not_empty = {"data": ("corpus", "text_field")}
     for group, names in positive.items():
         for name in names:
             value = getattr(getattr(config, group), name)
@@ -72,6 +83,18 @@ def _validate_ranges(config: "Config") -> None:
         for name in names:
             value = getattr(getattr(config, group), name)
             _require(0 <= value <= 1, f"{group}.{name}", value, "it must lie between 0 and 1")
+    for group, names in decays.items():
+        for name in names:
+            value = getattr(getattr(config, group), name)
+            _require(0 <= value < 1, f"{group}.{name}", value, "it must be 0 or more, and below 1")
+    for group, limits in at_most.items():
+        for name, limit in limits.items():
+            value = getattr(getattr(config, group), name)
+            _require(value <= limit, f"{group}.{name}", value, f"it must be at most {limit:,}")
+    for group, names in not_empty.items():
+        for name in names:
+            value = getattr(getattr(config, group), name)
+            _require(bool(value), f"{group}.{name}", value, "it must not be empty")
     _require(0 < config.data.held_out < 1, "data.held_out", config.data.held_out, "it must lie between 0 and 1")
     sizes = dataclasses.asdict(config.mesh)
     slices, _ = sizes.pop("slices"), sizes.pop("gather")
@@ -91,14 +114,23 @@ def validate_model(model: "ModelConfig") -> "ModelConfig":
     for name in ("layers", "width", "heads", "kv_heads", "sequence_length", "vocab_size", "softcap", "rope_base"):
         value = getattr(model, name)
         _require(value > 0, f"model.{name}", value, "it must be above 0")
-    _divides(model.heads, model.width, "model.heads", "model.width")
-    _divides(model.kv_heads, model.heads, "model.kv_heads", "model.heads")
+    _require(
+        model.width % 2 == 0, "model.width", model.width, "it must be even, since RoPE pairs the channels of heads"
+    )
+    allowed = _heads(model)
+    if model.width % model.heads:
+        raise ConfigError(
+            f"config.model.heads is {model.heads}, which does not divide model.width = {model.width}; allowed are: "
+            f"{allowed}"
+        )
     _require(
         model.head_width % 2 == 0,
         "model.heads",
         model.heads,
-        f"the head width {model.width} / {model.heads} = {model.head_width} must be even, since RoPE pairs channels",
+        f"the head width {model.width} / {model.heads} = {model.head_width} must be even, since RoPE pairs channels; "
+        f"allowed are: {allowed}",
     )
+    _divides(model.kv_heads, model.heads, "model.kv_heads", "model.heads")
     pattern = model.window_pattern
     _require(
         bool(pattern) and set(pattern) <= set("SL"),
@@ -120,6 +152,14 @@ def validate_model(model: "ModelConfig") -> "ModelConfig":
         f"it must be '{FINAL}' or a layer from '1' to '{model.layers}'",
     )
     return model
+
+
+def _heads(model: "ModelConfig") -> str:
+    """The numbers of heads that the width allows, listed: those that kv_heads divides too, if there are any."""
+    fitting = [heads for heads in _divisors(model.width) if model.width // heads % 2 == 0]
+    grouped = [heads for heads in fitting if heads % model.kv_heads == 0]
+    with_keys = f" (with model.kv_heads = {model.kv_heads})" if grouped not in ([], fitting) else ""
+    return ", ".join(map(str, grouped or fitting)) + with_keys
 
 
 def _validate_schedule(config: "Config") -> None:
@@ -189,11 +229,10 @@ def _validate_stage(model: "ModelConfig", schedule: "ScheduleConfig") -> None:
 def _validate_durations(config: "Config") -> None:
     train = config.train
     _divides(train.accumulation, train.batch_size, "train.accumulation", "train.batch_size")
-    units = {name: getattr(train, name) for name in ("steps", "tokens", "tokens_per_parameter")}
-    chosen = [name for name, value in units.items() if value]
+    chosen = [name for name in UNITS if getattr(train, name)]
     if len(chosen) != 1:
         found = " and ".join(chosen) or "none of them"
-        raise ConfigError(f"config.train sets {found}; set exactly one of: {', '.join(units)} (the others 0)")
+        raise ConfigError(f"config.train sets {found}; set exactly one of: {', '.join(UNITS)} (the others 0)")
     _require(
         train.spike_factor == 0 or train.spike_factor > 1,
         "train.spike_factor",
@@ -216,5 +255,10 @@ def _require(condition: bool, field: str, found: Any, allowed: str) -> None:
 
 def _divides(part: int, whole: int, field: str, name: str) -> None:
     if whole % part:
-        allowed = ", ".join(str(n) for n in range(1, whole + 1) if whole % n == 0)
+        allowed = ", ".join(map(str, _divisors(whole)))
         raise ConfigError(f"config.{field} is {part}, which does not divide {name} = {whole}; allowed are: {allowed}")
+
+
+def _divisors(whole: int) -> list[int]:
+    small = [n for n in range(1, math.isqrt(whole) + 1) if whole % n == 0]
+    return sorted({*small, *(whole // n for n in small)})

@@ -33,11 +33,12 @@ def held(workdir: Path) -> Iterator[None]:
     Raises:
       WorkdirError: another run is there, or the work dir cannot be written.
     """
-    if fcntl is None or "://" in os.fspath(workdir):
-        _tell(workdir, "no lock is known for such a place")
+    if fcntl is None:
+        _tell(workdir, "no lock is known for such a system")
         yield
         return
-    made = [folder for folder in (workdir, *workdir.parents) if not folder.exists()]
+    with writing(workdir):
+        made = [folder for folder in (workdir, *workdir.parents) if not folder.exists()]
     path, descriptor = workdir / FILE, None
     try:
         descriptor = _take(path)

@@ -1,0 +1,84 @@
+"""The config file that ``--config`` names: read as a flag's value, with one clear sentence for what is wrong in it."""
+
+import importlib.machinery
+import importlib.util
+import sys
+import traceback
+from pathlib import Path
+from types import ModuleType
+
+from absl import flags
+from ml_collections import ConfigDict
+
+from lrt_jax.setup.errors import UserError
+from lrt_jax.setup.schema import ConfigError
+
+MODULE = "lrt_jax_config_file"  # the name that the file has as a module
+RULE = "it must be a Python file whose function get_config returns a ConfigDict"
+
+
+class ConfigFileParser(flags.ArgumentParser):
+    """Reads a ConfigDict from ``FILE`` or ``FILE:ARGUMENT``, once, as the flag is parsed."""
+
+    def __init__(self, overridden: tuple[str, ...]):
+        """Remembers which fields other flags override, by their dotted names."""
+        self._overridden = overridden
+
+    def parse(self, value: str) -> ConfigDict:
+        """The locked ConfigDict that the file's ``get_config`` returns.
+
+        Raises:
+          ConfigError: there is no such file, it fails, returns something else, or lacks a field that is overridden.
+        """
+        path, colon, argument = value.partition(":")
+        try:
+            if not Path(path).is_file():
+                raise ConfigError(f"--config is {value!r}, but there is no file {path}; shipped ones are in configs/")
+            get_config = getattr(_module(path), "get_config", None)
+            if get_config is None:
+                raise ConfigError(f"--config is {value!r}, which has no function get_config; {RULE}")
+            config = get_config(argument) if colon else get_config()
+        except UserError:
+            raise
+        except Exception as error:
+            said = str(error.msg if isinstance(error, SyntaxError) else error).strip().splitlines()
+            reason = ": ".join([type(error).__name__, *said[:1]])
+            raise ConfigError(f"--config is {value!r}, which fails{_line(path, error)} ({reason}); {RULE}") from None
+        if not isinstance(config, ConfigDict):
+            kind = type(config).__name__
+            raise ConfigError(f"--config is {value!r}, whose get_config returns a {kind}; {RULE}")
+        for name in self._overridden:
+            _require_field(config, name, value)
+        config.lock()
+        return config
+
+
+def _module(path: str) -> ModuleType:
+    """The file, whatever its name ends in, as a module that has been run."""
+    loader = importlib.machinery.SourceFileLoader(MODULE, path)
+    spec = importlib.util.spec_from_loader(MODULE, loader)
+    assert spec is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[MODULE] = module  # where the file's dataclasses look for their annotations
+    loader.exec_module(module)
+    return module
+
+
+def _line(path: str, error: Exception) -> str:
+    """Where in the file it fails, as far as the error knows."""
+    if isinstance(error, SyntaxError):
+        return f" in line {error.lineno}" if error.lineno else ""
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
+    return f" in line {lines[-1]}" if lines else ""
+
+
+def _require_field(config: ConfigDict, name: str, file: str) -> None:
+    """Checks that there is something for a flag to override."""
+    place = "config"
+    for part in name.split("."):
+        if not isinstance(config, ConfigDict) or part not in config:
+            raise ConfigError(
+                f"config.{name} cannot be set by a flag: the config of {file} has no {place}.{part}; begin it with "
+                "lrt_jax.setup.config.default_config, which has every field"
+            )
+        config, place = config[part], f"{place}.{part}"

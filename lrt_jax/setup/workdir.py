@@ -1,0 +1,82 @@
+"""The folder that a run lives in: what may name one, and whether all processes of a run see the same one."""
+
+import contextlib
+import json
+import secrets
+import time
+from pathlib import Path
+
+from lrt_jax.setup import processes
+from lrt_jax.setup.errors import writing
+from lrt_jax.setup.schema import ConfigError
+
+MARK = "run.seen-by-all."  # how the name of the file begins that the processes look for
+PATIENCE = 60.0  # seconds to wait for it: so long NFS remembers that there was no such folder
+INTERVAL = 0.1  # seconds between looks
+
+
+def local(value: str, name: str = "--workdir", kind: str = "folder") -> Path:
+    """The path that a flag or argument names.
+
+    Args:
+      value: as given.
+      name: of the flag or argument.
+      kind: what it must be.
+
+    Raises:
+      ConfigError: it is a bucket's URL, which a path cannot hold, or the system knows no such names.
+    """
+    if "://" in value:
+        raise ConfigError(
+            f"{name} is {value!r}; it must be a {kind}: mount the bucket (launch/tpu_vm.sh --bucket does) and name "
+            f"the {kind} there"
+        )
+    try:
+        Path(value).exists()
+    except OSError as error:
+        raise ConfigError(f"{name} is {value!r}, where no {kind} can be ({error.strerror})") from None
+    return Path(value)
+
+
+def require_shared(workdir: Path) -> None:
+    """Checks that what the first process writes into the work dir is there for every other one.
+
+    Raises:
+      WorkdirError: it cannot be written; or ProcessError: a process sees another folder, in all processes.
+    """
+    if processes.count() == 1:
+        return
+
+    def leave_mark() -> bytes:
+        mark = workdir / (MARK + secrets.token_hex(8))
+        with writing(mark):
+            workdir.mkdir(parents=True, exist_ok=True)
+            mark.touch()
+        return mark.name.encode()
+
+    mark = workdir / processes.from_first(leave_mark).decode()
+    try:
+        answers = processes.gathered(json.dumps([_appears(mark), str(workdir.absolute())]))
+    finally:
+        if processes.is_first():
+            with contextlib.suppress(OSError):
+                mark.unlink()
+    seen = [json.loads(answer) for answer in answers]
+    for process, (found, place) in enumerate(seen):
+        if not found:
+            raise processes.ProcessError(
+                f"--workdir is not the same folder on process {process} ({place}) as on process 0 ({seen[0][1]}); all "
+                "processes must share one, on a file system that each of them has mounted"
+            )
+
+
+def _appears(path: Path) -> bool:
+    """Whether a file is there, sooner or later."""
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        with contextlib.suppress(OSError):
+            if path.exists():
+                return True
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(INTERVAL)
