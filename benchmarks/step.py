@@ -2,10 +2,11 @@
 
     python -m benchmarks.step [--json=FILE] [--depth=N | --layers= --width= --heads=] [--only=REGEX] …
 
-Rows are timed in turns, so that a slow minute of a shared machine falls on all of them alike. Turns in which the heap
-grows do not count, three at most: several programs share it here, where a run that trains has one. A step is
-loss, gradients and update; the update is AdamW's unless --optimizer=muon, since Muon's products would flatter the
-ratios. Temporary memory is what XLA plans for the step beside its arguments.
+A row's steps take turns with plain ones, so that a slow minute of a shared machine falls on both alike, and a ratio is
+that of neighbours. No other row's state is held meanwhile. Turns in which the heap grows do not count, three at most:
+several programs share it here, where a run that trains has one. A step is loss, gradients and update; the update is
+AdamW's unless --optimizer=muon, since Muon's products would flatter the ratios. Temporary memory is what XLA plans for
+the step beside its arguments.
 """
 
 import argparse
@@ -80,14 +81,14 @@ def rows(
 ) -> Iterator[tuple[Row, ScheduleConfig]]:
     """What is compared: the plain baseline first, then every schedule with every memory.
 
-    Unless it is to be ``everything``, memories after the first come with the first S and K only.
+    Unless it is to be ``everything``, memories after the first come with the first S only.
     """
     yield Row("plain", 0, 0, "none"), ScheduleConfig(name="plain")
     for memory in memories:
-        some = slice(None) if everything or memory == memories[0] else slice(1)
-        for count in subsets[some]:
+        whole = everything or memory == memories[0]
+        for count in subsets if whole else subsets[:1]:
             yield Row("interleaved", count, 0, memory), ScheduleConfig(name="interleaved", subsets=count)
-        for count in refinements[some]:
+        for count in refinements if whole else []:
             schedule = ScheduleConfig(name="multi_refinement", refinements=count)
             yield Row("multi_refinement", 0, count, memory), schedule
 
@@ -174,20 +175,16 @@ def measure(
         return made
 
     plain, plain_schedule = chosen[0]
-    steps = {id(plain): timed(plain, plain_schedule)}
+    baseline = timed(plain, plain_schedule)
     seconds: dict[int, list[float]] = {id(row): [] for row, _ in chosen}
     paired: dict[int, list[float]] = {id(row): [] for row, _ in chosen}
-    groups = [[chosen[0], pair] for pair in chosen[1:]] if options.one_by_one and chosen[1:] else [chosen]
-    for group in groups:
-        steps |= {id(row): timed(row, schedule) for row, schedule in group if id(row) not in steps}
-        for baseline, *others in turns([steps[id(row)] for row, _ in group], options.repeats):
-            seconds[id(plain)].append(baseline)
-            for (row, _schedule), taken in zip(group[1:], others, strict=True):
-                seconds[id(row)].append(taken)
-                paired[id(row)].append(taken / baseline)
-        if options.one_by_one:
-            for row, _schedule in group[1:]:
-                del steps[id(row)]
+    for row, schedule in chosen[1:]:
+        for before, taken in turns([baseline, timed(row, schedule)], options.repeats):
+            seconds[id(plain)].append(before)
+            seconds[id(row)].append(taken)
+            paired[id(row)].append(taken / before)
+    if not seconds[id(plain)]:
+        seconds[id(plain)] = [taken for (taken,) in turns([baseline], options.repeats)]
 
     peak = hardware.peak_flops(jax.devices()[0]) * jax.device_count()
     baseline_flops = costs.train_flops(model_of(model, plain), plain_schedule)
@@ -237,11 +234,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "--everything",
         action=argparse.BooleanOptionalAction,
         default=not on_cpu,
-        help="all S and K with every memory; else memories after the first come with the first S and K only",
+        help="all S and K with every memory; else memories after the first come with the first S only",
     )
     parser.add_argument("--only", type=pattern, default="", help="a regular expression that a row's name must match")
     parser.add_argument("--repeats", type=positive, default=3 if on_cpu else 10)
-    parser.add_argument("--one_by_one", action="store_true", help="hold one row's state beside the plain one's")
     options = parser.parse_args(arguments)
     if options.depth:
         options.layers, options.heads = options.depth, -(-options.depth // 2)

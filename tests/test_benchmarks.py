@@ -102,7 +102,7 @@ def test_a_comparison_with_torch_writes_every_turn(tmp_path, monkeypatch):
 def test_the_plain_row_can_be_measured_alone(tiny, monkeypatch):
     made = SimpleNamespace(compile_seconds=1.0, temp_bytes=1, run=lambda: 2.0)
     monkeypatch.setattr(step, "Timed", lambda *_: made)
-    options = step.parse(["--only=plain", "--one_by_one", "--batch=3"])
+    options = step.parse(["--only=plain", "--batch=3"])
     (row,) = step.measure(tiny(), list(step.rows([], [], [], True)), options)
     assert (row.name, row.step_seconds, row.step_ratio, row.tokens_per_second) == ("plain", 2.0, 1.0, 3 * 8 / 2.0)
 
