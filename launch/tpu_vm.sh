@@ -187,7 +187,7 @@ remote() {
     if [[ -n $bucket ]]; then
         mount="${gcsfuse//$'\n'/ }sudo mkdir -p /mnt/lrt && sudo chown \"\$USER\" /mnt/lrt && (mountpoint -q /mnt/lrt || gcsfuse --implicit-dirs --rename-dir-limit=200000 $(printf %q "$bucket") /mnt/lrt) && "
     fi
-    printf '%s' "${mount}mkdir -p lrt-jax && tar -xzf lrt-jax.tar.gz -C lrt-jax && cd lrt-jax && ${python//$'\n'/ }" \
+    printf '%s' "${mount}mkdir -p lrt-jax && tar --recursive-unlink -xzf lrt-jax.tar.gz -C lrt-jax && cd lrt-jax && ${python//$'\n'/ }" \
         ".venv/bin/python -m pip install --quiet -e '.[gcs]' 'jax[tpu]' && " \
         ".venv/bin/python -m lrt_jax.main --stopped_exit_code=75$(printf ' %q' "$@") >>\$HOME/lrt-jax.log 2>&1; " \
         "code=\$?; step=\$(ls -d $workdir/checkpoints/* 2>/dev/null | sed 's|.*/||' | grep -x '[0-9]*' | sort -n | tail -n 1); " \

@@ -106,7 +106,7 @@ def import_weights(
     run, params = _config_and_params(
         file, path, None if config is None else configs.from_config_dict(config), reference_config
     )
-    found = _tokenizer(file, path, run, tokenizer)
+    found = _tokenizer(file, path, run, tokenizer, config is not None)
     wide = {name: array for name, array in params.items() if array.dtype == np.float64}
     inexact = [name for name, array in wide.items() if np.any(array.astype(np.float32) != array)]
     if found is not None:
@@ -205,9 +205,13 @@ def _check_own(arrays: dict[str, np.ndarray], config: ModelConfig) -> None:
         raise ConversionError(f"the arrays do not fit the model config: {'; '.join(faults)}")
 
 
-def _tokenizer(file: files.ArrayFile, path: Path, config: Config, given: str | None) -> tokenizers.Tokenizer | None:
-    """The tokenizer given by flag, by config, or with the weights."""
-    source = given or config.data.tokenizer
+def _tokenizer(
+    file: files.ArrayFile, path: Path, config: Config, given: str | None, configured: bool
+) -> tokenizers.Tokenizer | None:
+    """The tokenizer given by flag, by the user's config, or with the weights."""
+    source = given
+    if not source and (configured or TOKENIZER_KEY not in file.metadata):  # else a path of who exported them
+        source = config.data.tokenizer
     if source:
         data = dataclasses.replace(config.data, tokenizer=source)
         return tokenizers.given(dataclasses.replace(config, data=data))

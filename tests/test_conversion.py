@@ -20,7 +20,7 @@ from lrt_jax.conversion.reference import ConversionError
 from lrt_jax.data import tokenizer
 from lrt_jax.inference import load
 from lrt_jax.model.parameters import table
-from lrt_jax.setup.config import Config, ConfigError, ScheduleConfig, TrainConfig
+from lrt_jax.setup.config import Config, ConfigError, DataConfig, ScheduleConfig, TrainConfig
 from lrt_jax.setup.errors import UserError
 from lrt_jax.training import checkpoint
 
@@ -325,3 +325,15 @@ def test_damaged_metadata_names_its_file(tmp_path, tiny, random_params, key, val
     with pytest.raises(UserError, match=message):
         convert.import_weights(path, tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_the_tokenizer_in_the_file_counts_and_not_a_path_of_who_exported_it(tmp_path, tiny, random_params):
+    data = DataConfig(tokenizer=str(tmp_path / "elsewhere.model"))
+    run = Config(tiny(vocab_size=270), TrainConfig(batch_size=2, steps=1), data=data)
+    path, embedded = tmp_path / "a.safetensors", tokens(270)
+    metadata = {convert.CONFIG_KEY: run.to_json(), convert.TOKENIZER_KEY: embedded}
+    files.write_safetensors(path, random_params(run.model), metadata)
+    convert.import_weights(path, tmp_path / "run")
+    assert (tmp_path / "run" / tokenizer.FILE).read_bytes() == base64.b64decode(embedded)
+    with pytest.raises(ConfigError, match=r"config\.data\.tokenizer is '.*elsewhere\.model', where there is no file"):
+        convert.import_weights(path, tmp_path / "other", ConfigDict(dataclasses.asdict(run)))

@@ -73,16 +73,12 @@ class Records:
         first = begin - self._begins[part]
         count = min(count, self._begins[part + 1] - begin)
         file = self._files[part]
-        if "://" not in file:
-            if file not in self._maps:
-                try:
-                    self._maps[file] = np.memmap(file, self._dtype, mode="r")
-                except OSError as error:
-                    raise DataError(f"{file} cannot be read ({error.strerror}); was the work dir removed?") from None
-            return self._maps[file][first : first + count]
-        with epath.Path(file).open("rb") as stream:  # a bucket: just the bytes asked for
-            stream.seek(first * self._dtype.itemsize)
-            return np.frombuffer(stream.read(count * self._dtype.itemsize), self._dtype)
+        if file not in self._maps:
+            try:
+                self._maps[file] = np.memmap(file, self._dtype, mode="r")
+            except OSError as error:
+                raise DataError(f"{file} cannot be read ({error.strerror}); was the work dir removed?") from None
+        return self._maps[file][first : first + count]
 
 
 def prepare(config: Config, corpus: Corpus, tokenizer: Tokenizer, workdir: epath.PathLike) -> Records:
