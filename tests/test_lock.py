@@ -145,6 +145,7 @@ def test_a_bucket_is_no_work_dir(monkeypatch, tmp_path):
     for command in (checkpoints, convert, evaluate):
         monkeypatch.setattr(command, "flags", SimpleNamespace(FLAGS=given))
     monkeypatch.setattr(evaluate.processes, "start", lambda: None)
+    monkeypatch.setattr(evaluate.command_line, "decode_flags", dict)
     with pytest.raises(ConfigError, match=f"^--workdir {says}"):
         evaluate.main()
     with pytest.raises(ConfigError, match=f"^the work dir {says}"):
