@@ -61,8 +61,8 @@ def test_a_launcher_can_tell_stopped_from_complete(place, tell):
     code, out, err = run.end()
     assert code == 75 and "run the same command" in out, err
     step = assert_good(workdir)[-1]
-    # Shorter than it already is: it is complete, says so and ends.
-    done = place.start(workdir, flags=["--stopped_exit_code=75"], **LONG | {"train__steps": step - 1}).succeed()
+    # As long as it already is: it is complete, says so and ends.
+    done = place.start(workdir, flags=["--stopped_exit_code=75"], **LONG | {"train__steps": step}).succeed()
     assert "val/bpb_sequential" in done
     tell("SIGTERM, and a launcher to whom 0 means complete", "--stopped_exit_code, then 0", "exits 75 and 0")
 
