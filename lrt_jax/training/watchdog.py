@@ -21,6 +21,7 @@ from pathlib import Path
 EXIT_CODE = 75
 INTERVAL = 1.0  # seconds between looks
 FROZEN = 5.0  # seconds by which a look is late if the process was stopped (SIGSTOP) and goes on
+GRACE = 3.0  # seconds from the stacks to the end: the processes that end with this one, one of which hangs, tell theirs
 SLACK = 30.0  # seconds by which the second watcher is later, and that it leaves for the way out
 
 
@@ -114,6 +115,7 @@ class Watchdog:
             "checkpoint\n"
         )
         os.write(2, message.encode())
+        time.sleep(GRACE)
         os._exit(EXIT_CODE)
 
 
