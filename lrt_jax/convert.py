@@ -21,7 +21,8 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from lrt_jax.conversion import files, parity, reference
-from lrt_jax.conversion.reference import ConversionError, from_reference, to_reference
+from lrt_jax.conversion.errors import ConversionError
+from lrt_jax.conversion.reference import from_reference, to_reference
 from lrt_jax.data import tokenizer as tokenizers
 from lrt_jax.inference import load
 from lrt_jax.model import costs
@@ -138,7 +139,7 @@ def _config_and_params(
         _check_same_model(path, stated.model, config.model)
     if set(file.parameters) & set(table(config.model)):
         _check_own(file.parameters, config.model)
-        return config, {name: reference.widened(name, array) for name, array in file.parameters.items()}
+        return config, {name: files.widened(name, array) for name, array in file.parameters.items()}
     return config, from_reference(file.parameters, config.model)
 
 

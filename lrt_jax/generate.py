@@ -82,8 +82,9 @@ def main() -> None:
     processes.start()
     if flags.FLAGS.interactive and jax.process_count() > 1:
         raise ConfigError("--interactive needs one process, which can ask; give several --prompt or --file")
-    trained = load.load(workdirs.local(flags.FLAGS.workdir), flags.FLAGS.step)
-    meshes.cache_compilations(Path(flags.FLAGS.workdir))
+    workdir = workdirs.local(flags.FLAGS.workdir)
+    trained = load.load(workdir, flags.FLAGS.step)
+    meshes.cache_compilations(workdir)
     method = Method(sampling, dataclasses.replace(trained.config.decode, **changes), use_memory=flags.FLAGS.memory)
     if prompt is not None:
         write(trained, prompt, method)

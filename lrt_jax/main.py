@@ -29,7 +29,7 @@ from lrt_jax.setup import flags as command_line
 from lrt_jax.setup import hardware, processes
 from lrt_jax.setup import mesh as meshes
 from lrt_jax.setup import workdir as workdirs
-from lrt_jax.setup.durations import require_ahead
+from lrt_jax.setup.durations import require_ahead, train_steps
 from lrt_jax.training import (
     checkpoint,
     guard,
@@ -127,7 +127,7 @@ def _run(
     start = _recover(workdir)
     changes = checkpoint.check_config(config, workdir)
     counts = costs.count_parameters(config.model)
-    steps = configs.train_steps(config.train, config.model.sequence_length, counts.total)
+    steps = train_steps(config.train, config.model.sequence_length, counts.total)
     require_ahead(config.train, steps, start or 0)
     meshes.cache_compilations(workdir)
     startup.lap("devices and checkpoints")

@@ -1,6 +1,7 @@
 """Benchmarks: what they refuse before they compile anything, and which turns count."""
 
 import json
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -105,6 +106,31 @@ def test_the_plain_row_can_be_measured_alone(tiny, monkeypatch):
     options = step.parse(["--only=plain", "--batch=3"])
     (row,) = step.measure(tiny(), list(step.rows([], [], [], True)), options)
     assert (row.name, row.step_seconds, row.step_ratio, row.tokens_per_second) == ("plain", 2.0, 1.0, 3 * 8 / 2.0)
+
+
+def test_each_row_is_timed_beside_the_plain_one_and_no_other_is_held(tiny, monkeypatch):
+    alive, most = weakref.WeakSet(), 0
+
+    class Timed:
+        compile_seconds, temp_bytes = 1.0, 1
+
+        def __init__(self, model, schedule, *_):
+            nonlocal most
+            alive.add(self)
+            most = max(most, len(alive))
+            self.seconds = {"plain": 1.0, "interleaved": 2.0 + schedule.subsets / 10, "multi_refinement": 3.0}[
+                schedule.name
+            ]
+
+        def run(self):
+            return self.seconds
+
+    monkeypatch.setattr(step, "Timed", Timed)
+    found = step.measure(tiny(), list(step.rows([2, 4], [1], ["shared", "layerwise"], False)), step.parse([]))
+    names = ["plain", "interleaved(S=2) shared", "interleaved(S=4) shared", "multi_refinement(K=1) shared"]
+    assert [row.name for row in found] == [*names, "interleaved(S=2) layerwise"]
+    assert [row.step_ratio for row in found] == [1.0, 2.2, 2.4, 3.0, 2.2]
+    assert most == 2
 
 
 @pytest.mark.parametrize(

@@ -18,9 +18,8 @@ from lrt_jax.setup.config import (
     default_config,
     from_config_dict,
     from_json,
-    train_steps,
 )
-from lrt_jax.setup.durations import require_ahead
+from lrt_jax.setup.durations import require_ahead, train_steps
 from lrt_jax.training import optimizer, schedules, state, step
 
 CONFIGS = Path(__file__).parents[1] / "configs"

@@ -33,6 +33,8 @@ MESHES = (((1, 1, 1, 1), "auto"), ((8, 1, 1, 1), "auto"), ((1, 8, 1, 1), "auto")
           ((2, 2, 2, 1), "auto"), ((1, 2, 2, 2), "auto"), ((1, 1, 1, 8), "auto"))
 for name, schedule, config in (
     ("interleaved", ScheduleConfig(subsets=2), model(scan_layers=True, remat=True)),
+    ("multi_refinement", ScheduleConfig(name="multi_refinement", refinements=1, unroll=False),
+     model(scan_layers=True, remat=True)),
     ("unrolled", ScheduleConfig(subsets=2, kv_refresh=True), model(memory="layerwise", value_embeddings="alternate")),
 ):
     initial = None
@@ -66,8 +68,8 @@ def test_7_losses_and_scores_are_the_same_on_every_mesh():
     )
     assert done.returncode == 0, done.stderr
     runs = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(runs) == 14
-    for name in ("interleaved", "unrolled"):
+    assert len(runs) == 21
+    for name in ("interleaved", "multi_refinement", "unrolled"):
         single, *others = [run for run in runs if run["schedule"] == name]
         assert single["mesh"] == [1, 1, 1, 1] and single["losses"][-1] < single["losses"][0]
         assert name != "interleaved" or len(single["score"]) == 16

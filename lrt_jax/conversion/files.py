@@ -10,11 +10,13 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from lrt_jax.conversion.reference import ConversionError
+from lrt_jax.conversion.errors import ConversionError
 
 KINDS = ".npz, .safetensors, .pt, .pth or .bin"
 # In a file that also holds results, the parameters' names begin so.
 PARAMETERS = "param/"
+# Dtypes that float32 holds exactly.
+NARROW = ("float16", "bfloat16")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,3 +145,25 @@ def parse_reference_config(text: str, path: Path) -> dict[str, Any]:
         return dict(fields)
     except (json.JSONDecodeError, AttributeError, TypeError, ValueError) as error:
         raise ConversionError(f"the reference's config in {path} is not a JSON object ({error})") from None
+
+
+def widened(name: str, array: np.ndarray) -> np.ndarray:
+    """Floats narrower than float32, bfloat16 among them, as float32, which holds each exactly.
+
+    Raises:
+      ConversionError: the array holds no floats, or floats that are not finite in float32.
+    """
+    if array.dtype.name in NARROW:
+        array = array.astype(np.float32)
+    if array.dtype not in (np.float32, np.float64):
+        raise ConversionError(
+            f"{name} has the dtype {array.dtype}; allowed are float64, float32, {', '.join(NARROW)} (bfloat16 not in "
+            ".npz)"
+        )
+    with np.errstate(over="ignore"):
+        infinite = np.count_nonzero(~np.isfinite(array.astype(np.float32)))
+    if infinite:
+        raise ConversionError(
+            f"{name} has {infinite:,} of {array.size:,} entries that are not finite in float32; all must be finite"
+        )
+    return array

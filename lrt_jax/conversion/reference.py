@@ -10,9 +10,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from lrt_jax.conversion.errors import ConversionError
+from lrt_jax.conversion.files import widened
 from lrt_jax.model.parameters import Parameter, table
 from lrt_jax.setup.config import ConfigError, Dtype, ModelConfig, ScheduleConfig, ValueEmbeddings
-from lrt_jax.setup.errors import UserError
 from lrt_jax.setup.validation import validate_model
 
 # Their vocabulary is padded to a multiple of this; the rows beyond V are never read.
@@ -39,9 +40,6 @@ GATES = "transformer.h.{}.attn.triple_gate.weight"
 RECURRENT_NAMES = {"value_embedding": "interleaved_init_value_embeds.{}.weight"}
 PLAIN_NAMES = {"value_embedding": "value_embeds.{}.weight", "value_gate": "transformer.h.{}.attn.ve_gate.weight"}
 
-# Dtypes that float32 holds exactly.
-NARROW = ("float16", "bfloat16")
-
 # What their config's fields are without being set.
 CONFIG_DEFAULTS: dict[str, Any] = {
     "window_pattern": "SSSL",
@@ -59,10 +57,6 @@ CONFIG_DEFAULTS: dict[str, Any] = {
 }
 # Their default of ve_gate_channels differs between releases: it is required, unless the arrays show it.
 CONFIG_REQUIRED = ("sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd", "ve_gate_channels")
-
-
-class ConversionError(UserError):
-    """Arrays, or the config that came with them, do not fit; one sentence says which."""
 
 
 class Piece(NamedTuple):
@@ -313,28 +307,6 @@ def _to_theirs(piece: Piece, parts: list[np.ndarray], config: ModelConfig) -> np
     (array,) = parts
     shape = _shape(piece, config)
     return array.reshape(shape[::-1]).T if _is_linear(piece.ours[0]) else array.reshape(shape)
-
-
-def widened(name: str, array: np.ndarray) -> np.ndarray:
-    """Floats narrower than float32, bfloat16 among them, as float32, which holds each exactly.
-
-    Raises:
-      ConversionError: the array holds no floats, or floats that are not finite in float32.
-    """
-    if array.dtype.name in NARROW:
-        array = array.astype(np.float32)
-    if array.dtype not in (np.float32, np.float64):
-        raise ConversionError(
-            f"{name} has the dtype {array.dtype}; allowed are float64, float32, {', '.join(NARROW)} (bfloat16 not in "
-            ".npz)"
-        )
-    with np.errstate(over="ignore"):
-        infinite = np.count_nonzero(~np.isfinite(array.astype(np.float32)))
-    if infinite:
-        raise ConversionError(
-            f"{name} has {infinite:,} of {array.size:,} entries that are not finite in float32; all must be finite"
-        )
-    return array
 
 
 def _check_arrays(arrays: Mapping[str, np.ndarray], config: ModelConfig) -> None:

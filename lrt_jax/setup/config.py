@@ -16,7 +16,6 @@ from typing import Any, Literal
 from ml_collections import ConfigDict
 
 from lrt_jax.setup import schema
-from lrt_jax.setup.durations import train_steps as train_steps
 from lrt_jax.setup.schema import ConfigError
 from lrt_jax.setup.validation import FINAL, validate
 
