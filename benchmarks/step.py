@@ -3,10 +3,12 @@
     python -m benchmarks.step [--json=FILE] [--depth=N | --layers= --width= --heads=] [--only=REGEX] …
 
 A row's steps take turns with plain ones, so that a slow minute of a shared machine falls on both alike, and a ratio is
-that of neighbours. No other row's state is held meanwhile. Turns in which the heap grows do not count, three at most:
-several programs share it here, where a run that trains has one. A step is loss, gradients and update; the update is
-AdamW's unless --optimizer=muon, since Muon's products would flatter the ratios. Temporary memory is what XLA plans for
-the step beside its arguments.
+that of neighbours. No other row's state is held meanwhile. With --alone, the default on a GPU or TPU, whose memory is
+dear and whose times vary little, the plain row is timed once and then let go. Turns in which the heap grows do not count,
+three at most: several programs share it here, where a run that trains has one. A step is loss, gradients and update;
+the update is AdamW's unless --optimizer=muon, since Muon's products would flatter the ratios. Temporary memory is what
+XLA plans for the step beside its arguments. MFU is printed where the device's data sheet is known. The file that --json
+names is written after every row.
 """
 
 import argparse
@@ -34,7 +36,7 @@ from lrt_jax.setup import mesh as meshes
 from lrt_jax.setup.config import MeshConfig, ModelConfig, OptimizerConfig, ScheduleConfig
 from lrt_jax.training import optimizer, schedules, state, step
 
-ROW = "{:<26}{:>10}{:>9}{:>9}{:>12}{:>7}{:>10}{:>10}"
+ROW = "{:<26}{:>10}{:>9}{:>9}{:>12}{:>7}{:>10}{:>10}{:>10}"
 
 
 @dataclasses.dataclass
@@ -50,10 +52,11 @@ class Row:
       ideal_ratio: the same of FLOPs.
       temp_memory_ratio: temporary memory, as a share of the plain row's.
       tokens_per_second: training tokens, each counted once.
-      mfu: FLOPs per second as a share of the device's peak.
+      mfu: FLOPs per second as a share of the device's peak; None where that is not known.
       compile_seconds: of the step, from scratch.
       step_seconds: median.
       temp_bytes: temporary memory.
+      peak_bytes: with parameters and optimizer state.
     """
 
     schedule: str
@@ -64,10 +67,11 @@ class Row:
     ideal_ratio: float = 1.0
     temp_memory_ratio: float = 1.0
     tokens_per_second: float = 0.0
-    mfu: float = 0.0
+    mfu: float | None = None
     compile_seconds: float = 0.0
     step_seconds: float = 0.0
     temp_bytes: int = 0
+    peak_bytes: int = 0
 
     @property
     def name(self) -> str:
@@ -118,7 +122,9 @@ class Timed:
         begin = time.perf_counter()
         self._compiled = lowered.compile()
         self.compile_seconds = time.perf_counter() - begin
-        self.temp_bytes = int(self._compiled.memory_analysis().temp_size_in_bytes)
+        memory = self._compiled.memory_analysis()
+        self.temp_bytes = int(memory.temp_size_in_bytes)
+        self.peak_bytes = int(memory.argument_size_in_bytes) + self.temp_bytes  # the new state takes the old one's place
 
     def run(self) -> float:
         """Seconds of one step."""
@@ -157,8 +163,8 @@ def measure(
     model: ModelConfig,
     chosen: list[tuple[Row, ScheduleConfig]],
     options: argparse.Namespace,
-) -> list[Row]:
-    """Fills in the rows.
+) -> Iterator[Row]:
+    """Fills in the rows, and yields each as it is done; beside each other row, the plain one is timed again.
 
     Args:
       model: its shape; the memory is the row's.
@@ -166,46 +172,59 @@ def measure(
       options: of the command line.
     """
 
-    batch = options.batch
-
     def timed(row: Row, schedule: ScheduleConfig) -> Timed:
-        made = Timed(model_of(model, row), schedule, batch, options)
-        row.compile_seconds, row.temp_bytes = made.compile_seconds, made.temp_bytes
+        made = Timed(model_of(model, row), schedule, options.batch, options)
+        row.compile_seconds, row.temp_bytes, row.peak_bytes = made.compile_seconds, made.temp_bytes, made.peak_bytes
         print(f"  compiled {row.name} in {made.compile_seconds:.1f} s", file=sys.stderr, flush=True)
         return made
 
     plain, plain_schedule = chosen[0]
-    baseline = timed(plain, plain_schedule)
-    seconds: dict[int, list[float]] = {id(row): [] for row, _ in chosen}
-    paired: dict[int, list[float]] = {id(row): [] for row, _ in chosen}
+    baseline: Timed | None = timed(plain, plain_schedule)
+    plain_seconds: list[float] = []
+    if options.alone or len(chosen) == 1:
+        plain_seconds = [taken for (taken,) in turns([baseline], options.repeats)]
+        baseline = None
+        yield _filled(plain, plain_schedule, plain_seconds, [1.0], chosen[0], model, options.batch)
     for row, schedule in chosen[1:]:
-        for before, taken in turns([baseline, timed(row, schedule)], options.repeats):
-            seconds[id(plain)].append(before)
-            seconds[id(row)].append(taken)
-            paired[id(row)].append(taken / before)
-    if not seconds[id(plain)]:
-        seconds[id(plain)] = [taken for (taken,) in turns([baseline], options.repeats)]
-
-    peak = hardware.peak_flops(jax.devices()[0]) * jax.device_count()
-    baseline_flops = costs.train_flops(model_of(model, plain), plain_schedule)
-    for row, schedule in chosen:
-        flops = costs.train_flops(model_of(model, row), schedule)
-        row.step_seconds = statistics.median(seconds[id(row)])
-        row.step_ratio = statistics.median(paired[id(row)]) if paired[id(row)] else 1.0
-        row.ideal_ratio = flops / baseline_flops
-        row.temp_memory_ratio = row.temp_bytes / plain.temp_bytes
-        row.tokens_per_second = batch * model.sequence_length / row.step_seconds
-        row.mfu = flops * batch / row.step_seconds / peak
-    return [row for row, _ in chosen]
+        if baseline is None:
+            seconds = [taken for (taken,) in turns([timed(row, schedule)], options.repeats)]
+            ratios = [taken / statistics.median(plain_seconds) for taken in seconds]
+        else:
+            pairs = list(turns([baseline, timed(row, schedule)], options.repeats))
+            seconds, ratios = [taken for _, taken in pairs], [taken / before for before, taken in pairs]
+            plain_seconds += [before for before, _ in pairs]
+            if row is chosen[1][0]:
+                yield _filled(plain, plain_schedule, plain_seconds, [1.0], chosen[0], model, options.batch)
+        yield _filled(row, schedule, seconds, ratios, chosen[0], model, options.batch)
 
 
-def print_table(found: list[Row]) -> None:
-    """The rows, for people."""
-    print(ROW.format("", "time", "ideal", "memory", "tokens/s", "MFU", "compile", "step"))
-    for row in found:
-        cells = (f"{row.step_ratio:.2f} ×", f"{row.ideal_ratio:.2f} ×", f"{row.temp_memory_ratio:.2f} ×")
-        rest = (f"{row.tokens_per_second:,.0f}", f"{row.mfu:.1%}", f"{row.compile_seconds:.1f} s")
-        print(ROW.format(row.name, *cells, *rest, f"{row.step_seconds * 1e3:,.0f} ms"))
+def _filled(
+    row: Row,
+    schedule: ScheduleConfig,
+    seconds: list[float],
+    ratios: list[float],
+    plain: tuple[Row, ScheduleConfig],
+    model: ModelConfig,
+    batch: int,
+) -> Row:
+    """A row with what follows from the seconds of its steps, and their ratios to plain ones."""
+    flops = costs.train_flops(model_of(model, row), schedule)
+    peak = hardware.data_sheet_flops(jax.devices()[0])
+    row.step_seconds = statistics.median(seconds)
+    row.step_ratio = statistics.median(ratios)
+    row.ideal_ratio = flops / costs.train_flops(model_of(model, plain[0]), plain[1])
+    row.temp_memory_ratio = row.temp_bytes / plain[0].temp_bytes
+    row.tokens_per_second = batch * model.sequence_length / row.step_seconds
+    row.mfu = None if peak is None else flops * batch / row.step_seconds / (peak * jax.device_count())
+    return row
+
+
+def print_row(row: Row) -> None:
+    """A row, for people."""
+    cells = (f"{row.step_ratio:.2f} ×", f"{row.ideal_ratio:.2f} ×", f"{row.temp_memory_ratio:.2f} ×")
+    mfu = "" if row.mfu is None else f"{row.mfu:.1%}"
+    rest = (f"{row.tokens_per_second:,.0f}", mfu, f"{row.compile_seconds:.1f} s", f"{row.step_seconds * 1e3:,.0f} ms")
+    print(ROW.format(row.name, *cells, *rest, f"{row.peak_bytes / 1e9:.1f} GB"), flush=True)
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -238,6 +257,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--only", type=pattern, default="", help="a regular expression that a row's name must match")
     parser.add_argument("--repeats", type=positive, default=3 if on_cpu else 10)
+    parser.add_argument("--alone", action=argparse.BooleanOptionalAction, default=not on_cpu)
     options = parser.parse_args(arguments)
     if options.depth:
         options.layers, options.heads = options.depth, -(-options.depth // 2)
@@ -271,13 +291,15 @@ def main() -> None:
     kind = f"{jax.device_count()} × {device.device_kind}, jax {jax.__version__}, {compute_dtype(model)}"
     print(f"{kind}, batch {options.batch}")
     print(f"{model.layers} layers, width {model.width}, {model.heads} heads, T {options.length}, V {options.vocab}")
-    found = measure(model, chosen, options)
-    print_table(found)
-    if options.json:
-        about: dict[str, Any] = {"device": device.device_kind, "jax": jax.__version__}
-        about["model"] = dataclasses.asdict(model)
-        lines = [dataclasses.asdict(row) for row in found]
-        options.json.write_text(json.dumps({"about": about, "rows": lines}, indent=2) + "\n")
+    print(ROW.format("", "time", "ideal", "memory", "tokens/s", "MFU", "compile", "step", "peak"))
+    about: dict[str, Any] = {"device": device.device_kind, "jax": jax.__version__, "batch": options.batch}
+    about["model"] = dataclasses.asdict(model)
+    lines = []
+    for row in measure(model, chosen, options):
+        print_row(row)
+        lines.append(dataclasses.asdict(row))
+        if options.json:
+            options.json.write_text(json.dumps({"about": about, "rows": lines}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

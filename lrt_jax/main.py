@@ -21,7 +21,7 @@ from lrt_jax.inference import load, text
 from lrt_jax.inference.generate import Method, check_lengths
 from lrt_jax.inference.sampling import Sampling
 from lrt_jax.model import costs
-from lrt_jax.model.backend import attention_kind, compute_dtype
+from lrt_jax.model.backend import Attention, attention_kind, compute_dtype
 from lrt_jax.model.decoder import Decoder
 from lrt_jax.model.parameters import table
 from lrt_jax.setup import config as configs
@@ -123,7 +123,7 @@ def _run(
     meshes.check(config, mesh.shape)
     # What this machine cannot compute is refused now, and not when the tokens are made.
     compute_dtype(config.model)
-    attention_kind(config.model, config.model.sequence_length, mesh)
+    _attention(config, mesh)
     start = _recover(workdir)
     changes = checkpoint.check_config(config, workdir)
     counts = costs.count_parameters(config.model)
@@ -261,6 +261,13 @@ def _stages(
         )
 
 
+def _attention(config: configs.Config, mesh: Mesh) -> Attention:
+    """How the forwards of the run's last stage attend."""
+    schedule, length = config.schedule.in_stages[-1].schedule, config.model.sequence_length
+    subsets = schedule.subsets if schedule.name == "interleaved" else 1
+    return attention_kind(config.model, length // subsets, mesh, subsets)
+
+
 def _opening(
     config: configs.Config, counts: costs.ParameterCounts, mesh: Mesh, steps: int, notes: list[str]
 ) -> Iterator[str]:
@@ -269,11 +276,13 @@ def _opening(
     kind = "plain Transformer" if not model.recurrent else f"Latent Recurrent Transformer, {model.memory} memory"
     yield f"{kind}: {model.layers} layers, width {model.width}, {model.heads} heads, context {model.sequence_length}"
     yield f"parameters\n{counts}"
-    device = jax.devices()[0]
+    device, attention = jax.devices()[0], _attention(config, mesh)
     yield (
         f"{jax.device_count()} × {device.device_kind} ({device.platform}), {compute_dtype(model)} compute, "
-        f"{attention_kind(model, model.sequence_length, mesh)} attention"
+        f"{attention.kind} attention"
     )
+    if attention.why:
+        yield f"warning: no kernel serves this model's attention, so steps take longer: {attention.why}"
     if mesh.size > 1:
         axes = " × ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1)
         often = "once a step" if meshes.gathers_once(config.mesh, mesh.shape) else "by every forward"

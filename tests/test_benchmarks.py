@@ -101,18 +101,19 @@ def test_a_comparison_with_torch_writes_every_turn(tmp_path, monkeypatch):
 
 
 def test_the_plain_row_can_be_measured_alone(tiny, monkeypatch):
-    made = SimpleNamespace(compile_seconds=1.0, temp_bytes=1, run=lambda: 2.0)
+    made = SimpleNamespace(compile_seconds=1.0, temp_bytes=1, peak_bytes=2, run=lambda: 2.0)
     monkeypatch.setattr(step, "Timed", lambda *_: made)
     options = step.parse(["--only=plain", "--batch=3"])
     (row,) = step.measure(tiny(), list(step.rows([], [], [], True)), options)
     assert (row.name, row.step_seconds, row.step_ratio, row.tokens_per_second) == ("plain", 2.0, 1.0, 3 * 8 / 2.0)
 
 
-def test_each_row_is_timed_beside_the_plain_one_and_no_other_is_held(tiny, monkeypatch):
+@pytest.mark.parametrize("alone", [False, True])
+def test_each_row_is_timed_beside_the_plain_one_or_alone_and_no_other_is_held(alone, tiny, monkeypatch):
     alive, most = weakref.WeakSet(), 0
 
     class Timed:
-        compile_seconds, temp_bytes = 1.0, 1
+        compile_seconds, temp_bytes, peak_bytes = 1.0, 1, 2
 
         def __init__(self, model, schedule, *_):
             nonlocal most
@@ -126,11 +127,12 @@ def test_each_row_is_timed_beside_the_plain_one_and_no_other_is_held(tiny, monke
             return self.seconds
 
     monkeypatch.setattr(step, "Timed", Timed)
-    found = step.measure(tiny(), list(step.rows([2, 4], [1], ["shared", "layerwise"], False)), step.parse([]))
+    chosen = list(step.rows([2, 4], [1], ["shared", "layerwise"], False))
+    found = list(step.measure(tiny(), chosen, step.parse(["--alone" if alone else "--no-alone"])))
     names = ["plain", "interleaved(S=2) shared", "interleaved(S=4) shared", "multi_refinement(K=1) shared"]
     assert [row.name for row in found] == [*names, "interleaved(S=2) layerwise"]
     assert [row.step_ratio for row in found] == [1.0, 2.2, 2.4, 3.0, 2.2]
-    assert most == 2
+    assert most == (1 if alone else 2)
 
 
 @pytest.mark.parametrize(

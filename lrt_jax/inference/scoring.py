@@ -9,7 +9,6 @@ from flax import struct
 from lrt_jax.inference import decode, prefill
 from lrt_jax.inference.decode import PAD
 from lrt_jax.model.decoder import Decoder
-from lrt_jax.model.head import cross_entropy
 from lrt_jax.setup.config import DecodeConfig
 
 
@@ -62,10 +61,11 @@ def score(
     )
     # The head's logits are the largest array: one chunk of columns at a time.
     pieces = [
-        cross_entropy(
-            decode.logits(decoder, params, done.hidden_BxNxD[:, begin : begin + config.chunk]),
+        decoder.apply(
+            {"params": params},
+            done.hidden_BxNxD[:, begin : begin + config.chunk],
             targets_BxT[:, begin : begin + config.chunk],
-            decoder.config.softcap,
+            method=Decoder.losses,
         )
         for begin in range(0, length, config.chunk)
     ]

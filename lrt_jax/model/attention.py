@@ -11,9 +11,12 @@ matrix products, and no subset forward transposes the whole buffer again.
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 # The position of an empty slot: later than any query, hence seen by none.
 EMPTY = np.iinfo(np.int32).max
+# Scores of one head and row that are held at once: 512 queries of 2048 keys, say. More are computed in parts.
+MOST_SCORES = 2**20
 # The score of a key that a query does not see: finite, so that a query that sees none gives no NaN.
 MASKED = -1e30
 
@@ -50,6 +53,38 @@ def attend(
     weights_BxKxGPxN = jax.nn.softmax(scores_BxKxGPxN, axis=-1).astype(q_BxPxHxC.dtype)
     mixed_BxKxGPxC = jnp.einsum("bkqn,bknc->bkqc", weights_BxKxGPxN, v_BxKxNxC)
     return ungrouped(mixed_BxKxGPxC.reshape(q_BxKxGxPxC.shape))
+
+
+def attend_in_parts(
+    q_BxPxHxC: jax.Array,
+    k_BxKxNxC: jax.Array,
+    v_BxKxNxC: jax.Array,
+    queries_BxP: jax.Array,
+    keys_BxN: jax.Array,
+    window: jax.Array | int,
+) -> jax.Array:
+    """:func:`attend`, with so many queries at a time that a head holds MOST_SCORES; its arguments.
+
+    The backward pass computes scores again. For any order of positions, on any device: memory grows with N, not with
+    P N.
+    """
+    length = q_BxPxHxC.shape[1]
+    size = max(1, MOST_SCORES // k_BxKxNxC.shape[2])
+    if length <= size:
+        return attend(q_BxPxHxC, k_BxKxNxC, v_BxKxNxC, queries_BxP, keys_BxN, window)
+    count = -(-length // size)
+
+    def cut(x_BxPx: jax.Array, fill: int) -> jax.Array:
+        behind = [(0, 0), (0, count * size - length), *[(0, 0)] * (x_BxPx.ndim - 2)]
+        padded = jnp.pad(x_BxPx, behind, constant_values=fill)
+        return jnp.swapaxes(padded.reshape(len(x_BxPx), count, size, *x_BxPx.shape[2:]), 0, 1)
+
+    def part(each: tuple[jax.Array, jax.Array]) -> jax.Array:
+        return attend(each[0], k_BxKxNxC, v_BxKxNxC, each[1], keys_BxN, window)
+
+    mixed_NxBxpxHxC = lax.map(jax.checkpoint(part), (cut(q_BxPxHxC, 0), cut(queries_BxP, EMPTY)))
+    mixed_BxNxpxHxC = jnp.swapaxes(mixed_NxBxpxHxC, 0, 1)
+    return mixed_BxNxpxHxC.reshape(len(q_BxPxHxC), count * size, *q_BxPxHxC.shape[2:])[:, :length]
 
 
 def grouped(q_BxPxHxC: jax.Array, kv_heads: int) -> jax.Array:

@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Iterator
 from contextvars import ContextVar
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,8 @@ from lrt_jax.setup.config import ConfigError, ModelConfig
 HOMES = {"splash": "tpu", "cudnn": "gpu"}
 # Queries in a block of splash attention, best first; a size must divide P.
 SPLASH_BLOCKS = (512, 256, 128)
+# cuDNN is called for each of S pieces, by each of S subset forwards, in each layer: programs grow with S².
+MOST_PIECES = 8
 
 _TARGET: ContextVar[jax.Device | None] = ContextVar("target", default=None)
 
@@ -50,34 +53,54 @@ def compute_dtype(config: ModelConfig) -> jnp.dtype:
     if config.dtype != "auto":
         return jnp.dtype(config.dtype)
     device = target()
-    capability = str(getattr(device, "compute_capability", 0))  # of AMD's GPUs the name of the architecture
-    fast = device.platform == "tpu" or not capability[:1].isdecimal() or float(capability) >= 8
-    return jnp.dtype("bfloat16" if fast else "float32")
+    if device.platform == "cpu":
+        return jnp.dtype("float32")
+    capability = _capability(device)
+    return jnp.dtype("bfloat16" if capability is None or capability >= 8 else "float32")  # TPUs and AMD's GPUs have none
 
 
-def attention_kind(config: ModelConfig, length: int, mesh: Mesh | None = None) -> str:
-    """How forwards over whole strided subsets, or over all positions, attend: a value of ``model.attention``.
+class Attention(NamedTuple):
+    """How forwards over whole strided subsets, or over all positions, attend here.
 
-    ``auto`` is blocked on a CPU, where it was measured; splash on a TPU whose mesh does not shard positions, if its
-    smallest block divides P; else dense.
+    Attributes:
+      kind: a value of ``model.attention``, but ``auto``.
+      why: where there is a kernel for this machine and this is not it, the reason; else empty.
+    """
+
+    kind: str
+    why: str = ""
+
+
+def attention_kind(config: ModelConfig, length: int, mesh: Mesh | None = None, subsets: int = 1) -> Attention:
+    """What ``model.attention`` stands for.
+
+    ``auto`` is the machine's kernel, splash on a TPU and cuDNN on a GPU, if it takes this model. Else, and on a CPU, it
+    is blocked, or dense on a TPU and where a mesh shards a GPU's positions: in parts, so that memory does not grow
+    with P N (``attention.attend_in_parts``).
 
     Args:
       config: the model.
       length: P, queries of a forward.
       mesh: of the decoder.
+      subsets: S.
 
     Raises:
       ConfigError: the config asks for a kernel that is not for this machine.
     """
-    platform, whole = target().platform, mesh is None or mesh.shape["sequence"] == 1
-    kind = config.attention
-    if kind in HOMES:
+    platform = target().platform
+    whole = mesh is None or mesh.shape["sequence"] == 1
+    kind = next((kernel for kernel, home in HOMES.items() if home == platform), "")
+    why = ""
+    if config.attention in HOMES:
         _check_kernel(config, platform, whole)
-    if kind != "auto":
-        return kind
-    if platform == "tpu" and whole and splash_block(length) is not None:
-        return "splash"
-    return "blocked" if platform == "cpu" else "dense"
+        return Attention(config.attention)
+    if kind:
+        why = _refusal(kind, config, platform, whole) or _misfit(kind, length, subsets)
+    if config.attention != "auto":
+        return Attention(config.attention, why or (f"as config.model.attention says, instead of {kind}" if kind else ""))
+    if kind and not why:
+        return Attention(kind)
+    return Attention("blocked" if platform == "cpu" or (platform == "gpu" and whole) else "dense", why)
 
 
 def splash_block(length: int) -> int | None:
@@ -86,20 +109,47 @@ def splash_block(length: int) -> int | None:
 
 
 def _check_kernel(config: ModelConfig, platform: str, whole: bool) -> None:
-    kind, why = config.attention, ""
-    if platform not in (HOMES[kind], "cpu"):  # on a CPU XLA or an interpreter computes the same, slowly
-        why = f"it runs on a {HOMES[kind].upper()}, and the device is a {platform.upper()}"
-    elif not whole:
-        why = "it needs config.mesh.sequence = 1"
-    elif kind == "cudnn" and platform == "gpu" and compute_dtype(config) != jnp.bfloat16:
-        why = f"cuDNN's flash attention needs bfloat16, and config.model.dtype is {compute_dtype(config)}"
-    elif kind == "cudnn" and (config.head_width % 8 or config.head_width > 128):
-        why = f"head widths that cuDNN takes are multiples of 8 up to 128, and this model's is {config.head_width}"
+    kind = config.attention
+    why = _refusal(kind, config, platform, whole)
     if why:
-        allowed = [
-            "auto",
-            "dense",
-            "blocked",
-            *(other for other in HOMES if other != kind and HOMES[other] == platform),
-        ]
+        others = (other for other in HOMES if other != kind and HOMES[other] == platform)
+        allowed = ["auto", "dense", "blocked", *others]
         raise ConfigError(f"config.model.attention is {kind!r}; {why}; allowed are: {', '.join(allowed)}")
+
+
+def _refusal(kind: str, config: ModelConfig, platform: str, whole: bool) -> str:
+    """Why a kernel cannot serve this model on this machine; empty if it can."""
+    if platform not in (HOMES[kind], "cpu"):  # on a CPU XLA or an interpreter computes the same, slowly
+        return f"it runs on a {HOMES[kind].upper()}, and the device is a {platform.upper()}"
+    if not whole:
+        return f"{kind} needs config.mesh.sequence = 1"
+    if kind != "cudnn" or platform != "gpu":
+        return ""
+    dtype, capability = compute_dtype(config), _capability(target())
+    widest = 256 if capability is not None and capability >= 9 else 128
+    if capability is None:
+        return "cuDNN is for NVIDIA GPUs"
+    if dtype not in (jnp.bfloat16, jnp.float16):
+        return f"cuDNN's flash attention needs bfloat16, and config.model.dtype is {dtype}"
+    if capability < 8:
+        return f"cuDNN's flash attention needs a GPU of compute capability 8.0, and this one's is {capability}"
+    if config.head_width % 8 or config.head_width > widest:
+        return f"head widths that cuDNN takes are multiples of 8 up to {widest}, and this model's is {config.head_width}"
+    return ""
+
+
+def _misfit(kind: str, length: int, subsets: int) -> str:
+    """Why ``auto`` does not choose a kernel that could serve; empty if it does."""
+    if kind == "splash" and splash_block(length) is None:
+        return f"no block of splash attention divides {length} positions; the smallest is {min(SPLASH_BLOCKS)}"
+    if kind == "cudnn" and subsets > MOST_PIECES:
+        return f"{subsets} subsets would be {subsets} calls of cuDNN each; up to {MOST_PIECES} are made"
+    return ""
+
+
+def _capability(device: jax.Device) -> float | None:
+    """An NVIDIA GPU's compute capability; None of others, whose name of the architecture is no number."""
+    try:
+        return float(getattr(device, "compute_capability", "none"))
+    except ValueError:
+        return None

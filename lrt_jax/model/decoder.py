@@ -14,7 +14,7 @@ from flax import struct
 from jax import lax
 from jax.sharding import Mesh
 
-from lrt_jax.model import attention, cache, embedding, layers, memory, pieces, stack
+from lrt_jax.model import attention, cache, embedding, head, layers, memory, pieces, stack
 from lrt_jax.model.backend import compute_dtype
 from lrt_jax.model.cache import Cache
 from lrt_jax.model.embedding import Embedded
@@ -224,10 +224,15 @@ class Decoder(nn.Module):
 
     def logits(self, hidden_BxPxD: jax.Array) -> jax.Array:
         """15 tanh(Whead h_final / 15), in float32 or wider: [B, P, V]."""
+        return head.softcapped(self._raw(hidden_BxPxD), self.config.softcap)
+
+    def losses(self, hidden_BxPxD: jax.Array, targets_BxP: jax.Array) -> jax.Array:
+        """Cross entropy of int targets under the logits, in nats, float32 or wider: [B, P]."""
+        return head.cross_entropy(self._raw(hidden_BxPxD), targets_BxP, self.config.softcap)
+
+    def _raw(self, hidden_BxPxD: jax.Array) -> jax.Array:
         raw_BxPxV = layers.linear(hidden_BxPxD, self.parameters["head"])
-        raw_BxPxV = meshes.constrain(self.mesh, raw_BxPxV, "batch", "sequence", "vocab")
-        wide = jnp.promote_types(raw_BxPxV.dtype, jnp.float32)
-        return self.config.softcap * jnp.tanh(raw_BxPxV.astype(wide) / self.config.softcap)
+        return meshes.constrain(self.mesh, raw_BxPxV, "batch", "sequence", "vocab")
 
 
 def _check_shapes(

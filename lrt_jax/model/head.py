@@ -1,4 +1,6 @@
-"""From logits to losses."""
+"""From what the head's matrix gives to logits and losses."""
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -7,17 +9,55 @@ import jax.numpy as jnp
 UNSHIFTED = 40.0
 
 
-def cross_entropy(logits: jax.Array, targets: jax.Array, softcap: float) -> jax.Array:
-    """Cross entropy in nats of int targets [...] under logits [..., V] that are within ±``softcap``.
+def softcapped(raw: jax.Array, softcap: float) -> jax.Array:
+    """Logits: softcap · tanh(raw / softcap), in float32 or wider."""
+    wide = raw.astype(jnp.promote_types(raw.dtype, jnp.float32))
+    return softcap * jnp.tanh(wide / softcap)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def cross_entropy(raw: jax.Array, targets: jax.Array, softcap: float) -> jax.Array:
+    """Cross entropy in nats of int targets [...] under the logits that :func:`softcapped` makes of raw [..., V].
+
+    Of all that is as large as the logits, the largest array there is, just ``raw`` is kept for the backward pass, in
+    the dtype that the product left it in; the rest is computed again as it is read.
 
     As far as the cap allows, exponentials are taken as they are. Subtracting the largest logit first would mean to
-    look for it: a pass of its own over all logits, the largest array there is (docs/LOG.md).
+    look for it: a pass of its own over all logits (docs/LOG.md).
 
     The target's logit is selected by comparison: a gather's gradient is a scatter, which the CPU backend
     runs element by element (docs/LOG.md).
+
+    Returns:
+      [...], float32 or wider.
     """
-    vocabulary_V = jnp.arange(logits.shape[-1]).reshape((1,) * targets.ndim + (-1,))
-    chosen = jnp.sum(jnp.where(vocabulary_V == targets[..., None], logits, 0), axis=-1)
+    return _forward(raw, targets, softcap)[0]
+
+
+def _forward(
+    raw: jax.Array, targets: jax.Array, softcap: float
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array, jax.Array]]:
+    logits = softcapped(raw, softcap)
+    chosen = jnp.sum(jnp.where(_is_target(raw, targets), logits, 0), axis=-1)
     if softcap > UNSHIFTED:
-        return jax.nn.logsumexp(logits, axis=-1) - chosen
-    return jnp.log(jnp.sum(jnp.exp(logits), axis=-1)) - chosen
+        logsumexp = jax.nn.logsumexp(logits, axis=-1)
+    else:
+        logsumexp = jnp.log(jnp.sum(jnp.exp(logits), axis=-1))
+    return logsumexp - chosen, (raw, targets, logsumexp)
+
+
+def _backward(
+    softcap: float, kept: tuple[jax.Array, jax.Array, jax.Array], d_losses: jax.Array
+) -> tuple[jax.Array, None]:
+    raw, targets, logsumexp = kept
+    logits = softcapped(raw, softcap)
+    d_logits = d_losses[..., None] * (jnp.exp(logits - logsumexp[..., None]) - _is_target(raw, targets))
+    return (d_logits * (1 - jnp.square(logits / softcap))).astype(raw.dtype), None
+
+
+cross_entropy.defvjp(_forward, _backward)
+
+
+def _is_target(raw: jax.Array, targets: jax.Array) -> jax.Array:
+    vocabulary_V = jnp.arange(raw.shape[-1]).reshape((1,) * targets.ndim + (-1,))
+    return vocabulary_V == targets[..., None]

@@ -33,17 +33,24 @@ def attention_for(
 
     The arguments are those of :class:`decoder.Decoder`; P = ``length``.
     """
-    kind = attention_kind(config, length, mesh)
+    kind = attention_kind(config, length, mesh, subsets or 1).kind
     if kind == "blocked" and subsets is not None:
         return functools.partial(blocks.attend_in_blocks, subsets=subsets)
     if kind in HOMES and subsets is not None and not ragged and isinstance(slot, int):
-        # Experimental parts of JAX, imported by those who use them.
-        from lrt_jax.model.kernels import KERNELS
+        known = {"subsets": subsets, "subset": slot // length, "interpret": target().platform == "cpu"}
+        # Experimental and inner parts of JAX, imported by those who use them.
+        if kind == "cudnn":
+            from lrt_jax.model.cudnn import attend_by_cudnn
 
-        on_cpu = target().platform == "cpu"
-        kernel = functools.partial(KERNELS[kind], subsets=subsets, subset=slot // length, mesh=mesh, interpret=on_cpu)
-        return functools.partial(_attend_by_kernel, config=config, kernel=kernel)
-    return functools.partial(_attend_densely, config=config)
+            return functools.partial(_attend_by_kernel, config=config, kernel=functools.partial(attend_by_cudnn, **known))
+        from lrt_jax.model.splash import attend_by_splash
+
+        splash = functools.partial(_joined, config, functools.partial(attend_by_splash, mesh=mesh, **known))
+        return functools.partial(_attend_by_kernel, config=config, kernel=splash)
+    # Where positions are sharded, so are scores.
+    whole = mesh is None or mesh.shape["sequence"] == 1
+    dense = attention.attend_in_parts if whole else attention.attend
+    return functools.partial(_attend_densely, config=config, attend=dense)
 
 
 def _attend_densely(
@@ -56,10 +63,11 @@ def _attend_densely(
     *,
     farthest: int,
     config: ModelConfig,
+    attend: Callable[..., jax.Array],
 ) -> jax.Array:
     """``attention.attend`` over pieces."""
     del farthest
-    return _joined(config, attention.attend, q_BxPxHxC, k, v, queries_BxP, keys_BxN, window)
+    return _joined(config, attend, q_BxPxHxC, k, v, queries_BxP=queries_BxP, keys_BxN=keys_BxN, window=window)
 
 
 def _attend_by_kernel(
@@ -74,17 +82,13 @@ def _attend_by_kernel(
     config: ModelConfig,
     kernel: Callable[..., jax.Array],
 ) -> jax.Array:
-    """One of ``model.kernels`` over pieces, whose positions are those of a whole subset, the same in all rows."""
+    """A kernel over pieces, whose positions are those of a whole subset, the same in all rows."""
     del queries_BxP, keys_BxN
     if not config.scan_layers or len(set(config.windows)) == 1:
-        return _joined(config, functools.partial(kernel, window=farthest), q_BxPxHxC, k, v)
+        return kernel(q_BxPxHxC, k, v, window=farthest)
     # A window is part of its kernel: scanned layers choose between two.
     short, long = (functools.partial(kernel, window=size) for size in sorted(set(config.windows)))
-
-    def either(q: jax.Array, k: jax.Array, v: jax.Array, window: jax.Array | int) -> jax.Array:
-        return lax.cond(window < config.sequence_length, short, long, q, k, v)
-
-    return _joined(config, either, q_BxPxHxC, k, v, window)
+    return lax.cond(window < config.sequence_length, short, long, q_BxPxHxC, k, v)
 
 
 # What only moves numbers: cheaper to do again than to keep.
@@ -97,7 +101,7 @@ def _joined(
     q_BxPxHxC: jax.Array,
     k: tuple[jax.Array, ...],
     v: tuple[jax.Array, ...],
-    *rest: jax.Array | int,
+    **rest: jax.Array | int,
 ) -> jax.Array:
     """``attend`` with the pieces of keys, and of values, as one array each.
 
@@ -106,12 +110,12 @@ def _joined(
     (docs/LOG.md). With ``remat`` nothing of a layer is kept.
     """
 
-    def on_pieces(q: jax.Array, k: tuple[jax.Array, ...], v: tuple[jax.Array, ...], *rest: Any) -> jax.Array:
-        return attend(q, *(jnp.concatenate(pieces, axis=SLOTS) for pieces in (k, v)), *rest)
+    def on_pieces(q: jax.Array, k: tuple[jax.Array, ...], v: tuple[jax.Array, ...]) -> jax.Array:
+        return attend(q, *(jnp.concatenate(pieces, axis=SLOTS) for pieces in (k, v)), **rest)
 
     if len(k) > 2 and not config.remat:
         on_pieces = jax.checkpoint(on_pieces, policy=_is_computed)
-    return on_pieces(q_BxPxHxC, k, v, *rest)
+    return on_pieces(q_BxPxHxC, k, v)
 
 
 def _is_computed(primitive: Any, *_: Any, **__: Any) -> bool:

@@ -12,7 +12,6 @@ from lrt_jax.model import parameters
 from lrt_jax.model.backend import compute_dtype
 from lrt_jax.model.decoder import Buffer, Decoder, Forward, empty_buffer
 from lrt_jax.model.embedding import Embedded, each_alone
-from lrt_jax.model.head import cross_entropy
 from lrt_jax.model.pieces import SLOTS
 from lrt_jax.training.partitions import Partition, Strided
 
@@ -29,8 +28,7 @@ def token_losses(decoder: Decoder, params: Any, hidden_BxPxD: jax.Array, targets
     """
 
     def losses(hidden_BxPxD: jax.Array, targets_BxP: jax.Array) -> jax.Array:
-        logits_BxPxV = decoder.apply({"params": params}, hidden_BxPxD, method=Decoder.logits)
-        return cross_entropy(logits_BxPxV, targets_BxP, decoder.config.softcap)
+        return decoder.apply({"params": params}, hidden_BxPxD, targets_BxP, method=Decoder.losses)
 
     if not decoder.config.remat:
         return losses(hidden_BxPxD, targets_BxP)

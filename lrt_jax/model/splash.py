@@ -1,13 +1,12 @@
-"""Attention of whole strided subsets by kernels: splash attention on a TPU, cuDNN's flash attention on a GPU.
+"""Splash attention (TPUs) for one strided subset's queries.
 
-Nothing of size P × N is ever stored, forward or backward. Splash attention is given the mask of the subset, and
-computes just the blocks that it leaves; cuDNN knows causal masks of square problems only, and is given one.
+Nothing of size P × N is ever stored, forward or backward: the kernel is given the mask of the subset, and computes
+just the blocks that it leaves.
 """
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 from jax.sharding import Mesh, PartitionSpec
@@ -47,8 +46,8 @@ def attend_by_splash(
     q_BxPxHxC: jax.Array,
     k_BxKxNxC: jax.Array,
     v_BxKxNxC: jax.Array,
-    window: int,
     *,
+    window: int,
     subsets: int,
     subset: int,
     mesh: Mesh | None,
@@ -103,57 +102,3 @@ def _kernel(
         block_kv_dq=block,
     )
     return splash.make_splash_mha(mask, block_sizes=sizes, head_shards=1, q_seq_shards=1, interpret=interpret)
-
-
-def attend_by_cudnn(
-    q_BxPxHxC: jax.Array,
-    k_BxKxNxC: jax.Array,
-    v_BxKxNxC: jax.Array,
-    window: int,
-    *,
-    subsets: int,
-    subset: int,
-    mesh: Mesh | None,
-    interpret: bool,
-) -> jax.Array:
-    """``attention.attend`` for subset i of S, its keys in slot order, all rows alike.
-
-    Keys go back to natural order, and the P queries to their places among N, the others zero: then the causal kernel
-    serves, which a boolean mask would slow down. The zero queries' results are dropped, so nothing flows back to them.
-    S subsets do S times the products of one causal forward.
-
-    Args:
-      q_BxPxHxC: the queries of subset i, ascending; bfloat16 or float16.
-      k_BxKxNxC: keys, N = S P.
-      v_BxKxNxC: values.
-      window: how many positions before itself a query sees.
-      subsets: S; 1: all positions.
-      subset: i.
-      mesh: unused: JAX partitions this kernel by rows and heads itself.
-      interpret: compute by XLA, where there is no GPU.
-
-    Returns:
-      [B, P, H, C].
-    """
-    del mesh
-    rows, length, heads, width = q_BxPxHxC.shape
-
-    def natural(x_BxKxNxC: jax.Array) -> jax.Array:
-        x_BxKxSxPxC = x_BxKxNxC.reshape(rows, -1, subsets, length, width)
-        return x_BxKxSxPxC.transpose(0, 3, 2, 1, 4).reshape(rows, subsets * length, -1, width)
-
-    others = [(0, 0, 0), (0, 0, 0), (subset, subsets - 1 - subset, 0), (0, 0, 0), (0, 0, 0)]
-    q_BxPxSxHxC = lax.pad(q_BxPxHxC[:, :, None], jnp.zeros((), q_BxPxHxC.dtype), others)
-    mixed_BxNxHxC = jax.nn.dot_product_attention(
-        q_BxPxSxHxC.reshape(rows, subsets * length, heads, width),
-        natural(k_BxKxNxC),
-        natural(v_BxKxNxC),
-        is_causal=True,
-        local_window_size=(window, 0) if window < subsets * length - 1 else None,
-        implementation="xla" if interpret else "cudnn",
-    )
-    return mixed_BxNxHxC.reshape(rows, length, subsets, heads, width)[:, :, subset]
-
-
-# By the names that the config uses.
-KERNELS = {"splash": attend_by_splash, "cudnn": attend_by_cudnn}
