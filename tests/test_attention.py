@@ -1,5 +1,6 @@
 """Attention in blocks against the dense reference, forward and backward."""
 
+import itertools
 import re
 
 import jax
@@ -8,9 +9,11 @@ import numpy as np
 import pytest
 from jax.extend.core import jaxprs_in_params
 
-from lrt_jax.model import attention, backend, blocks, kernels
+from lrt_jax.model import attention, backend, blocks
+from lrt_jax.model.cudnn import attend_by_cudnn
 from lrt_jax.model.decoder import Decoder
 from lrt_jax.model.parameters import table
+from lrt_jax.model.splash import attend_by_splash
 from lrt_jax.setup.config import ConfigError, ModelConfig, ScheduleConfig
 from lrt_jax.training import partitions, schedules
 
@@ -127,12 +130,11 @@ def test_models_compute_the_same_with_either(tiny, random_params, random_batch, 
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-12), dense, blocked)
 
 
-@pytest.mark.parametrize("kind", kernels.KERNELS)
 @pytest.mark.parametrize(
     ("subsets", "subset", "window", "kv_heads"), [(1, 0, 128, 1), (2, 0, 256, 2), (2, 1, 64, 1), (4, 2, 512, 2)]
 )
-def test_kernels_equal_the_dense_reference(kind, subsets, subset, window, kv_heads):
-    """Interpreted, or computed by XLA: a CPU has neither kernel."""
+def test_splash_attention_equals_the_dense_reference(subsets, subset, window, kv_heads):
+    """Interpreted: a CPU has no such kernel."""
     length, width = 256 if subsets == 1 else 128, 128
     partition = partitions.strided(subsets * length, subsets)
     queries, keys = partition.positions_SxP[subset][None], partition.positions_SxP.reshape(1, -1)
@@ -145,30 +147,80 @@ def test_kernels_equal_the_dense_reference(kind, subsets, subset, window, kv_hea
 
     def by_kernel(q, k, v):
         options = {"subsets": subsets, "subset": subset, "mesh": None, "interpret": True}
-        return jnp.sum(weights * kernels.KERNELS[kind](q, k, v, window, **options))
+        return jnp.sum(weights * attend_by_splash(q, k, v, window=window, **options))
 
     expected, found = (jax.jit(jax.value_and_grad(loss, (0, 1, 2)))(q, k, v) for loss in (dense, by_kernel))
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=5e-6 * np.abs(b).max())
 
 
-@pytest.mark.parametrize("kind", kernels.KERNELS)
-def test_a_model_with_kernels_computes_the_same(random_params, kind):
+@pytest.mark.parametrize("subsets", [1, 2, 3])
+@pytest.mark.parametrize("length", [1, 5])
+def test_what_cudnn_computes_of_each_piece_is_put_together_exactly(subsets, length):
+    """Every subset, short and odd lengths, windows down to a query itself; keys in one piece and in S."""
+    with jax.enable_x64(True):
+        partition = partitions.strided(subsets * length, subsets)
+        random = np.random.default_rng(length)
+        q, weights = (random.normal(size=(subsets, 2, length, 4, C)) for _ in range(2))
+        k, v = (random.normal(size=(2, 2, subsets * length, C)) for _ in range(2))
+        keys = partition.positions_SxP.reshape(1, -1)
+        cases = list(itertools.product(range(subsets), (0, 2, 7, 100)))
+
+        def dense(q, k, v):
+            each = (attention.attend(q[i], k, v, partition.positions_SxP[i][None], keys, window) for i, window in cases)
+            return [jnp.sum(weights[i] * mixed) for (i, _), mixed in zip(cases, each, strict=True)]
+
+        def by_piece(q, k, v):
+            found = []
+            for i, window in cases:
+                kv = (jnp.split(array, subsets if window else 1, axis=2) for array in (k, v))
+                options = {"window": window, "subsets": subsets, "subset": i, "interpret": True}
+                found.append(jnp.sum(weights[i] * attend_by_cudnn(q[i], *map(tuple, kv), **options)))
+            return found
+
+        # A loss of which no two cases' gradients cancel.
+        total = lambda of: lambda *inputs: sum((1 + n) * x for n, x in enumerate(of(*inputs)))  # noqa: E731
+        both = jax.jit(lambda *inputs: [(of(*inputs), jax.grad(total(of), (0, 1, 2))(*inputs)) for of in (dense, by_piece)])
+        expected, found = both(q, k, v)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12), found, expected)
+
+
+def test_attention_in_parts_is_the_dense_one(monkeypatch):
+    """Keys in any order, some slots empty; parts of three queries, the last one filled up."""
+    with jax.enable_x64(True):
+        inputs, weights, _, _ = arrays(1, 0, 4, 2)
+        random = np.random.default_rng(0)
+        queries = np.sort(random.permuted(np.tile(np.arange(T), (2, 1)), axis=1))
+        keys = np.where(random.random((2, T)) < 0.2, attention.EMPTY, random.permuted(queries, axis=1)).astype(np.int32)
+
+        def loss(of):
+            return lambda *inputs: jnp.sum(weights * of(*inputs, jnp.asarray(queries), jnp.asarray(keys), 7))
+
+        expected = jax.jit(jax.value_and_grad(loss(attention.attend), (0, 1, 2)))(*inputs)
+        monkeypatch.setattr(attention, "MOST_SCORES", 5 * T)
+        in_parts = jax.jit(jax.value_and_grad(loss(attention.attend_in_parts), (0, 1, 2)))
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12), in_parts(*inputs), expected)
+        largest = max(eqn.outvars[0].aval.size for eqn in products(jax.make_jaxpr(in_parts)(*inputs).jaxpr))
+        assert largest <= 2 * 4 * 5 * T  # B, H
+
+
+@pytest.mark.parametrize(("kind", "length"), [("splash", 512), ("cudnn", 16)])
+def test_a_model_with_kernels_computes_the_same(random_params, kind, length):
     def loss_and_gradients(kind):
         config = ModelConfig(
             layers=2,
-            width=256,
+            width=length // 2,
             heads=2,
             kv_heads=2,
-            sequence_length=512,
+            sequence_length=length,
             vocab_size=32,
             window_pattern="SL",
             attention=kind,
             scan_layers=True,  # where a layer's kernel is chosen at run time
             dtype="float32",
         )
-        rows = jnp.asarray(np.random.default_rng(0).integers(0, 32, (1, 513)))
-        built = schedules.build(ScheduleConfig(subsets=4), 512)  # more than two pieces
+        rows = jnp.asarray(np.random.default_rng(0).integers(0, 32, (1, length + 1)))
+        built = schedules.build(ScheduleConfig(subsets=4), length)  # more than two pieces
         objective = jax.value_and_grad(lambda params: built(Decoder(config), params, rows[:, :-1], rows[:, 1:]).loss)
         return jax.jit(objective)(random_params(config))
 
@@ -177,22 +229,51 @@ def test_a_model_with_kernels_computes_the_same(random_params, kind):
         np.testing.assert_allclose(a, b, rtol=0, atol=2e-4 * np.abs(b).max())
 
 
+class Device:
+    """What is asked of a device that is not here."""
+
+    def __init__(self, platform: str, compute_capability: str = ""):
+        self.platform, self.compute_capability = platform, compute_capability
+
+
+HOPPER = Device("gpu", "9.0")
+
+
 @pytest.mark.parametrize(
-    ("platform", "model", "why"),
+    ("device", "model", "why"),
     [
-        ("tpu", {"attention": "cudnn", "dtype": "bfloat16"}, "it runs on a GPU, and the device is a TPU"),
-        ("gpu", {"attention": "splash"}, "it runs on a TPU, and the device is a GPU"),
-        ("gpu", {"attention": "cudnn"}, "needs bfloat16, and config.model.dtype is float32"),
-        ("gpu", {"attention": "cudnn", "dtype": "bfloat16"}, "up to 128, and this model's is 4"),
+        (Device("tpu"), {"attention": "cudnn", "dtype": "bfloat16"}, "it runs on a GPU, and the device is a TPU"),
+        (HOPPER, {"attention": "splash"}, "it runs on a TPU, and the device is a GPU"),
+        (Device("gpu", "7.5"), {"attention": "cudnn"}, "needs bfloat16, and config.model.dtype is float32"),
+        (HOPPER, {"attention": "cudnn"}, "multiples of 8 up to 256, and this model's is 4"),
+        (Device("gpu", "7.5"), {"attention": "cudnn", "dtype": "bfloat16"}, "8.0, and this one's is 7.5"),
+        (Device("gpu", "gfx90a"), {"attention": "cudnn"}, "cuDNN is for NVIDIA GPUs"),
     ],
 )
-def test_a_kernel_that_is_not_for_the_machine_is_refused(tiny, platform, model, why):
-    class Device:
-        compute_capability = "7.5"
+def test_a_kernel_that_is_not_for_the_machine_is_refused(tiny, device, model, why):
+    with backend.compiling_for(device), pytest.raises(ConfigError, match=re.escape(why)):
+        backend.attention_kind(tiny(**{"dtype": "auto"} | model), 8)
 
-    Device.platform = platform
-    with backend.compiling_for(Device()), pytest.raises(ConfigError, match=re.escape(why)):
-        backend.attention_kind(tiny(**model), 8)
+
+@pytest.mark.parametrize(
+    ("device", "model", "subsets", "kind", "why"),
+    [
+        (HOPPER, {}, 2, "cudnn", ""),
+        (Device("gpu", "8.0"), {"width": 1024, "heads": 4}, 2, "blocked", "up to 128, and this model's is 256"),
+        (HOPPER, {"width": 1024, "heads": 4}, 2, "cudnn", ""),
+        (HOPPER, {"dtype": "float32"}, 2, "blocked", "needs bfloat16, and config.model.dtype is float32"),
+        (Device("gpu", "7.5"), {}, 2, "blocked", "needs bfloat16, and config.model.dtype is float32"),
+        (Device("gpu", "gfx942"), {}, 2, "blocked", "cuDNN is for NVIDIA GPUs"),
+        (HOPPER, {}, 16, "blocked", "16 subsets would be 16 calls of cuDNN each; up to 8 are made"),
+        (HOPPER, {"attention": "dense"}, 2, "dense", "as config.model.attention says, instead of cudnn"),
+        (Device("tpu"), {}, 2, "dense", "no block of splash attention divides 64 positions; the smallest is 128"),
+    ],
+)
+def test_what_auto_chooses_and_why_not_the_kernel(tiny, device, model, subsets, kind, why):
+    config = tiny(**{"width": 64, "dtype": "auto", "sequence_length": 64 * subsets} | model)
+    with backend.compiling_for(device):
+        found = backend.attention_kind(config, 64, subsets=subsets)
+    assert found.kind == kind and found.why.endswith(why) and bool(found.why) == bool(why)
 
 
 @pytest.mark.parametrize("kind", ["dense", "splash"])

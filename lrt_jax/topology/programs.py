@@ -77,7 +77,7 @@ def compile_all(config: Config, mesh: Mesh, names: tuple[str, ...] = PROGRAMS) -
       ConfigError: the mesh does not divide what it shards.
     """
     meshes.check(config, mesh.shape)
-    makers = {"train": _train, "decode": _decode, "evaluate": _evaluate}
+    makers = {"train": train_steps_of, "decode": _decode, "evaluate": _evaluate}
     with backend.compiling_for(mesh.devices.flat[0]):
         return [_compiled(label, *program) for name in names for label, *program in makers[name](config, mesh)]
 
@@ -117,7 +117,8 @@ def _rows(mesh: Mesh, shape: tuple[int, ...], dtype: Any = jnp.int32) -> jax.Sha
     return jax.ShapeDtypeStruct(shape, dtype, sharding=meshes.batch_sharding(mesh))
 
 
-def _train(config: Config, mesh: Mesh) -> Iterator[tuple[str, Any, tuple[Any, ...]]]:
+def train_steps_of(config: Config, mesh: Mesh) -> Iterator[tuple[str, Any, tuple[Any, ...]]]:
+    """The training step of each stage: its label, the jitted function, and abstract arguments."""
     decoder = Decoder(config.model, mesh)
     length = config.model.sequence_length
     steps = train_steps(config.train, length, costs.count_parameters(config.model).total)
