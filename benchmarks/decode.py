@@ -22,7 +22,7 @@ import numpy as np
 from flax import linen as nn
 from jax import lax
 
-from benchmarks.arguments import output, positive, two_or_more
+from benchmarks.arguments import natural, output, positive, several, two_or_more
 from benchmarks.checks import check
 from lrt_jax.inference import decode
 from lrt_jax.inference.generate import Generation, Method
@@ -45,7 +45,7 @@ class Row:
       step_ratio: median time of a step, as a share of the plain row's.
       tokens_per_second: of all rows of the batch together, prompts not counted.
       compilations: during the timed generations.
-      of_minimal: tokens per second as a share of the minimal loop's.
+      of_minimal: tokens per second as a share of the minimal loop's; None where that was not run.
       step_seconds: median.
     """
 
@@ -53,7 +53,7 @@ class Row:
     step_ratio: float = 1.0
     tokens_per_second: float = 0.0
     compilations: int = 0
-    of_minimal: float = 0.0
+    of_minimal: float | None = None
     step_seconds: float = 0.0
 
 
@@ -156,9 +156,11 @@ def measure(model: ModelConfig, options: argparse.Namespace) -> list[Row]:
     """Times every row in turns."""
     runs: dict[str, Callable[[], float]] = {}
     for name, config in variants(model).items():
+        if name not in ("plain", *options.models):
+            continue
         params = decode.prepared(config, nn.unbox(init_params(Decoder(config), jax.random.key(0))))
         runs[name] = generated(config, params, options, options.tokens)
-        if name == "shared":
+        if name == "shared" and options.loops:
             runs["shared, streamed"] = generated(config, params, options, 1)
             runs["shared, minimal"] = minimal(config, params, options)
     for run in runs.values():
@@ -193,7 +195,7 @@ def measure(model: ModelConfig, options: argparse.Namespace) -> list[Row]:
             step_ratio=ratio(name, "plain"),
             tokens_per_second=options.batch / statistics.median(seconds[name]),
             compilations=compilations[name],
-            of_minimal=ratio("shared, minimal", name),
+            of_minimal=ratio("shared, minimal", name) if "shared, minimal" in runs else None,
             step_seconds=statistics.median(seconds[name]),
         )
         for name in runs
@@ -204,6 +206,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--json", type=output, help="write the rows here")
+    parser.add_argument("--depth", type=natural, default=0, help="nanochat's dial: sets layers, width and heads of 128")
+    parser.add_argument("--models", type=several(str), default=["shared", "layerwise"], help="beside the plain one")
+    parser.add_argument("--loops", action=argparse.BooleanOptionalAction, default=True, help="other loops, too")
     parser.add_argument("--layers", type=positive, default=6)
     parser.add_argument("--width", type=positive, default=384)
     parser.add_argument("--heads", type=positive, default=6)
@@ -214,7 +219,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--prompt", type=positive, default=64, help="tokens of the prompt")
     parser.add_argument("--tokens", type=two_or_more, default=192, help="tokens generated; the first is not timed")
     parser.add_argument("--repeats", type=positive, default=9)
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if options.depth:
+        options.layers, options.heads = options.depth, -(-options.depth // 2)
+        options.width = 128 * options.heads
+    return options
 
 
 def main() -> None:
@@ -231,6 +240,9 @@ def main() -> None:
         dtype=options.dtype,
     )
     check(model)
+    unknown = [name for name in options.models if name not in variants(model)]
+    if unknown:
+        raise SystemExit(f"error: --models names {', '.join(unknown)}; allowed are: {', '.join(variants(model))}")
     if options.prompt + options.tokens > options.length:
         found = f"{options.prompt} + {options.tokens}"
         raise SystemExit(f"error: --prompt and --tokens are {found}; together they may be --length = {options.length}")
@@ -241,7 +253,8 @@ def main() -> None:
     print(TABLE.format("", "time", "step", "tokens/s", "of minimal", "compilations"))
     for row in found:
         step, rate = f"{row.step_seconds * 1e3:.2f} ms", f"{row.tokens_per_second:,.0f}"
-        print(TABLE.format(row.model, f"{row.step_ratio:.3f} ×", step, rate, f"{row.of_minimal:.2f}", row.compilations))
+        share = "" if row.of_minimal is None else f"{row.of_minimal:.2f}"
+        print(TABLE.format(row.model, f"{row.step_ratio:.3f} ×", step, rate, share, row.compilations))
     if options.json:
         about = {"device": device.device_kind, "jax": jax.__version__, "batch": options.batch}
         lines = [dataclasses.asdict(row) for row in found]

@@ -2,19 +2,20 @@
 
     python -m benchmarks.step [--json=FILE] [--depth=N | --layers= --width= --heads=] [--only=REGEX] …
 
-A row's steps take turns with plain ones, so that a slow minute of a shared machine falls on both alike, and a ratio is
-that of neighbours. No other row's state is held meanwhile. With --alone, the default on a GPU or TPU, whose memory is
-dear and whose times vary little, the plain row is timed once and then let go. Turns in which the heap grows do not count,
-three at most: several programs share it here, where a run that trains has one. A step is loss, gradients and update;
-the update is AdamW's unless --optimizer=muon, since Muon's products would flatter the ratios. Temporary memory is what
-XLA plans for the step beside its arguments. MFU is printed where the device's data sheet is known. The file that --json
-names is written after every row.
+A row's steps take turns with plain ones, so that a slow minute of a shared machine falls on both alike, and a ratio
+is that of neighbours. No other row's state is held meanwhile. With --alone, the default on a GPU or TPU, whose memory
+is dear and whose times vary little, the plain row is timed once and then let go. Turns in which the heap grows do not
+count, three at most: several programs share it here, where a run that trains has one. A step is loss, gradients and
+update; the update is AdamW's unless --optimizer=muon, since Muon's products would flatter the ratios. Temporary
+memory is what XLA plans for the step beside its arguments. MFU is printed where the device's data sheet is known. The
+file that --json names is written after every row.
 """
 
 import argparse
 import dataclasses
 import functools
 import json
+import math
 import resource
 import statistics
 import sys
@@ -124,7 +125,9 @@ class Timed:
         self.compile_seconds = time.perf_counter() - begin
         memory = self._compiled.memory_analysis()
         self.temp_bytes = int(memory.temp_size_in_bytes)
-        self.peak_bytes = int(memory.argument_size_in_bytes) + self.temp_bytes  # the new state takes the old one's place
+        self.peak_bytes = (
+            int(memory.argument_size_in_bytes) + self.temp_bytes
+        )  # the new state takes the old one's place
 
     def run(self) -> float:
         """Seconds of one step."""
@@ -240,7 +243,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--kv_heads", type=natural, default=0, help="0: as many as heads")
     parser.add_argument("--length", type=positive, default=512 if on_cpu else 2048)
     parser.add_argument("--vocab", type=positive, default=4096 if on_cpu else 32768)
-    parser.add_argument("--batch", type=positive, default=4 if on_cpu else 16)
+    parser.add_argument(
+        "--batch", type=natural, default=4 if on_cpu else 0, help="0: what is estimated to fit; halved until it does"
+    )
     parser.add_argument("--accumulation", type=positive, default=1)
     parser.add_argument("--optimizer", default="adamw", choices=["adamw", "muon"])
     parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"])
@@ -285,21 +290,52 @@ def main() -> None:
         names = ", ".join(row.name for row, _ in chosen)
         raise SystemExit(f"error: --only is {options.only.pattern!r}, which matches no row; rows are: {names}")
     chosen = [chosen[0], *(pair for pair in chosen[1:] if options.only.search(pair[0].name))]
+    device, options.batch = jax.devices()[0], options.batch or fitting_batch(model, options.accumulation)
     for row, schedule in chosen:
         check(model_of(model, row), schedule, batch_size=options.batch, accumulation=options.accumulation)
-    device = jax.devices()[0]
     kind = f"{jax.device_count()} × {device.device_kind}, jax {jax.__version__}, {compute_dtype(model)}"
-    print(f"{kind}, batch {options.batch}")
+    print(kind)
     print(f"{model.layers} layers, width {model.width}, {model.heads} heads, T {options.length}, V {options.vocab}")
+    about: dict[str, Any] = {"device": device.device_kind, "jax": jax.__version__, "model": dataclasses.asdict(model)}
+    while not all_measured(model, chosen, options, about):
+        options.batch //= 2
+
+
+def fitting_batch(model: ModelConfig, accumulation: int) -> int:
+    """The largest power of two of rows that is estimated to fit the device, for the schedule that needs most."""
+    limit = (jax.devices()[0].memory_stats() or {}).get("bytes_limit", 16e9)
+    forwards, layer = 2, 40 * model.width  # bytes that a position leaves for the backward pass, about
+    position = forwards * (model.layers * layer + 2 * model.vocab_size) / accumulation
+    rows = (0.9 * limit - 16 * costs.count_parameters(model).total) / (position * model.sequence_length)
+    return max(accumulation, 2 ** math.floor(math.log2(max(rows, 1))))
+
+
+def all_measured(
+    model: ModelConfig, chosen: list[tuple[Row, ScheduleConfig]], options: argparse.Namespace, about: dict[str, Any]
+) -> bool:
+    """Measures, prints and writes every row; False if the batch did not fit, and half of it may.
+
+    Raises:
+      SystemExit: not even the smallest batch fits.
+    """
+    print(f"batch {options.batch}")
     print(ROW.format("", "time", "ideal", "memory", "tokens/s", "MFU", "compile", "step", "peak"))
-    about: dict[str, Any] = {"device": device.device_kind, "jax": jax.__version__, "batch": options.batch}
-    about["model"] = dataclasses.asdict(model)
     lines = []
-    for row in measure(model, chosen, options):
-        print_row(row)
-        lines.append(dataclasses.asdict(row))
-        if options.json:
-            options.json.write_text(json.dumps({"about": about, "rows": lines}, indent=2) + "\n")
+    try:
+        for row in measure(model, chosen, options):
+            print_row(row)
+            lines.append(dataclasses.asdict(row))
+            if options.json:
+                text = json.dumps({"about": about | {"batch": options.batch}, "rows": lines}, indent=2)
+                options.json.write_text(text + "\n")
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        if options.batch <= options.accumulation:
+            raise SystemExit(f"error: --batch={options.batch} does not fit the device's memory") from None
+        print(f"  batch {options.batch} does not fit", file=sys.stderr, flush=True)
+        return False
+    return True
 
 
 if __name__ == "__main__":

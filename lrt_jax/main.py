@@ -43,6 +43,7 @@ from lrt_jax.training import (
     step,
 )
 from lrt_jax.training.interruption import Stopped, StopRequests
+from lrt_jax.training.profiling import Profiler
 from lrt_jax.training.startup import Startup
 from lrt_jax.training.watchdog import Watchdog
 
@@ -61,6 +62,12 @@ def define_flags() -> None:
         lower_bound=0,
         upper_bound=255,
     )
+    flags.DEFINE_integer(
+        "profile",
+        0,
+        "So many steps are traced, after the first few, into the work dir's folder profile; 0: none.",
+        lower_bound=0,
+    )
     processes.define_flags()
 
 
@@ -72,7 +79,7 @@ def main() -> int:
     name = config_flags.get_config_filename(flags.FLAGS["config"])
     place = workdirs.local(flags.FLAGS.workdir) if flags.FLAGS.workdir else default_workdir(name)
     processes.start()
-    scores = run(config, place)
+    scores = run(config, place, flags.FLAGS.profile)
     return 0 if scores else flags.FLAGS.stopped_exit_code
 
 
@@ -82,7 +89,7 @@ def default_workdir(config_file: str) -> Path:
     return Path("runs") / "_".join(part for part in (Path(file).stem, re.sub(r"[^\w=,.-]", "-", variant)) if part)
 
 
-def run(config: configs.Config, workdir: Path) -> dict[str, float]:
+def run(config: configs.Config, workdir: Path, profile: int = 0) -> dict[str, float]:
     """Trains to the end, or to an interruption; scores and samples the result.
 
     Of several processes, which share the work dir, all compute and read, and the first writes and prints.
@@ -90,6 +97,7 @@ def run(config: configs.Config, workdir: Path) -> dict[str, float]:
     Args:
       config: the run.
       workdir: where it lives, and no other run; if it holds checkpoints, the run goes on from the newest good one.
+      profile: how many steps to trace.
 
     Returns:
       The closing metrics; empty if the run was interrupted.
@@ -108,14 +116,19 @@ def run(config: configs.Config, workdir: Path) -> dict[str, float]:
             processes.require_same("config", dataclasses.asdict(config))
             processes.together(lambda: alone.enter_context(lock.held(workdir)) if processes.is_first() else None)
             workdirs.require_shared(workdir)
-            return _run(config, workdir, startup, stop, watchdog)
+            return _run(config, workdir, startup, stop, watchdog, Profiler(workdir, profile))
     except Stopped:
         processes.say("stopped by a signal; run the same command to go on")
         return {}
 
 
 def _run(
-    config: configs.Config, workdir: Path, startup: Startup, stop: StopRequests, watchdog: Watchdog
+    config: configs.Config,
+    workdir: Path,
+    startup: Startup,
+    stop: StopRequests,
+    watchdog: Watchdog,
+    profiler: Profiler,
 ) -> dict[str, float]:
     """:func:`run`, while signals are heard and a watchdog watches."""
     began = time.perf_counter()
@@ -187,6 +200,7 @@ def _run(
         stop=stop,
         watchdog=watchdog,
         startup=startup,
+        profiler=profiler,
         constant={"data/left_out": rows.left_out} if config.data.on_bad_record == "skip" else {},
         documents=lambda batch: pipeline.described(batch, tokens),
         workdir=workdir,
@@ -262,10 +276,14 @@ def _stages(
 
 
 def _attention(config: configs.Config, mesh: Mesh) -> Attention:
-    """How the forwards of the run's last stage attend."""
+    """How the forwards of the run's last stage attend, those of its subsets where it has some."""
     schedule, length = config.schedule.in_stages[-1].schedule, config.model.sequence_length
-    subsets = schedule.subsets if schedule.name == "interleaved" else 1
-    return attention_kind(config.model, length // subsets, mesh, subsets)
+    if schedule.name in ("plain", "multi_refinement"):
+        return attention_kind(config.model, length, mesh)
+    if schedule.name == "interleaved" and schedule.partition == "strided":
+        size = length // schedule.subsets
+        return attention_kind(config.model, size, mesh, schedule.subsets, traced=not schedule.unroll)
+    return attention_kind(config.model, length, mesh, None)
 
 
 def _opening(

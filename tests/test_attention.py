@@ -180,7 +180,9 @@ def test_what_cudnn_computes_of_each_piece_is_put_together_exactly(subsets, leng
 
         # A loss of which no two cases' gradients cancel.
         total = lambda of: lambda *inputs: sum((1 + n) * x for n, x in enumerate(of(*inputs)))  # noqa: E731
-        both = jax.jit(lambda *inputs: [(of(*inputs), jax.grad(total(of), (0, 1, 2))(*inputs)) for of in (dense, by_piece)])
+        both = jax.jit(
+            lambda *inputs: [(of(*inputs), jax.grad(total(of), (0, 1, 2))(*inputs)) for of in (dense, by_piece)]
+        )
         expected, found = both(q, k, v)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12), found, expected)
 
@@ -245,7 +247,7 @@ HOPPER = Device("gpu", "9.0")
         (Device("tpu"), {"attention": "cudnn", "dtype": "bfloat16"}, "it runs on a GPU, and the device is a TPU"),
         (HOPPER, {"attention": "splash"}, "it runs on a TPU, and the device is a GPU"),
         (Device("gpu", "7.5"), {"attention": "cudnn"}, "needs bfloat16, and config.model.dtype is float32"),
-        (HOPPER, {"attention": "cudnn"}, "multiples of 8 up to 256, and this model's is 4"),
+        (HOPPER, {"attention": "cudnn"}, "of multiples of 8 up to 256, and this model's is 4"),
         (Device("gpu", "7.5"), {"attention": "cudnn", "dtype": "bfloat16"}, "8.0, and this one's is 7.5"),
         (Device("gpu", "gfx90a"), {"attention": "cudnn"}, "cuDNN is for NVIDIA GPUs"),
     ],
@@ -265,15 +267,19 @@ def test_a_kernel_that_is_not_for_the_machine_is_refused(tiny, device, model, wh
         (Device("gpu", "7.5"), {}, 2, "blocked", "needs bfloat16, and config.model.dtype is float32"),
         (Device("gpu", "gfx942"), {}, 2, "blocked", "cuDNN is for NVIDIA GPUs"),
         (HOPPER, {}, 16, "blocked", "16 subsets would be 16 calls of cuDNN each; up to 8 are made"),
-        (HOPPER, {"attention": "dense"}, 2, "dense", "as config.model.attention says, instead of cudnn"),
+        (HOPPER, {"attention": "dense"}, 2, "dense", "config.model.attention is 'dense'"),
+        (HOPPER, {}, None, "dense", "cudnn is for strided subsets of positions, and these are in another order"),
         (Device("tpu"), {}, 2, "dense", "no block of splash attention divides 64 positions; the smallest is 128"),
     ],
 )
 def test_what_auto_chooses_and_why_not_the_kernel(tiny, device, model, subsets, kind, why):
-    config = tiny(**{"width": 64, "dtype": "auto", "sequence_length": 64 * subsets} | model)
+    config = tiny(**{"width": 64, "dtype": "auto", "sequence_length": 64 * (subsets or 1)} | model)
     with backend.compiling_for(device):
         found = backend.attention_kind(config, 64, subsets=subsets)
+        scanned = backend.attention_kind(config, 64, subsets=subsets, traced=True)
     assert found.kind == kind and found.why.endswith(why) and bool(found.why) == bool(why)
+    if kind == "cudnn":
+        assert scanned.kind == "blocked" and scanned.why.endswith("set config.schedule.unroll = True")
 
 
 @pytest.mark.parametrize("kind", ["dense", "splash"])

@@ -1,12 +1,15 @@
 """Benchmarks: what they refuse before they compile anything, and which turns count."""
 
+import functools
 import json
+import time
 import weakref
 from types import SimpleNamespace
 
+import jax
 import pytest
 
-from benchmarks import attention, decode, prefill, step, yardstick
+from benchmarks import accelerator, attention, decode, prefill, step, yardstick
 
 
 @pytest.mark.parametrize(
@@ -76,6 +79,8 @@ def test_arguments_that_are_in_order_are_read(tmp_path):
     ("benchmark", "argument", "message"),
     [
         (attention, "--subsets=7", "config.schedule.subsets is 7"),
+        (attention, "--kinds=dense,fast", "--kinds names fast; here there are: dense, parts, blocked"),
+        (decode, "--models=bogus", "--models names bogus; allowed are: plain, shared, layerwise"),
         (attention, "--width=63", "config.model.heads is 6; the head width 378 / 6 = 63 must be even"),
         (decode, "--width=100", "config.model.heads is 6"),
         (decode, "--tokens=500", "--prompt and --tokens are 64 + 500"),
@@ -154,3 +159,72 @@ def test_turns_that_meet_fresh_memory_do_not_count(faults, expected, monkeypatch
 
     monkeypatch.setattr(step.resource, "getrusage", lambda _: SimpleNamespace(ru_minflt=met))
     assert list(step.turns([Step()], repeats=2)) == [[number] for number in expected]
+
+
+def section(name, least, outcome):
+    def run(out, end):
+        (out / f"{name}.json").write_text(json.dumps({"rows": [{"name": name, "seconds": 1234567.0, "none": None}]}))
+        if isinstance(outcome, Exception):
+            raise outcome
+
+    return accelerator.Section(name, least, 100, run)
+
+
+def test_a_report_is_whole_after_every_section_whatever_happens_to_one(tmp_path, monkeypatch):
+    late = accelerator.OutOfTimeError()
+    made = [section("good", 1, None), section("late", 1, late), section("bad", 1, RuntimeError("exit 1: it broke"))]
+    made += [section("long", 1000, None), section("last", 1, None)]
+    monkeypatch.setattr(accelerator, "sections", lambda _: made)
+    about = {"platform": "cpu", "device": "x", "jax": "1", "date": "today", "commit": "abc"}
+    monkeypatch.setattr(accelerator, "machine", lambda _: about)
+    seen = []
+    report = accelerator.report
+
+    def heard(*given):
+        report(*given)
+        seen.append((tmp_path / "table.md").read_text())
+
+    monkeypatch.setattr(accelerator, "report", heard)
+    monkeypatch.setattr(accelerator.signal, "signal", lambda *_: None)
+    monkeypatch.setattr("sys.argv", ["accelerator", "--minutes=1", f"--out={tmp_path}"])
+    accelerator.main()
+    found = json.loads((tmp_path / "results.json").read_text())["sections"]
+    outcomes = {name: content["outcome"] for name, content in found.items()}
+    assert outcomes["good"] == outcomes["last"] == "0 s" and outcomes["late"] == "ended after 0 s"
+    assert outcomes["bad"] == "failed after 0 s: exit 1: it broke"
+    assert outcomes["long"].startswith("left out: ") and found["long"]["rows"] == []
+    assert found["late"]["rows"][0]["name"] == "late"  # what it had until then
+    assert "**good**: 0 s" in seen[0] and "**late**: not reached" in seen[0] and len(seen) == 5
+    assert "| good | 1,234,567 |" in seen[0] and "none" not in seen[0]
+
+
+def test_a_process_is_ended_at_its_limit_killed_when_told_and_heard_when_it_fails(tmp_path):
+    (tmp_path / "endless.py").write_text("import time\nprint('begun', flush=True)\ntime.sleep(60)\n")
+    (tmp_path / "broken.py").write_text("raise SystemExit('error: it cannot')\n")
+    run = functools.partial(accelerator.execute, log=tmp_path / "log.txt")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(tmp_path))
+        with pytest.raises(accelerator.OutOfTimeError):
+            run(["endless"], end=time.monotonic() + 0.5)
+        twice = lambda: (tmp_path / "log.txt").read_text().count("begun") == 2  # noqa: E731
+        run(["endless"], end=time.monotonic() + 60, until=twice)
+        with pytest.raises(RuntimeError, match="exit 1: error: it cannot"):
+            run(["broken"], end=time.monotonic() + 60)
+
+
+def test_a_batch_is_halved_until_it_fits(tiny, monkeypatch, capsys):
+    def measure(model, chosen, options):
+        yield step.Row("plain", 0, 0, "none", tokens_per_second=options.batch)
+        if options.batch > 2:
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+
+    monkeypatch.setattr(step, "measure", measure)
+    monkeypatch.setattr(step.host_memory, "keep_freed", lambda: None)
+    monkeypatch.setattr("sys.argv", ["step", "--batch=8"])
+    step.main()
+    printed = capsys.readouterr()
+    assert [line for line in printed.out.splitlines() if line.startswith("batch")] == ["batch 8", "batch 4", "batch 2"]
+    assert "batch 8 does not fit" in printed.err
+    monkeypatch.setattr("sys.argv", ["step", "--batch=4", "--accumulation=4"])
+    with pytest.raises(SystemExit, match="error: --batch=4 does not fit the device's memory"):
+        step.main()

@@ -41,5 +41,7 @@ def test_losses_and_gradients_are_those_of_softmax(softcap, kind):
 def test_what_is_kept_of_logits_is_what_the_product_left():
     """No float32 array of the logits' size waits for the backward pass."""
     raw, targets = jax.ShapeDtypeStruct((2, 8, 64), jnp.bfloat16), jax.ShapeDtypeStruct((2, 8), jnp.int32)
-    back = jax.eval_shape(lambda raw, targets: jax.vjp(lambda raw: cross_entropy(raw, targets, 15.0), raw)[1], raw, targets)
+    back = jax.eval_shape(
+        lambda raw, targets: jax.vjp(lambda raw: cross_entropy(raw, targets, 15.0), raw)[1], raw, targets
+    )
     assert [leaf.dtype for leaf in jax.tree.leaves(back) if leaf.size >= 2 * 8 * 64] == [jnp.bfloat16]

@@ -56,7 +56,8 @@ def compute_dtype(config: ModelConfig) -> jnp.dtype:
     if device.platform == "cpu":
         return jnp.dtype("float32")
     capability = _capability(device)
-    return jnp.dtype("bfloat16" if capability is None or capability >= 8 else "float32")  # TPUs and AMD's GPUs have none
+    fast = capability is None or capability >= 8  # None: TPUs, AMD's GPUs
+    return jnp.dtype("bfloat16" if fast else "float32")
 
 
 class Attention(NamedTuple):
@@ -71,36 +72,39 @@ class Attention(NamedTuple):
     why: str = ""
 
 
-def attention_kind(config: ModelConfig, length: int, mesh: Mesh | None = None, subsets: int = 1) -> Attention:
+def attention_kind(
+    config: ModelConfig, length: int, mesh: Mesh | None = None, subsets: int | None = 1, *, traced: bool = False
+) -> Attention:
     """What ``model.attention`` stands for.
 
     ``auto`` is the machine's kernel, splash on a TPU and cuDNN on a GPU, if it takes this model. Else, and on a CPU, it
     is blocked, or dense on a TPU and where a mesh shards a GPU's positions: in parts, so that memory does not grow
-    with P N (``attention.attend_in_parts``).
+    with P N (``attention.attend_in_parts``). So is attention of positions whose order is not known.
 
     Args:
       config: the model.
       length: P, queries of a forward.
       mesh: of the decoder.
-      subsets: S.
+      subsets: S; None: queries are no strided subset, or rows begin with empty positions.
+      traced: which subset it is will be known only when the program runs, as in a scan over them.
 
     Raises:
       ConfigError: the config asks for a kernel that is not for this machine.
     """
-    platform = target().platform
+    asked, platform = config.attention, target().platform
     whole = mesh is None or mesh.shape["sequence"] == 1
-    kind = next((kernel for kernel, home in HOMES.items() if home == platform), "")
+    kernel = asked if asked in HOMES else next((name for name, home in HOMES.items() if home == platform), "")
     why = ""
-    if config.attention in HOMES:
+    if asked in HOMES:
         _check_kernel(config, platform, whole)
-        return Attention(config.attention)
-    if kind:
-        why = _refusal(kind, config, platform, whole) or _misfit(kind, length, subsets)
-    if config.attention != "auto":
-        return Attention(config.attention, why or (f"as config.model.attention says, instead of {kind}" if kind else ""))
-    if kind and not why:
-        return Attention(kind)
-    return Attention("blocked" if platform == "cpu" or (platform == "gpu" and whole) else "dense", why)
+    elif kernel:
+        why = f"config.model.attention is {asked!r}" if asked != "auto" else _refusal(kernel, config, platform, whole)
+    if kernel and not why:
+        why = _misfit(kernel, length, subsets, traced)
+        if not why:
+            return Attention(kernel)
+    tiles = asked == "blocked" or (asked != "dense" and (platform == "cpu" or (platform == "gpu" and whole)))
+    return Attention("blocked" if tiles and subsets is not None else "dense", why)
 
 
 def splash_block(length: int) -> int | None:
@@ -134,12 +138,16 @@ def _refusal(kind: str, config: ModelConfig, platform: str, whole: bool) -> str:
     if capability < 8:
         return f"cuDNN's flash attention needs a GPU of compute capability 8.0, and this one's is {capability}"
     if config.head_width % 8 or config.head_width > widest:
-        return f"head widths that cuDNN takes are multiples of 8 up to {widest}, and this model's is {config.head_width}"
+        return f"cuDNN takes head widths of multiples of 8 up to {widest}, and this model's is {config.head_width}"
     return ""
 
 
-def _misfit(kind: str, length: int, subsets: int) -> str:
-    """Why ``auto`` does not choose a kernel that could serve; empty if it does."""
+def _misfit(kind: str, length: int, subsets: int | None, traced: bool) -> str:
+    """Why a kernel is not for these queries; empty if it is."""
+    if subsets is None:
+        return f"{kind} is for strided subsets of positions, and these are in another order"
+    if traced:
+        return f"{kind} must know the subset when it is compiled; set config.schedule.unroll = True"
     if kind == "splash" and splash_block(length) is None:
         return f"no block of splash attention divides {length} positions; the smallest is {min(SPLASH_BLOCKS)}"
     if kind == "cudnn" and subsets > MOST_PIECES:

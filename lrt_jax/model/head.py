@@ -39,10 +39,8 @@ def _forward(
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array, jax.Array]]:
     logits = softcapped(raw, softcap)
     chosen = jnp.sum(jnp.where(_is_target(raw, targets), logits, 0), axis=-1)
-    if softcap > UNSHIFTED:
-        logsumexp = jax.nn.logsumexp(logits, axis=-1)
-    else:
-        logsumexp = jnp.log(jnp.sum(jnp.exp(logits), axis=-1))
+    shifted = softcap > UNSHIFTED
+    logsumexp = jax.nn.logsumexp(logits, axis=-1) if shifted else jnp.log(jnp.sum(jnp.exp(logits), axis=-1))
     return logsumexp - chosen, (raw, targets, logsumexp)
 
 

@@ -33,20 +33,22 @@ def attention_for(
 
     The arguments are those of :class:`decoder.Decoder`; P = ``length``.
     """
-    kind = attention_kind(config, length, mesh, subsets or 1).kind
+    known = None if ragged else subsets
+    kind = attention_kind(config, length, mesh, known, traced=not isinstance(slot, int)).kind
     if kind == "blocked" and subsets is not None:
         return functools.partial(blocks.attend_in_blocks, subsets=subsets)
-    if kind in HOMES and subsets is not None and not ragged and isinstance(slot, int):
-        known = {"subsets": subsets, "subset": slot // length, "interpret": target().platform == "cpu"}
+    if kind in HOMES:
+        where: dict[str, Any] = {"subsets": subsets, "subset": slot // length, "interpret": target().platform == "cpu"}
         # Experimental and inner parts of JAX, imported by those who use them.
         if kind == "cudnn":
             from lrt_jax.model.cudnn import attend_by_cudnn
 
-            return functools.partial(_attend_by_kernel, config=config, kernel=functools.partial(attend_by_cudnn, **known))
-        from lrt_jax.model.splash import attend_by_splash
+            kernel: Callable[..., jax.Array] = functools.partial(attend_by_cudnn, **where)
+        else:
+            from lrt_jax.model.splash import attend_by_splash
 
-        splash = functools.partial(_joined, config, functools.partial(attend_by_splash, mesh=mesh, **known))
-        return functools.partial(_attend_by_kernel, config=config, kernel=splash)
+            kernel = functools.partial(_joined, config, functools.partial(attend_by_splash, mesh=mesh, **where))
+        return functools.partial(_attend_by_kernel, config=config, kernel=kernel)
     # Where positions are sharded, so are scores.
     whole = mesh is None or mesh.shape["sequence"] == 1
     dense = attention.attend_in_parts if whole else attention.attend

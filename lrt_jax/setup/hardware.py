@@ -52,7 +52,7 @@ def measured_flops(device: jax.Device) -> float:
     square = jax.device_put(jnp.ones((PROBE_SIZE, PROBE_SIZE)), device)
     product = jax.jit(jnp.matmul)
     product(square, square).block_until_ready()
-    seconds = []
+    seconds: list[float] = []
     while sum(seconds) < PROBE_SECONDS:
         begin = time.perf_counter()
         product(square, square).block_until_ready()

@@ -19,6 +19,7 @@ from lrt_jax.training import guard
 from lrt_jax.training.checkpoint import Checkpoints
 from lrt_jax.training.interruption import Stopped, StopRequests
 from lrt_jax.training.metrics import Writer
+from lrt_jax.training.profiling import Profiler
 from lrt_jax.training.startup import Startup
 from lrt_jax.training.state import TrainState
 from lrt_jax.training.step import Step
@@ -65,6 +66,7 @@ class Parts:
       stop: whether a signal asked to stop.
       watchdog: ends the process where nothing moves.
       startup: times the way to the first step.
+      profiler: traces some steps, if it is asked to.
       constant: written with every step's metrics.
       documents: tells what a batch of this process is made of.
       workdir: where the report of a bad step goes.
@@ -80,6 +82,7 @@ class Parts:
     stop: StopRequests
     watchdog: Watchdog
     startup: Startup
+    profiler: Profiler
     constant: dict[str, float]
     documents: Callable[[Batch], Sequence[str]]
     workdir: Path
@@ -132,11 +135,13 @@ def train(config: Config, parts: Parts, state: TrainState) -> tuple[TrainState, 
     watch = parts.watchdog
     with parts.stop.deferred(), watch.phase("a step", "config.train.step_timeout", config.train.step_timeout):
         while step < parts.steps and not parts.stop.agreed(parts.mesh):
+            _say(parts, parts.profiler.before_step(state))
             local = next(parts.batches)
             stage = parts.stage_of(step + 1)
             rows = meshes.global_batch(parts.mesh, local, config.train.batch_size)
             if stage is running:
-                state, metrics = stage.step(state, *rows)
+                with jax.profiler.StepTraceAnnotation("train", step_num=step + 1):
+                    state, metrics = stage.step(state, *rows)
             else:
                 if previous is not None:  # its rate is that of its own stage
                     _report(config, parts, clock, previous, state)
@@ -160,6 +165,7 @@ def train(config: Config, parts: Parts, state: TrainState) -> tuple[TrainState, 
             if _due(config.train.eval_every, step) and step < parts.steps:
                 with _apart("an evaluation", config, parts, clock), contextlib.suppress(Stopped):
                     parts.writer.write(step, parts.evaluate(state.params))
+        _say(parts, parts.profiler.end(state))
         if previous is not None:
             _report(config, parts, clock, previous, state)
         if step > first:
@@ -167,6 +173,11 @@ def train(config: Config, parts: Parts, state: TrainState) -> tuple[TrainState, 
             with _apart("a save", config, parts, clock):
                 parts.checkpoints.wait()
     return state, step >= parts.steps
+
+
+def _say(parts: Parts, line: str) -> None:
+    if line:
+        parts.writer.line(line)
 
 
 def _due(every: int, step: int) -> bool:

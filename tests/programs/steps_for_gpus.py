@@ -5,8 +5,8 @@ import json
 import re
 
 import jax
-from configs import nanochat
 
+from configs import nanochat
 from lrt_jax.model import backend
 from lrt_jax.setup import mesh as meshes
 from lrt_jax.setup.config import from_config_dict
@@ -88,7 +88,9 @@ def report(variant: str, fsdp: int, **model: object) -> None:
                 "backward": calls["__cudnn$fmhaSoftmaxBackward"],
                 "bfloat16": len(re.findall(r"@__cudnn\$fmhaSoftmax\(.*xbf16>", text)),
                 "squares": sorted(set(re.findall(rf"tensor<(?:\d+x)*(?:{squares})x(?:f32|bf16|i1)>", text))),
-                "logits": sorted(set(re.findall(rf"tensor<(?:\d+x)*(?:{length}|{length // 2})x{vocabulary}xf32>", text))),
+                "logits": sorted(
+                    set(re.findall(rf"tensor<(?:\d+x)*(?:{length}|{length // 2})x{vocabulary}xf32>", text))
+                ),
                 "exchanges": len(EXCHANGES.findall(text)),
                 "exchanges_in_loops": sorted(EXCHANGES.findall(in_loops(text))),
             }
