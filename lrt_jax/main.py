@@ -248,42 +248,53 @@ def _left_out(rows: records.Records) -> Iterator[str]:
 def _stages(
     config: configs.Config, decoder: Decoder, mesh: Mesh, transformation: optax.GradientTransformation, steps: int
 ) -> Iterator[loop.Stage]:
-    """The run's stages, each with a training step of its own and all with one optimizer."""
+    """The run's stages; each schedule has one training step, and all have one optimizer."""
+    kinds = {schedule: _kind(config, decoder, mesh, transformation, schedule) for schedule in config.schedule.kinds}
     share, stages = 0.0, config.schedule.in_stages
-    once = meshes.gathers_once(config.mesh, mesh.shape)
     for stage in stages:
         share += stage.share
-        schedule = schedules.build(stage.schedule, config.model.sequence_length)
-        names = schedules.forward_names(stage.schedule)
         yield loop.Stage(
             end=steps if stage is stages[-1] else round(share * steps),
-            step=step.build(
-                decoder,
-                schedule,
-                transformation,
-                names,
-                config.train.accumulation,
-                functools.partial(guard.judge, config=config.train),
-                gather_once=once,
-            ),
-            forwards_equivalent=stage.schedule.forwards_equivalent,
-            flops_per_step=costs.train_flops(config.model, stage.schedule) * config.train.batch_size,
-            statistics=guard.statistics(
-                step.gradient_of(decoder, schedule, names, config.train.accumulation, gather_once=once),
-                {name for name, parameter in table(config.model).items() if parameter.axes[0] == "layers"},
-            ),
+            kinds=tuple(kinds[drawn.schedule] for drawn in stage.mixture),
+            draw=functools.partial(stage.draw, config.seed),
+            forwards_equivalent=stage.forwards_equivalent,
         )
+
+
+def _kind(
+    config: configs.Config,
+    decoder: Decoder,
+    mesh: Mesh,
+    transformation: optax.GradientTransformation,
+    schedule: configs.ScheduleConfig,
+) -> loop.Kind:
+    built = schedules.build(schedule, config.model.sequence_length)
+    names = schedules.forward_names(schedule)
+    once = meshes.gathers_once(config.mesh, mesh.shape)
+    return loop.Kind(
+        step=step.build(
+            decoder,
+            built,
+            transformation,
+            names,
+            config.train.accumulation,
+            functools.partial(guard.judge, config=config.train),
+            gather_once=once,
+        ),
+        flops_per_step=costs.train_flops(config.model, schedule) * config.train.batch_size,
+        statistics=guard.statistics(
+            step.gradient_of(decoder, built, names, config.train.accumulation, gather_once=once),
+            {name for name, parameter in table(config.model).items() if parameter.axes[0] == "layers"},
+        ),
+    )
 
 
 def _attention(config: configs.Config, mesh: Mesh) -> Attention:
     """How the forwards of the run's last stage attend, those of its subsets where it has some."""
     schedule, length = config.schedule.in_stages[-1].schedule, config.model.sequence_length
-    if schedule.name in ("plain", "multi_refinement"):
-        return attention_kind(config.model, length, mesh)
-    if schedule.name == "interleaved" and schedule.partition == "strided":
-        size = length // schedule.subsets
-        return attention_kind(config.model, size, mesh, schedule.subsets, traced=not schedule.unroll)
-    return attention_kind(config.model, length, mesh, None)
+    subsets = schedule.description.strided(schedule)
+    traced = subsets is not None and subsets > 1 and not schedule.unroll
+    return attention_kind(config.model, length // (subsets or 1), mesh, subsets, traced=traced)
 
 
 def _opening(

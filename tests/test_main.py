@@ -17,6 +17,7 @@ from lrt_jax import evaluate
 from lrt_jax.data import tokenizer
 from lrt_jax.inference import generate, load, text
 from lrt_jax.inference.sampling import GREEDY, Sampling
+from lrt_jax.setup.schedule import ScheduleConfig
 
 ROOT = Path(__file__).parents[1]
 STEPS = 24
@@ -201,15 +202,18 @@ def test_weights_travel_by_file_and_train_on(undisturbed, corpus, tmp_path):
     assert np.any(np.asarray(trained.params["embedding"]) != np.asarray(before.params["embedding"]))
 
 
-def test_a_staged_run_changes_its_schedule(corpus, tmp_path):
-    stages = ["--config.schedule.name=staged", "--config.schedule.stages=plain:0.5, multi_refinement(1):0.5"]
-    code, _, err = finish(command([*TRAIN, *corpus, f"--workdir={tmp_path}", "--config.train.steps=4", *stages]))
+def test_a_staged_run_changes_its_schedule_and_a_mixture_draws_it(corpus, tmp_path):
+    stages = "plain:0.25, mix(plain 0.5, multi_refinement(1) 0.5):0.75"
+    changes = ["--config.schedule.name=staged", f"--config.schedule.stages={stages}"]
+    code, _, err = finish(command([*TRAIN, *corpus, f"--workdir={tmp_path}", "--config.train.steps=8", *changes]))
     assert code == 0, err
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     steps = {row["step"]: row for row in rows if "train/loss" in row}
-    assert [("train/loss_refinement_1" in steps[step]) for step in (1, 2, 3, 4)] == [False, False, True, True]
-    effective = [steps[step]["compute/effective"] / steps[step]["compute/tokens"] for step in (1, 2, 3, 4)]
-    np.testing.assert_allclose(effective, [1, 1, 4 / 3, 6 / 4])
+    _, mixed = ScheduleConfig(name="staged", stages=stages).in_stages
+    drawn = [step > 2 and bool(mixed.draw(0, step)) for step in range(1, 9)]
+    assert [("train/loss_refinement_1" in steps[step]) for step in range(1, 9)] == drawn and 0 < sum(drawn) < 6
+    effective = [steps[step]["compute/effective"] / steps[step]["compute/tokens"] for step in (1, 2, 4, 8)]
+    np.testing.assert_allclose(effective, [1, 1, 5 / 4, 11 / 8])
 
 
 @pytest.mark.parametrize(

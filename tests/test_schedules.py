@@ -8,11 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lrt_jax.model import costs
 from lrt_jax.model.decoder import Decoder
+from lrt_jax.model.memory import shift_right
 from lrt_jax.model.parameters import table
 from lrt_jax.setup.config import Config, ConfigError, MeshConfig, OptimizerConfig, ScheduleConfig, TrainConfig
 from lrt_jax.setup.mesh import make_mesh
+from lrt_jax.setup.schedule import SCHEDULES, Description, Pass
 from lrt_jax.setup.validation import validate
+from lrt_jax.topology import programs, traffic
 from lrt_jax.training import forwards, optimizer, schedules, state, step
 from lrt_jax.training.loop import Parts, Stage
 
@@ -97,6 +101,28 @@ def test_stages_are_read(tiny):
     assert schedule.forwards == 4
 
 
+def test_a_mixture_draws_each_steps_schedule_by_seed_and_step():
+    schedule = ScheduleConfig(
+        name="staged", stages="plain:0.7, mix(plain 0.2, interleaved(2) 0.7,multi_refinement( 2 )  0.1) : 0.3"
+    )
+    plain, mixed = schedule.in_stages
+    assert (plain.share, mixed.share) == (0.7, 0.3)
+    assert [(drawn.schedule.label, drawn.probability) for drawn in mixed.mixture] == [
+        ("plain", 0.2),
+        ("interleaved(2)", 0.7),
+        ("multi_refinement(2)", 0.1),
+    ]
+    assert [kind.label for kind in schedule.kinds] == ["plain", "interleaved(2)", "multi_refinement(2)"]
+    assert mixed.schedule.name == "interleaved"  # what evaluations score in parallel
+    np.testing.assert_allclose(mixed.forwards_equivalent, 0.2 * 1 + 0.7 * 2 + 0.1 * 3)
+    np.testing.assert_allclose(schedule.forwards_equivalent, 0.7 + 0.3 * 1.9)
+    draws = [mixed.draw(5, step) for step in range(4000)]
+    np.testing.assert_allclose(np.bincount(draws) / len(draws), [0.2, 0.7, 0.1], atol=0.03)
+    assert draws[7:20] == [mixed.draw(5, step) for step in range(7, 20)]  # whatever was drawn before
+    assert draws[:50] != [mixed.draw(6, step) for step in range(50)]
+    assert {plain.draw(5, step) for step in range(10)} == {0}
+
+
 @pytest.mark.parametrize(
     ("stages", "message"),
     [
@@ -106,6 +132,13 @@ def test_stages_are_read(tiny):
         ("plain(2):1", "is no stage"),
         ("plain:0.5, interleaved:0.4", "add up to 0.9"),
         ("plain:1, interleaved:0", "must be above 0"),
+        ("mix(plain 0.5, interleaved 0.4):1", "whose probabilities in a mixture add up to 0.9"),
+        ("mix(plain 1, interleaved 0):1", "probabilities in a mixture add up to 1; they must be above 0"),
+        ("mix(plain, interleaved):1", "'plain' is no stage"),
+        ("mix(plain 0.5, mix(plain 1) 0.5):1", "'mix(plain 1) 0.5' is no stage"),
+        ("mix():1", "'' is no stage"),
+        ("mix(plain 1)", "'mix(plain 1)' is no stage"),
+        ("mix(interleaved(3) 1):1", "subsets is 3, which does not divide"),
         ("plain:0.5, interleaved(0):0.5", "subsets is 0; it must be above 0"),
         ("plain:0.5, interleaved(3):0.5", "subsets is 3, which does not divide"),
     ],
@@ -137,11 +170,73 @@ def test_impossible_schedules_are_explained(tiny, schedule, model, message):
 
 def test_effective_compute_of_a_staged_run():
     ends = [(6, 1.0), (8, 2.0), (10, 4.0)]
-    stages = tuple(Stage(end, None, equivalent, 10.0 * equivalent, None) for end, equivalent in ends)
+    stages = tuple(Stage(end, (), lambda step: 0, equivalent) for end, equivalent in ends)
     parts = Parts(stages, *[None] * (len(dataclasses.fields(Parts)) - 1))
     assert parts.steps == 10
     assert [parts.stage_of(step).end for step in (1, 6, 7, 8, 9, 10)] == [6, 6, 8, 8, 10, 10]
     assert [parts.forwards_until(step) for step in (0, 3, 6, 7, 8, 10)] == [0, 3, 6, 8, 10, 18]
+
+
+def twice(decoder, params, tokens_BxT, targets_BxT):
+    """A toy: a second full forward reads the source states of the first, and its loss counts as well."""
+    positions_T = np.arange(tokens_BxT.shape[1], dtype=np.int32)
+    (embedded,) = forwards.embed(decoder, params, tokens_BxT)
+    first = forwards.initialization(decoder, params, embedded)
+    memory_BxTxD = shift_right(first.source_BxPxD)
+    again = forwards.forward(decoder, params, embedded, positions_T, memory_BxTxD, None, 0, subsets=1)
+    losses = [forwards.token_losses(decoder, params, one.hidden_BxPxD, targets_BxT) for one in (first, again)]
+    masks_FxT = jnp.ones((2, len(positions_T)), bool)
+    return schedules.outcome(jnp.stack(losses), masks_FxT, again.source_BxPxD)
+
+
+def test_a_schedule_is_one_description_and_one_function(tiny, random_params, random_batch, monkeypatch):
+    """Training, metrics, FLOPs, traffic, stages and validation know nothing else of it."""
+    description = Description(lambda _: [Pass("first", reads_memory=False), Pass("again")])
+    monkeypatch.setitem(SCHEDULES, "twice", description)
+    monkeypatch.setitem(schedules.RUN, "twice", lambda config, length: twice)
+    schedule, config = ScheduleConfig(name="twice"), tiny()
+    run_config = validate(Config(config, TrainConfig(batch_size=2, steps=4), schedule=schedule))
+    with pytest.raises(ConfigError, match="hold 2 numbers"):
+        validate(dataclasses.replace(run_config, schedule=ScheduleConfig(name="twice", loss_weights=(1.0,))))
+    with pytest.raises(ConfigError, match="trains with: plain"):
+        plain = tiny(memory="none", residual_injection=False)
+        validate(dataclasses.replace(run_config, model=plain))
+    staged = ScheduleConfig(name="staged", stages="plain:0.5, mix(twice 0.5, plain 0.5):0.5")
+    assert staged.forwards_equivalent == 0.5 + 0.5 * 1.5 and [kind.name for kind in staged.kinds] == ["plain", "twice"]
+
+    # It is multi-refinement with K = 1 by another name: the same losses, FLOPs, traffic and program to compile.
+    known = ScheduleConfig(name="multi_refinement", refinements=1)
+    assert costs.train_flops(config, schedule) == costs.train_flops(config, known)
+    assert traffic.forwards_of(schedule) == [1.0, 1.0]
+    ((label, function, arguments),) = programs.train_steps_of(run_config, make_mesh(MeshConfig()))
+    assert label == "train step"
+    _, metrics = jax.eval_shape(function, *arguments)
+    assert {"train/loss_first", "train/loss_again"} < set(metrics)
+    params, batch = random_params(config), random_batch(config)
+    built = [schedules.build(one, 8) for one in (schedule, known)]
+    found, expected = jax.jit(lambda params: [of(Decoder(config), params, *batch).loss for of in built])(params)
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
+def test_a_name_that_is_no_schedule_is_refused_everywhere(tiny):
+    unknown = ScheduleConfig(name="thrice")
+    for ask in (
+        lambda: validate(Config(tiny(), TrainConfig(batch_size=2, steps=4), schedule=unknown)),
+        lambda: unknown.forwards_equivalent,
+        lambda: costs.train_flops(tiny(), unknown),
+        lambda: traffic.forwards_of(unknown),
+        lambda: schedules.build(unknown, 8),
+    ):
+        with pytest.raises(ConfigError, match=r"schedule\.name is 'thrice'; allowed are: plain, interleaved"):
+            ask()
+
+
+def test_every_number_and_own_field_of_a_description_is_a_field_of_the_config():
+    fields = {field.name: field.default for field in dataclasses.fields(ScheduleConfig)}
+    assert set(SCHEDULES) == set(schedules.RUN)
+    for description in SCHEDULES.values():
+        assert not description.number or fields[description.number] > 0
+        assert all(fields[name] == neutral for name, neutral in description.own.items())
 
 
 def run(config, params, batch, **schedule):

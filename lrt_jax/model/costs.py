@@ -6,6 +6,7 @@ compute a little more where only some own value embeddings: the others' gates wo
 """
 
 import dataclasses
+from fractions import Fraction
 
 from lrt_jax.model.parameters import table
 from lrt_jax.setup.config import ModelConfig, ScheduleConfig
@@ -82,29 +83,18 @@ def train_flops(config: ModelConfig, schedule: ScheduleConfig) -> int:
     """FLOPs of one training step per row of T tokens: every forward, and the backward pass through it.
 
     Raises:
-      ValueError: the schedule is staged; ask for each stage.
+      ValueError: the schedule is staged; ask for each of its kinds.
     """
-    first = forward_flops(config, memory=False)
-    refined = forward_flops(config, memory=config.recurrent)
     # Uk m and Uv m at all T positions.
     projections = (
         2
         * config.sequence_length
         * sum(parameter.size for name, parameter in table(config).items() if name in ("memory_key", "memory_value"))
     )
-    if schedule.name == "plain":
-        return (1 + BACKWARD) * first
-    if schedule.name == "interleaved":
-        refreshes = schedule.subsets * projections if schedule.kv_refresh else 0
-        return (1 + BACKWARD) * (first + refined + refreshes)
-    if schedule.name == "multi_refinement":
-        # Detached, the projections' backward pass has no product with the weights.
-        saved = schedule.refinements * projections if schedule.detach else 0
-        return (1 + BACKWARD) * (first + schedule.refinements * refined) - saved
-    if schedule.name == "chunked":
-        # Unrolled, the first chunk's memory is known to be zero, so its projections have no gradient to hand on.
-        saved = projections // schedule.chunks if schedule.unroll else 0
-        return (1 + BACKWARD) * refined - saved
-    if schedule.name == "sequential":
-        return (1 + BACKWARD) * refined
-    raise ValueError(f"{schedule.name!r} is no single schedule")
+    total = Fraction(0)
+    for one in schedule.description.passes(schedule):
+        reads = one.reads_memory and config.recurrent
+        total += (1 + BACKWARD) * (one.share * forward_flops(config, memory=reads) + one.refreshes * projections)
+        if reads and not one.learns_memory:  # the projections' backward pass has no product with the weights
+            total -= one.share * projections
+    return int(total)

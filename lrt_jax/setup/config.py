@@ -6,16 +6,13 @@ behind ``main.py`` sees the dataclasses only.
 """
 
 import dataclasses
-import functools
 import json
-import math
-import re
-import typing
 from typing import Any, Literal
 
 from ml_collections import ConfigDict
 
 from lrt_jax.setup import schema
+from lrt_jax.setup.schedule import ScheduleConfig
 from lrt_jax.setup.schema import ConfigError
 from lrt_jax.setup.validation import FINAL, validate
 
@@ -117,90 +114,6 @@ class DataConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class ScheduleConfig:
-    """The training schedule (method.md, "Training schedules")."""
-
-    name: Literal["plain", "interleaved", "multi_refinement", "chunked", "sequential", "staged"] = "interleaved"
-    subsets: int = 2  # S, of interleaved; divides the sequence length
-    partition: Literal["strided", "contiguous", "random"] = "strided"  # which positions a subset holds
-    kv_refresh: bool = False  # interleaved: bring unvisited keys and values up to date between the forwards
-    refinements: int = 2  # K, of multi_refinement
-    detach: bool = False  # multi_refinement: no gradient from one forward to the one before
-    chunks: int = 2  # N, of chunked; divides the sequence length
-    stages: str = ""  # of staged: schedules with their shares of the steps, "plain:0.8, interleaved(2):0.2"
-    loss_weights: tuple[float, ...] = ()  # one per forward; () = equal
-    unroll: bool = True  # unroll the scan over forwards: faster steps, slower compilation
-
-    @property
-    def forwards(self) -> int:
-        """Number of forwards whose losses are averaged; of the last stage, if staged."""
-        last = self.in_stages[-1].schedule
-        return {
-            "plain": 1,
-            "interleaved": 1 + last.subsets,
-            "multi_refinement": 1 + last.refinements,
-            "chunked": last.chunks,
-            "sequential": 1,
-        }[last.name]
-
-    @property
-    def forwards_equivalent(self) -> float:
-        """Full-length forwards that a step costs: the factor of effective compute. If staged, the mean over the run."""
-        if self.name == "staged":
-            return sum(stage.share * stage.schedule.forwards_equivalent for stage in self.in_stages)
-        return {"interleaved": 2.0, "multi_refinement": 1.0 + self.refinements}.get(self.name, 1.0)
-
-    @functools.cached_property
-    def in_stages(self) -> tuple["Stage", ...]:
-        """The stages of a staged run; one stage, this schedule itself, of any other.
-
-        Raises:
-          ConfigError: ``stages`` cannot be read.
-        """
-        return parse_stages(self) if self.name == "staged" else (Stage(self, 1.0),)
-
-
-@dataclasses.dataclass(frozen=True)
-class Stage:
-    """One schedule for a share of the run's steps."""
-
-    schedule: ScheduleConfig
-    share: float
-
-
-# The field that a stage's number sets: interleaved(4) has subsets = 4.
-STAGE_NUMBER = {"interleaved": "subsets", "multi_refinement": "refinements", "chunked": "chunks"}
-
-
-def parse_stages(schedule: ScheduleConfig) -> tuple[Stage, ...]:
-    """The stages that ``schedule.stages`` lists; what a stage does not say is taken from ``schedule``.
-
-    Raises:
-      ConfigError: the list cannot be read, or its shares do not add up to 1.
-    """
-    names = [name for name in typing.get_args(typing.get_type_hints(ScheduleConfig)["name"]) if name != "staged"]
-    stages = []
-    for text in schedule.stages.split(","):
-        match = re.fullmatch(r"\s*(\w+)\s*(?:\(\s*(\d+)\s*\))?\s*:\s*(\d*\.?\d+)\s*", text)
-        name = match[1] if match else ""
-        if match is None or name not in names or (match[2] and name not in STAGE_NUMBER):
-            raise ConfigError(
-                f"config.schedule.stages is {schedule.stages!r}, in which {text.strip()!r} is no stage; write "
-                f"name:share or name(number):share, separated by commas, with the names: {', '.join(names)}"
-            )
-        changes: dict[str, Any] = {"name": name, "stages": ""}
-        if match[2]:
-            changes[STAGE_NUMBER[name]] = int(match[2])
-        stages.append(Stage(dataclasses.replace(schedule, **changes), float(match[3])))
-    if not math.isclose(sum(stage.share for stage in stages), 1.0, abs_tol=1e-6) or min(s.share for s in stages) <= 0:
-        raise ConfigError(
-            f"config.schedule.stages is {schedule.stages!r}, whose shares add up to "
-            f"{sum(stage.share for stage in stages):g}; they must be above 0 and add up to 1"
-        )
-    return tuple(stages)
-
-
-@dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
     """Muon for matrices with AdamW for the rest, or AdamW for all; one learning-rate shape for both."""
 
@@ -289,7 +202,7 @@ class Config:
     model: ModelConfig
     train: TrainConfig
     data: DataConfig = DataConfig()
-    schedule: ScheduleConfig = ScheduleConfig()
+    schedule: ScheduleConfig = ScheduleConfig()  # noqa: RUF009 - frozen
     optimizer: OptimizerConfig = OptimizerConfig()
     eval: EvalConfig = EvalConfig()
     decode: DecodeConfig = DecodeConfig()

@@ -127,12 +127,11 @@ def check(config: Config, sizes: Mapping[str, int]) -> None:
     ]
     if model.value_embedding_layers:
         checks.append((("fsdp",), "model.head_width (of the value embeddings)", model.head_width))
-    for stage in config.schedule.in_stages:
-        for name, field in (("interleaved", "subsets"), ("chunked", "chunks")):
-            count = getattr(stage.schedule, field)
-            if stage.schedule.name == name:
-                positions = f"P = model.sequence_length / schedule.{field}"
-                checks.append((("sequence",), positions, model.sequence_length // count))
+    for schedule in config.schedule.kinds:
+        if schedule.description.divides:
+            field = schedule.description.number
+            positions = f"P = model.sequence_length / schedule.{field}"
+            checks.append((("sequence",), positions, model.sequence_length // getattr(schedule, field)))
     for axes, field, size in checks:
         ways = math.prod(sizes[axis] for axis in axes)
         if size % ways:

@@ -5,10 +5,11 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from lrt_jax.setup.durations import MOST_STEPS, UNITS
+from lrt_jax.setup.schedule import SCHEDULES, STAGED, ScheduleConfig
 from lrt_jax.setup.schema import ConfigError
 
 if TYPE_CHECKING:
-    from lrt_jax.setup.config import Config, ModelConfig, ScheduleConfig
+    from lrt_jax.setup.config import Config, ModelConfig
 
 # The source layer that is the last one.
 FINAL = "final"
@@ -165,61 +166,65 @@ def _heads(model: "ModelConfig") -> str:
 def _validate_schedule(config: "Config") -> None:
     schedule = config.schedule
     _require(
-        bool(schedule.stages) == (schedule.name == "staged"),
+        bool(schedule.stages) == (schedule.name == STAGED),
         "schedule.stages",
         schedule.stages,
         "it must list the stages of schedule.name = 'staged', as in 'plain:0.8, interleaved(2):0.2', and else be empty",
     )
-    names = {stage.schedule.name for stage in schedule.in_stages}
-    for field, neutral, owner in (
-        ("partition", "strided", "interleaved"),
-        ("kv_refresh", False, "interleaved"),
-        ("detach", False, "multi_refinement"),
-    ):
-        value = getattr(schedule, field)
-        _require(value == neutral or owner in names, f"schedule.{field}", value, f"it is for {owner} training only")
-    for stage in schedule.in_stages:
-        _validate_stage(config.model, stage.schedule)
+    names = {kind.name for kind in schedule.kinds if kind.description}
+    for owner, description in SCHEDULES.items():
+        for field, neutral in description.own.items():
+            value = getattr(schedule, field)
+            _require(value == neutral or owner in names, f"schedule.{field}", value, f"it is for {owner} training only")
+    for description in SCHEDULES.values():
+        if description.number:
+            value = getattr(schedule, description.number)
+            _require(value > 0, f"schedule.{description.number}", value, "it must be above 0")
+    for kind in schedule.kinds:
+        _validate_kind(config.model, kind)
     weights = schedule.loss_weights
-    allowed = f"hold {schedule.forwards} numbers, none negative and not all 0"
+    if schedule.name == STAGED:
+        _require(not weights, "schedule.loss_weights", weights, "it must be empty (equal weights) in a staged schedule")
+        return
     fits = len(weights) == schedule.forwards and min(weights, default=0) >= 0 and sum(weights) > 0
-    if schedule.name == "staged":
-        fits, allowed = False, "have no numbers in a staged schedule"
+    allowed = f"hold {schedule.forwards} numbers, none negative and not all 0"
     _require(not weights or fits, "schedule.loss_weights", weights, f"it must be empty (equal weights) or {allowed}")
 
 
-def _validate_stage(model: "ModelConfig", schedule: "ScheduleConfig") -> None:
+def _validate_kind(model: "ModelConfig", schedule: ScheduleConfig) -> None:
     """One schedule that is not itself staged."""
-    length = model.sequence_length
-    for name in ("subsets", "refinements", "chunks"):
-        _require(getattr(schedule, name) > 0, f"schedule.{name}", getattr(schedule, name), "it must be above 0")
-    if schedule.name == "interleaved":
-        _divides(schedule.subsets, length, "schedule.subsets", "model.sequence_length")
-    if schedule.name == "chunked":
-        _divides(schedule.chunks, length, "schedule.chunks", "model.sequence_length")
+    length, description = model.sequence_length, schedule.description
+    if description.number:
+        number = getattr(schedule, description.number)
+        _require(number > 0, f"schedule.{description.number}", number, "it must be above 0")
+        if description.divides:
+            _divides(number, length, f"schedule.{description.number}", "model.sequence_length")
+    plain = [name for name, other in SCHEDULES.items() if not other.recurrent]
     _require(
-        model.recurrent or schedule.name == "plain",
+        model.recurrent or not description.recurrent,
         "schedule.name",
         schedule.name,
-        "a model without memory (model.memory = none, model.residual_injection = False) trains with: plain",
+        "a model without memory (model.memory = none, model.residual_injection = False) trains with: "
+        + ", ".join(plain),
     )
+    subsets = description.strided(schedule) or 1
     if model.attention == "splash":
-        subsets = schedule.subsets if schedule.name == "interleaved" else 1
         _require(
-            model.sequence_length // subsets % 128 == 0,
+            length // subsets % 128 == 0,
             "model.attention",
             model.attention,
-            f"its smallest block, 128, must divide the {model.sequence_length // subsets} positions of a forward",
+            f"its smallest block, 128, must divide the {length // subsets} positions of a forward",
         )
     if model.attention in ("splash", "cudnn"):
         _require(
-            schedule.unroll or schedule.name != "interleaved",
+            schedule.unroll or subsets == 1,
             "schedule.unroll",
             schedule.unroll,
             f"model.attention = {model.attention} needs it: a subset must be known when its kernel is compiled",
         )
+    refreshed = any(one.refreshes for one in description.passes(schedule))
     _require(
-        not schedule.kv_refresh or schedule.name != "interleaved" or model.projects_memory,
+        not refreshed or model.projects_memory,
         "schedule.kv_refresh",
         schedule.kv_refresh,
         "it needs memory projections: model.memory must be 'shared' or 'layerwise'",

@@ -118,24 +118,25 @@ def _rows(mesh: Mesh, shape: tuple[int, ...], dtype: Any = jnp.int32) -> jax.Sha
 
 
 def train_steps_of(config: Config, mesh: Mesh) -> Iterator[tuple[str, Any, tuple[Any, ...]]]:
-    """The training step of each stage: its label, the jitted function, and abstract arguments."""
+    """The training step of each schedule of a run: its label, the jitted function, and abstract arguments."""
     decoder = Decoder(config.model, mesh)
     length = config.model.sequence_length
     steps = train_steps(config.train, length, costs.count_parameters(config.model).total)
     transformation = optimizer.build(config.optimizer, table(config.model), steps, mesh)
     whole = state.abstract(decoder, transformation, mesh)
     batch = (_rows(mesh, (config.train.batch_size, length)),) * 2
-    for index, stage in enumerate(config.schedule.in_stages):
+    kinds = config.schedule.kinds
+    for schedule in kinds:
         function = step.build(
             decoder,
-            schedules.build(stage.schedule, length),
+            schedules.build(schedule, length),
             transformation,
-            schedules.forward_names(stage.schedule),
+            schedules.forward_names(schedule),
             config.train.accumulation,
             functools.partial(guard.judge, config=config.train),
             gather_once=meshes.gathers_once(config.mesh, mesh.shape),
         )
-        label = "train step" if len(config.schedule.in_stages) == 1 else f"train step, stage {index + 1}"
+        label = "train step" if len(kinds) == 1 else f"train step, {schedule.label}"
         yield label, function, (whole, *batch)
 
 

@@ -82,12 +82,7 @@ class Step:
 
 def forwards_of(schedule: ScheduleConfig) -> list[float]:
     """The share of all positions that each forward of one step computes."""
-    return {
-        "plain": [1.0],
-        "interleaved": [1.0, *[1 / schedule.subsets] * schedule.subsets],
-        "multi_refinement": [1.0] * (1 + schedule.refinements),
-        "chunked": [1 / schedule.chunks] * schedule.chunks,
-    }.get(schedule.name, [1.0])
+    return [float(one.share) for one in schedule.description.passes(schedule)]
 
 
 def weights_of(model: ModelConfig) -> int:

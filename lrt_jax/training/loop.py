@@ -33,22 +33,35 @@ class TrainingError(UserError):
 
 
 @dataclasses.dataclass(frozen=True)
-class Stage:
-    """A part of the run with one schedule.
+class Kind:
+    """A schedule that steps may have.
 
     Attributes:
-      end: the step after which the next stage takes over.
       step: the jitted training step.
-      forwards_equivalent: the schedule's factor of effective compute.
       flops_per_step: of the whole batch, for MFU.
       statistics: of parameters and gradient of a batch, for the report of a bad step.
     """
 
-    end: int
     step: Step
-    forwards_equivalent: float
     flops_per_step: float
     statistics: Callable[..., dict[str, Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """A part of the run, whose steps have one schedule, or draw one of several.
+
+    Attributes:
+      end: the step after which the next stage takes over.
+      kinds: the schedules.
+      draw: of a step, counted from 1: which of them it has.
+      forwards_equivalent: the factor of effective compute, in the mean.
+    """
+
+    end: int
+    kinds: tuple[Kind, ...]
+    draw: Callable[[int], int]
+    forwards_equivalent: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,6 +109,11 @@ class Parts:
         """The stage that computes step ``step``, counted from 1."""
         return next(stage for stage in self.stages if step <= stage.end)
 
+    def kind_of(self, step: int) -> Kind:
+        """The schedule of step ``step``, counted from 1."""
+        stage = self.stage_of(step)
+        return stage.kinds[stage.draw(step)]
+
     def forwards_until(self, step: int) -> float:
         """Full-length forwards-equivalent per row, of all steps up to ``step``."""
         total, begin = 0.0, 0
@@ -131,25 +149,25 @@ def train(config: Config, parts: Parts, state: TrainState) -> tuple[TrainState, 
         state = state.replace(guard=state.guard.replace(in_a_row=0 * state.guard.in_a_row))
     clock = _Clock(config, parts, first)
     previous: _Done | None = None
-    running: Stage | None = None
+    compiled: list[Kind] = []
     watch = parts.watchdog
     with parts.stop.deferred(), watch.phase("a step", "config.train.step_timeout", config.train.step_timeout):
         while step < parts.steps and not parts.stop.agreed(parts.mesh):
             _say(parts, parts.profiler.before_step(state))
             local = next(parts.batches)
-            stage = parts.stage_of(step + 1)
+            kind = parts.kind_of(step + 1)
             rows = meshes.global_batch(parts.mesh, local, config.train.batch_size)
-            if stage is running:
+            if kind in compiled:
                 with jax.profiler.StepTraceAnnotation("train", step_num=step + 1):
-                    state, metrics = stage.step(state, *rows)
+                    state, metrics = kind.step(state, *rows)
             else:
-                if previous is not None:  # its rate is that of its own stage
+                if previous is not None:  # its rate is that of steps before this one
                     _report(config, parts, clock, previous, state)
                     previous = None
-                clock.leave_out_step()
+                clock.leave_out_step(step + 1)
                 with _apart("compilation", config, parts, clock):  # of every process: the slowest one is waited for
-                    state, metrics = jax.block_until_ready(stage.step(state, *rows))
-            running = stage
+                    state, metrics = jax.block_until_ready(kind.step(state, *rows))
+                compiled.append(kind)
             step += 1
             watch.beat()
             # The step is dispatched; only now is the one before it fetched, so the device never waits for the host.
@@ -233,18 +251,18 @@ def _report(config: Config, parts: Parts, clock: "_Clock", done: _Done, state: T
         "compute/effective": parts.forwards_until(step) * tokens_per_step,
     }
     if rates is not None:
-        flops_per_token = parts.stage_of(step).flops_per_step / tokens_per_step
-        values["perf/tokens_per_second"] = rates[0]
-        values["perf/mfu"] = rates[0] * flops_per_token / parts.peak_flops
+        values["perf/tokens_per_second"] = rates.tokens_per_second
+        values["perf/mfu"] = rates.flops_per_second / parts.peak_flops
     parts.writer.write(step, values)
-    parts.writer.progress(step, values["train/loss"], rates)
+    speed = None if rates is None else (rates.tokens_per_second, rates.seconds_left)
+    parts.writer.progress(step, values["train/loss"], speed)
 
 
 def _stop(config: Config, parts: Parts, done: _Done, values: dict[str, float], state: TrainState) -> None:
     """Ends the run at a bad step with a report. ``state`` has the parameters that the step met."""
     with parts.watchdog.phase("the report of a bad step", "config.train.phase_timeout", config.train.phase_timeout):
         batch = meshes.global_batch(parts.mesh, done.batch, config.train.batch_size)
-        statistics = jax.device_get(parts.stage_of(done.step).statistics(state.params, *batch))
+        statistics = jax.device_get(parts.kind_of(done.step).statistics(state.params, *batch))
     repeats = config.train.on_bad_step == "stop"
     report = list(guard.report(done.step, values, statistics, parts.documents(done.batch), repeats))
     for line in report:
@@ -262,17 +280,33 @@ def _stop(config: Config, parts: Parts, done: _Done, values: dict[str, float], s
     )
 
 
+@dataclasses.dataclass(frozen=True)
+class _Rates:
+    """Of the steps between two reports.
+
+    Attributes:
+      tokens_per_second: of all processes.
+      flops_per_second: likewise.
+      seconds_left: what the rest of the run takes at this rate.
+    """
+
+    tokens_per_second: float
+    flops_per_second: float
+    seconds_left: float
+
+
 class _Clock:
-    """Tokens per second between reports, without the time for compilation, saves and evaluations."""
+    """Rates between reports, without the time for compilation, saves and evaluations."""
 
     def __init__(self, config: Config, parts: Parts, step: int):
         self._tokens_per_step = config.train.batch_size * config.model.sequence_length
-        self._steps = parts.steps
+        self._parts = parts
         self._step, self._time, self._paused = step, time.perf_counter(), 0.0
+        self._left_out: set[int] = set()
 
-    def leave_out_step(self) -> None:
-        """Leaves out the next step, which runs as a part of its compilation."""
-        self._step += 1
+    def leave_out_step(self, step: int) -> None:
+        """Leaves out a step, which runs as a part of its compilation."""
+        self._left_out.add(step)
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -283,14 +317,14 @@ class _Clock:
         finally:
             self._paused += time.perf_counter() - begin
 
-    def rates(self, step: int) -> tuple[float, float] | None:
-        """Tokens per second since the last call, and the seconds that the rest of the run will take.
-
-        None where no step but one that was left out has run since.
-        """
+    def rates(self, step: int) -> _Rates | None:
+        """Since the last call; None where no step but some that were left out has run since."""
         now = time.perf_counter()
-        steps, seconds = step - self._step, max(now - self._time - self._paused, 1e-9)
+        seconds = max(now - self._time - self._paused, 1e-9)
+        counted = [number for number in range(self._step + 1, step + 1) if number not in self._left_out]
         self._step, self._time, self._paused = step, now, 0.0
-        if steps == 0:
+        if not counted:
             return None
-        return self._tokens_per_step * steps / seconds, seconds / steps * (self._steps - step)
+        flops = sum(self._parts.kind_of(number).flops_per_step for number in counted)
+        left = seconds / len(counted) * (self._parts.steps - step)
+        return _Rates(self._tokens_per_step * len(counted) / seconds, flops / seconds, left)

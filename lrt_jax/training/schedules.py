@@ -17,7 +17,7 @@ from jax import lax
 from lrt_jax.model.decoder import Buffer, Decoder
 from lrt_jax.model.memory import shift_right
 from lrt_jax.model.pieces import SLOTS
-from lrt_jax.setup.config import ScheduleConfig
+from lrt_jax.setup.schedule import ScheduleConfig
 from lrt_jax.training import forwards, partitions
 
 
@@ -52,37 +52,20 @@ Schedule = Callable[[Decoder, Any, jax.Array, jax.Array], Outcome]
 
 def forward_names(config: ScheduleConfig) -> list[str]:
     """The name of each forward whose loss counts, as metrics use it: ``init``, then ``subset_0`` …"""
-    return {
-        "plain": ["init"],
-        "interleaved": ["init", *(f"subset_{i}" for i in range(config.subsets))],
-        "multi_refinement": ["init", *(f"refinement_{i}" for i in range(1, config.refinements + 1))],
-        "chunked": [f"chunk_{i}" for i in range(config.chunks)],
-        "sequential": ["sequential"],
-    }[config.name]
+    return [one.name for one in config.passes]
 
 
 def build(config: ScheduleConfig, sequence_length: int) -> Schedule:
     """The schedule that ``config`` names, as a function of (decoder, params, tokens_BxT, targets_BxT).
 
-    A staged schedule is several, one after the other: build each of ``config.in_stages``.
+    A staged schedule is several: build each of ``config.kinds``.
+
+    Raises:
+      ValueError: the schedule is staged.
+      ConfigError: there is none of this name.
     """
-    weights, unroll = config.loss_weights, config.unroll
-    if config.name == "plain":
-        return functools.partial(plain, weights=weights)
-    if config.name == "interleaved":
-        partition = partitions.PARTITIONS[config.partition](sequence_length, config.subsets)
-        return functools.partial(
-            interleaved, partition=partition, kv_refresh=config.kv_refresh, unroll=unroll, weights=weights
-        )
-    if config.name == "multi_refinement":
-        return functools.partial(
-            multi_refinement, refinements=config.refinements, detach=config.detach, unroll=unroll, weights=weights
-        )
-    if config.name == "chunked":
-        return functools.partial(chunked, chunks=config.chunks, unroll=unroll, weights=weights)
-    if config.name == "sequential":
-        return sequential
-    raise ValueError(f"{config.name!r} is no single schedule")
+    assert config.description
+    return RUN[config.name](config, sequence_length)
 
 
 def plain(
@@ -98,7 +81,7 @@ def plain(
     (embedded,) = forwards.embed(decoder, params, tokens_BxT)
     forward = forwards.initialization(decoder, params, embedded)
     losses_BxT = forwards.token_losses(decoder, params, forward.hidden_BxPxD, targets_BxT)
-    return _outcome(losses_BxT[None], jnp.ones((1, tokens_BxT.shape[1]), bool), forward.source_BxPxD, weights)
+    return outcome(losses_BxT[None], jnp.ones((1, tokens_BxT.shape[1]), bool), forward.source_BxPxD, weights)
 
 
 def interleaved(
@@ -156,7 +139,7 @@ def interleaved(
     masks_SxT = jnp.asarray(partition.masks_SxT)
     losses_FxBxT = jnp.concatenate([init_losses_BxT[None], jnp.where(masks_SxT[:, None], losses_BxT[None], 0.0)])
     masks_FxT = jnp.concatenate([jnp.ones_like(masks_SxT[:1]), masks_SxT])
-    return _outcome(losses_FxBxT, masks_FxT, sources_BxTxD, weights)
+    return outcome(losses_FxBxT, masks_FxT, sources_BxTxD, weights)
 
 
 def multi_refinement(
@@ -201,7 +184,7 @@ def multi_refinement(
     )
     losses_FxBxT = jnp.concatenate([init_losses_BxT[None], losses_KxBxT])
     masks_FxT = jnp.ones((refinements + 1, len(positions_T)), bool)
-    return _outcome(losses_FxBxT, masks_FxT, sources_BxTxD, weights)
+    return outcome(losses_FxBxT, masks_FxT, sources_BxTxD, weights)
 
 
 def chunked(
@@ -233,7 +216,7 @@ def chunked(
         decoder, params, tokens_BxT, targets_BxT, partition, unroll=unroll
     )
     masks_NxT = jnp.asarray(partition.masks_SxT)
-    return _outcome(jnp.where(masks_NxT[:, None], losses_BxT[None], 0.0), masks_NxT, sources_BxTxD, weights)
+    return outcome(jnp.where(masks_NxT[:, None], losses_BxT[None], 0.0), masks_NxT, sources_BxTxD, weights)
 
 
 def sequential(decoder: Decoder, params: Any, tokens_BxT: jax.Array, targets_BxT: jax.Array) -> Outcome:
@@ -246,14 +229,46 @@ def sequential(decoder: Decoder, params: Any, tokens_BxT: jax.Array, targets_BxT
     losses_BxT, sources_BxTxD = forwards.subset_forwards_alone(
         decoder, params, tokens_BxT, targets_BxT, one_by_one, unroll=False
     )
-    return _outcome(losses_BxT[None], jnp.ones((1, length), bool), sources_BxTxD, ())
+    return outcome(losses_BxT[None], jnp.ones((1, length), bool), sources_BxTxD, ())
 
 
-def _outcome(
-    token_losses_FxBxT: jax.Array, masks_FxT: jax.Array, sources_BxTxD: jax.Array, weights: tuple[float, ...]
+def outcome(
+    token_losses_FxBxT: jax.Array, masks_FxT: jax.Array, sources_BxTxD: jax.Array, weights: tuple[float, ...] = ()
 ) -> Outcome:
+    """The outcome of F forwards, from each one's losses (0 where it computed none) and the positions it computed.
+
+    ``weights`` are those of the forwards' mean losses; empty for equal.
+    """
     counts_F = jnp.sum(masks_FxT, axis=1) * token_losses_FxBxT.shape[1]
     forward_losses_F = jnp.sum(token_losses_FxBxT, axis=(1, 2)) / counts_F
     weights_F = jnp.asarray(weights or (1.0,) * len(masks_FxT), forward_losses_F.dtype)
     loss = jnp.sum(forward_losses_F * weights_F) / jnp.sum(weights_F)
     return Outcome(loss, forward_losses_F, token_losses_FxBxT, masks_FxT, sources_BxTxD)
+
+
+def _build_interleaved(config: ScheduleConfig, sequence_length: int) -> Schedule:
+    return functools.partial(
+        interleaved,
+        partition=partitions.PARTITIONS[config.partition](sequence_length, config.subsets),
+        kv_refresh=config.kv_refresh,
+        unroll=config.unroll,
+        weights=config.loss_weights,
+    )
+
+
+# What makes a schedule's function of its config and T, by the names of ``setup.schedule.SCHEDULES``.
+RUN: dict[str, Callable[[ScheduleConfig, int], Schedule]] = {
+    "plain": lambda config, _: functools.partial(plain, weights=config.loss_weights),
+    "interleaved": _build_interleaved,
+    "multi_refinement": lambda config, _: functools.partial(
+        multi_refinement,
+        refinements=config.refinements,
+        detach=config.detach,
+        unroll=config.unroll,
+        weights=config.loss_weights,
+    ),
+    "chunked": lambda config, _: functools.partial(
+        chunked, chunks=config.chunks, unroll=config.unroll, weights=config.loss_weights
+    ),
+    "sequential": lambda config, _: sequential,
+}

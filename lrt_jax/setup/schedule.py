@@ -1,0 +1,258 @@
+"""Training schedules as data: what each is made of, and how runs put them together. No JAX.
+
+A schedule is a :class:`Description` here and a function in ``training.schedules``. Names of metrics, effective compute,
+FLOPs, traffic and what a config may say follow from the description.
+"""
+
+import dataclasses
+import functools
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping
+from fractions import Fraction
+from typing import Any, Literal
+
+import numpy as np
+
+from lrt_jax.setup.schema import ConfigError
+
+
+@dataclasses.dataclass(frozen=True)
+class ScheduleConfig:
+    """The training schedule (method.md, "Training schedules")."""
+
+    # One of SCHEDULES, or "staged": several, one after the other.
+    name: str = "interleaved"
+    subsets: int = 2  # S, of interleaved; divides the sequence length
+    partition: Literal["strided", "contiguous", "random"] = "strided"  # which positions a subset holds
+    kv_refresh: bool = False  # interleaved: bring unvisited keys and values up to date between the forwards
+    refinements: int = 2  # K, of multi_refinement
+    detach: bool = False  # multi_refinement: no gradient from one forward to the one before
+    chunks: int = 2  # N, of chunked; divides the sequence length
+    # Of staged: schedules with their shares of the steps, "plain:0.8, interleaved(2):0.2". A stage may be a mixture,
+    # "mix(plain 0.25, interleaved(2) 0.75):0.2": each of its steps draws one of them.
+    stages: str = ""
+    loss_weights: tuple[float, ...] = ()  # one per forward; () = equal
+    unroll: bool = True  # unroll the scan over forwards: faster steps, slower compilation
+
+    @property
+    def description(self) -> "Description":
+        """What the schedule is made of.
+
+        Raises:
+          ValueError: it is several, in stages; ask each of ``kinds``.
+          ConfigError: there is no schedule of this name.
+        """
+        if self.name == STAGED:
+            raise ValueError(f"{self.name!r} is no single schedule")
+        if self.name not in SCHEDULES:
+            raise ConfigError(f"config.schedule.name is {self.name!r}; allowed are: {', '.join([*SCHEDULES, STAGED])}")
+        return SCHEDULES[self.name]
+
+    @property
+    def label(self) -> str:
+        """As a stage names it: ``interleaved(2)``."""
+        number = self.description.number
+        return f"{self.name}({getattr(self, number)})" if number else self.name
+
+    @property
+    def passes(self) -> "list[Pass]":
+        """The forwards of a step whose losses are averaged; of the last stage, if staged."""
+        last = self.in_stages[-1].schedule
+        return last.description.passes(last)
+
+    @property
+    def forwards(self) -> int:
+        """Their number."""
+        return len(self.passes)
+
+    @property
+    def forwards_equivalent(self) -> float:
+        """Full-length forwards that a step costs: the factor of effective compute. If staged, the mean over the run."""
+        if self.name == STAGED:
+            return sum(stage.share * stage.forwards_equivalent for stage in self.in_stages)
+        return float(sum(one.share for one in self.passes))
+
+    @functools.cached_property
+    def in_stages(self) -> "tuple[Stage, ...]":
+        """The stages of a staged run; one stage, this schedule itself, of any other.
+
+        Raises:
+          ConfigError: ``stages`` cannot be read.
+        """
+        return parse_stages(self) if self.name == STAGED else (Stage((Drawn(self, 1.0),), 1.0),)
+
+    @property
+    def kinds(self) -> "list[ScheduleConfig]":
+        """The schedules that steps of the run may have, each once."""
+        return list(dict.fromkeys(drawn.schedule for stage in self.in_stages for drawn in stage.mixture))
+
+
+@dataclasses.dataclass(frozen=True)
+class Pass:
+    """One forward of a schedule, whose loss counts.
+
+    Attributes:
+      name: of its loss in the metrics, behind ``train/loss_``.
+      share: of the T positions that it computes.
+      reads_memory: whether it reads recurrent memory; else it is zero, and costs nothing.
+      learns_memory: whether a gradient flows into the source states that its memory is made of.
+      refreshes: how often before it keys and values at T positions are brought up to date (KV refresh).
+    """
+
+    name: str
+    share: Fraction = Fraction(1)
+    reads_memory: bool = True
+    learns_memory: bool = True
+    refreshes: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Description:
+    """What a schedule is made of.
+
+    Attributes:
+      passes: its forwards, in order.
+      number: the field of the config that a number in brackets sets, as in ``interleaved(4)``; empty: it takes none.
+      divides: whether that number must divide the sequence length: so many parts are its forwards' positions.
+      own: fields of the config that are for this schedule only, each with the value that others have.
+      recurrent: whether it needs a model with memory.
+      strided: S, where each forward computes all positions or a strided subset of S; None where one does neither.
+    """
+
+    passes: Callable[[ScheduleConfig], list[Pass]]
+    number: str = ""
+    divides: bool = False
+    own: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    recurrent: bool = True
+    strided: Callable[[ScheduleConfig], int | None] = lambda _: 1
+
+
+FIRST = Pass("init", reads_memory=False)
+
+
+def _interleaved(schedule: ScheduleConfig) -> list[Pass]:
+    share, refreshes = Fraction(1, schedule.subsets), int(schedule.kv_refresh)
+    return [FIRST, *(Pass(f"subset_{i}", share, refreshes=refreshes) for i in range(schedule.subsets))]
+
+
+def _multi_refinement(schedule: ScheduleConfig) -> list[Pass]:
+    learns = not schedule.detach
+    return [FIRST, *(Pass(f"refinement_{i}", learns_memory=learns) for i in range(1, schedule.refinements + 1))]
+
+
+def _chunked(schedule: ScheduleConfig) -> list[Pass]:
+    # Unrolled, the first chunk's memory is known to be zero, so its projections have no gradient to hand on.
+    share = Fraction(1, schedule.chunks)
+    return [Pass(f"chunk_{i}", share, learns_memory=i > 0 or not schedule.unroll) for i in range(schedule.chunks)]
+
+
+# By the names that a config uses; ``training.schedules.RUN`` has the function of each.
+SCHEDULES: dict[str, Description] = {
+    "plain": Description(lambda _: [FIRST], recurrent=False),
+    "interleaved": Description(
+        _interleaved,
+        number="subsets",
+        divides=True,
+        own={"partition": "strided", "kv_refresh": False},
+        strided=lambda schedule: schedule.subsets if schedule.partition == "strided" else None,
+    ),
+    "multi_refinement": Description(_multi_refinement, number="refinements", own={"detach": False}),
+    "chunked": Description(_chunked, number="chunks", divides=True, strided=lambda _: None),
+    "sequential": Description(lambda _: [Pass("sequential")], strided=lambda _: None),
+}
+STAGED = "staged"
+
+
+@dataclasses.dataclass(frozen=True)
+class Drawn:
+    """A schedule, and with what probability a step of its stage has it."""
+
+    schedule: ScheduleConfig
+    probability: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """A share of the run's steps.
+
+    Attributes:
+      mixture: the schedules that its steps are drawn from; mostly one.
+      share: of the run's steps.
+    """
+
+    mixture: tuple[Drawn, ...]
+    share: float
+
+    @property
+    def schedule(self) -> ScheduleConfig:
+        """The schedule that most of its steps have."""
+        return max(self.mixture, key=lambda drawn: drawn.probability).schedule
+
+    @property
+    def forwards_equivalent(self) -> float:
+        """Of a step, in the mean."""
+        return sum(drawn.probability * drawn.schedule.forwards_equivalent for drawn in self.mixture)
+
+    def draw(self, seed: int, step: int) -> int:
+        """Which of the mixture's schedules a step has: the same for every process, and for a run that goes on."""
+        if len(self.mixture) == 1:
+            return 0
+        probabilities = np.array([drawn.probability for drawn in self.mixture])
+        random = np.random.default_rng([seed, step])
+        return int(random.choice(len(probabilities), p=probabilities / probabilities.sum()))
+
+
+NAME = r"\s*(\w+)\s*(?:\(\s*(\d+)\s*\))?\s*?"
+SHARE = r"(\d*\.?\d+)\s*"
+
+
+def parse_stages(schedule: ScheduleConfig) -> tuple[Stage, ...]:
+    """The stages that ``schedule.stages`` lists; what a stage does not say is taken from ``schedule``.
+
+    Raises:
+      ConfigError: the list cannot be read, or its shares do not add up to 1.
+    """
+    said = f"config.schedule.stages is {schedule.stages!r}"
+
+    def schedule_of(text: str, pattern: str) -> tuple[ScheduleConfig, float]:
+        match = re.fullmatch(pattern, text)
+        name, number, share = match.groups() if match else ("", None, "")
+        if name not in SCHEDULES or (number and not SCHEDULES[name].number):
+            raise ConfigError(
+                f"{said}, in which {text.strip()!r} is no stage; write name:share or name(number):share, separated by "
+                f"commas, or mix(name share, …):share, with the names: {', '.join(SCHEDULES)}"
+            )
+        changes: dict[str, Any] = {"name": name, "stages": ""}
+        if number:
+            changes[SCHEDULES[name].number] = int(number)
+        return dataclasses.replace(schedule, **changes), float(share)
+
+    stages = []
+    for text in _separated(schedule.stages):
+        mixed = re.fullmatch(rf"\s*mix\s*\((.*)\)\s*:\s*{SHARE}", text)
+        if mixed:
+            mixture = tuple(Drawn(*schedule_of(part, rf"{NAME}\s{SHARE}")) for part in _separated(mixed[1]))
+            _require_whole(said, "probabilities in a mixture", [drawn.probability for drawn in mixture])
+            stages.append(Stage(mixture, float(mixed[2])))
+        else:
+            alone, share = schedule_of(text, rf"{NAME}:\s*{SHARE}")
+            stages.append(Stage((Drawn(alone, 1.0),), share))
+    _require_whole(said, "shares", [stage.share for stage in stages])
+    return tuple(stages)
+
+
+def _separated(text: str) -> Iterator[str]:
+    """What lies between commas that are in no brackets."""
+    depth, begin = 0, 0
+    for index, letter in enumerate(text):
+        depth += (letter == "(") - (letter == ")")
+        if letter == "," and depth == 0:
+            yield text[begin:index]
+            begin = index + 1
+    yield text[begin:]
+
+
+def _require_whole(said: str, what: str, shares: list[float]) -> None:
+    if not math.isclose(sum(shares), 1.0, abs_tol=1e-6) or min(shares) <= 0:
+        raise ConfigError(f"{said}, whose {what} add up to {sum(shares):g}; they must be above 0 and add up to 1")
