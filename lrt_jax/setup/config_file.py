@@ -34,16 +34,14 @@ class ConfigFileParser(flags.ArgumentParser):
         try:
             if not Path(path).is_file():
                 raise ConfigError(f"--config is {value!r}, but there is no file {path}; shipped ones are in configs/")
-            get_config = getattr(_module(path), "get_config", None)
+            get_config = getattr(module(path), "get_config", None)
             if get_config is None:
                 raise ConfigError(f"--config is {value!r}, which has no function get_config; {RULE}")
             config = get_config(argument) if colon else get_config()
         except UserError:
             raise
         except Exception as error:
-            said = str(error.msg if isinstance(error, SyntaxError) else error).strip().splitlines()
-            reason = ": ".join([type(error).__name__, *said[:1]])
-            raise ConfigError(f"--config is {value!r}, which fails{_line(path, error)} ({reason}); {RULE}") from None
+            raise ConfigError(f"--config is {value!r}, which fails{reason(path, error)}; {RULE}") from None
         if not isinstance(config, ConfigDict):
             kind = type(config).__name__
             raise ConfigError(f"--config is {value!r}, whose get_config returns a {kind}; {RULE}")
@@ -53,19 +51,24 @@ class ConfigFileParser(flags.ArgumentParser):
         return config
 
 
-def _module(path: str) -> ModuleType:
-    """The file, whatever its name ends in, as a module that has been run."""
+def module(path: str) -> ModuleType:
+    """A file, whatever its name ends in, as a module that has been run."""
     loader = importlib.machinery.SourceFileLoader(MODULE, path)
     spec = importlib.util.spec_from_loader(MODULE, loader)
     assert spec is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[MODULE] = module  # where the file's dataclasses look for their annotations
-    loader.exec_module(module)
-    return module
+    made = importlib.util.module_from_spec(spec)
+    sys.modules[MODULE] = made  # where the file's dataclasses look for their annotations
+    loader.exec_module(made)
+    return made
+
+
+def reason(path: str, error: Exception) -> str:
+    """Where in a file of the user's it fails, as far as the error knows, and with what."""
+    said = str(error.msg if isinstance(error, SyntaxError) else error).strip().splitlines()
+    return f"{_line(path, error)} ({': '.join([type(error).__name__, *said[:1]])})"
 
 
 def _line(path: str, error: Exception) -> str:
-    """Where in the file it fails, as far as the error knows."""
     if isinstance(error, SyntaxError):
         return f" in line {error.lineno}" if error.lineno else ""
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]

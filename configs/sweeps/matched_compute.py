@@ -1,0 +1,65 @@
+"""Is an LRT worth its compute? Schedules against the plain baseline, at equal effective tokens.
+
+    python -m lrt_jax.sweep configs/sweeps/matched_compute.py
+
+A small model where tokens are plentiful: 0.27 M parameters, 15 to 60 tokens per parameter of the plain one, on the
+standard library's source. A run of the largest budget takes about 20 minutes on 2 CPU cores. All have the same rates,
+which were not searched for each.
+"""
+
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from lrt_jax.comparison.plan import Run, Sweep
+from lrt_jax.setup.config import default_config
+
+BUDGETS = (4_096_000, 8_192_000, 16_384_000)
+SEEDS = (0, 1, 2)
+PLAIN = {"model.memory": "none", "model.residual_injection": False, "schedule.name": "plain"}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "plain": PLAIN,
+    "staged 0.4 + 0.6": {"schedule.name": "staged", "schedule.stages": "plain:0.4, interleaved(2):0.6"},
+    "interleaved": {},
+    "mixture": {
+        "schedule.name": "staged",
+        "schedule.stages": "plain:0.5, mix(plain 0.2, interleaved(2) 0.7, multi_refinement(2) 0.1):0.5",
+    },
+    "layerwise, staged 0.4 + 0.6": {
+        "model.memory": "layerwise",
+        "schedule.name": "staged",
+        "schedule.stages": "plain:0.4, interleaved(2):0.6",
+    },
+}
+
+
+def get_sweep() -> Sweep:
+    """All variants, budgets and seeds; the small budgets first."""
+    return Sweep(
+        tuple(
+            Run(variant, laboratory(changes), budget, seed)
+            for budget in BUDGETS
+            for seed in SEEDS
+            for variant, changes in VARIANTS.items()
+        ),
+        baseline="plain",
+    )
+
+
+def laboratory(changes: dict[str, Any]) -> ConfigDict:
+    """The small model, with these fields changed."""
+    config = default_config(
+        model__layers=4,
+        model__width=64,
+        model__heads=1,
+        model__kv_heads=1,
+        model__sequence_length=256,
+        model__vocab_size=512,
+        train__batch_size=16,
+    )
+    config.model.value_embeddings = "none"
+    config.train.update(steps=1, eval_every=0, save_every=500, keep=1)
+    config.eval.update(batch_size=64, rows=64, final_rows=512, sample_tokens=0)
+    config.optimizer.update(embedding_lr=0.5, head_lr=0.01, scalar_lr=0.02, b1=0.9, b2=0.99, warmup=0.02, warmdown=0.5)
+    config.update_from_flattened_dict(changes)
+    return config

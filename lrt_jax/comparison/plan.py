@@ -1,0 +1,107 @@
+"""What a sweep runs: configs, each for a budget of effective tokens, and where each run lives."""
+
+import dataclasses
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from lrt_jax.setup.config import Config, ConfigError, from_config_dict
+from lrt_jax.setup.config_file import module, reason
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One run of a sweep.
+
+    Attributes:
+      variant: what it is compared as: runs of one variant differ in budget and seed only.
+      config: of the run; its duration and seed are set by the next two.
+      effective_tokens: its budget: training tokens times the forwards that each costs (method.md, "effective compute").
+      seed: of parameters, batches and draws.
+    """
+
+    variant: str
+    config: ConfigDict
+    effective_tokens: float
+    seed: int = 0
+
+    @property
+    def name(self) -> str:
+        """The name of its folder."""
+        return f"{re.sub(r'[^0-9A-Za-z.]+', '-', self.variant)}_{self.effective_tokens:.4g}_{self.seed}"
+
+    @property
+    def complete(self) -> Config:
+        """The whole config: as many tokens as the budget allows its schedule.
+
+        Raises:
+          ConfigError: the config cannot be.
+        """
+        config = self.config.copy_and_resolve_references()
+        forwards = from_config_dict(config).schedule.forwards_equivalent
+        config.seed = self.seed
+        config.train.update(steps=0, tokens_per_parameter=0.0, tokens=max(1, round(self.effective_tokens / forwards)))
+        return from_config_dict(config)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sweep:
+    """Runs to be compared.
+
+    Attributes:
+      runs: in the order in which they are to run.
+      baseline: the variant that others are compared with.
+    """
+
+    runs: tuple[Run, ...]
+    baseline: str
+
+    @property
+    def variants(self) -> list[str]:
+        """Each once, the baseline first."""
+        return list(dict.fromkeys([self.baseline, *(run.variant for run in self.runs)]))
+
+
+def load(path: str) -> Sweep:
+    """The sweep that a Python file's function ``get_sweep`` returns.
+
+    Raises:
+      ConfigError: there is no such file, it fails, returns something else, or two runs have one name.
+    """
+    rule = "it must be a Python file whose function get_sweep returns a lrt_jax.comparison.plan.Sweep"
+    if not Path(path).is_file():
+        raise ConfigError(f"the sweep is {path!r}, but there is no such file; shipped ones are in configs/sweeps/")
+    try:
+        sweep = module(path).get_sweep()
+    except ConfigError:
+        raise
+    except Exception as error:
+        raise ConfigError(f"the sweep is {path!r}, which fails{reason(path, error)}; {rule}") from None
+    if not isinstance(sweep, Sweep) or not sweep.runs:
+        raise ConfigError(f"the sweep is {path!r}, whose get_sweep returns no runs; {rule}")
+    if sweep.baseline not in {run.variant for run in sweep.runs}:
+        raise ConfigError(f"the sweep is {path!r}, whose baseline {sweep.baseline!r} is none of its variants")
+    _require_different(path, [run.name for run in sweep.runs])
+    return sweep
+
+
+def _require_different(path: str, names: Iterable[str]) -> None:
+    seen: set[str] = set()
+    for name in names:
+        if name in seen:
+            raise ConfigError(f"the sweep is {path!r}, in which two runs are {name}; they must differ")
+        seen.add(name)
+
+
+def share(runs: tuple[Run, ...], shard: str) -> tuple[Run, ...]:
+    """The runs of one of n machines, by ``i/n`` with i from 0: every n-th.
+
+    Raises:
+      ConfigError: the shard cannot be read.
+    """
+    match = re.fullmatch(r"(\d+)/(\d+)", shard)
+    if match is None or int(match[1]) >= int(match[2]):
+        raise ConfigError(f"--shard is {shard!r}; it must be i/n with i from 0 to n - 1, as in 0/2")
+    return runs[int(match[1]) :: int(match[2])]

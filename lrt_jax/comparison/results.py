@@ -1,0 +1,198 @@
+"""What the runs of a sweep came to: means over seeds, and the compute that a variant saves at equal bits per byte.
+
+A variant's bits per byte follow a smooth curve of effective compute; in logarithms of both a parabola, or a line
+through two budgets. At a budget E a variant comes to the bits per byte for which the baseline's curve wants E′: it
+saves 1 - E / E′ of the compute. Each seed is compared with the baseline's curve of the same seed, so that what a seed
+does to both (the order of the data, mostly) drops out; intervals are Student's t over seeds, 95 %.
+"""
+
+import dataclasses
+import json
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lrt_jax.comparison.plan import Run, Sweep
+
+FILE = "result.json"  # in a run's folder, once it is done
+# The 97.5 % quantile of Student's t, by degrees of freedom from 1 on; then that of the normal distribution.
+STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
+NORMAL = 1.96
+# Beyond the budgets that were run a curve is trusted so far, as a factor.
+REACH = 4.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """One run that is done.
+
+    Attributes:
+      variant, budget, seed: as in the plan.
+      tokens: that it was trained on.
+      effective_tokens: the same times the schedule's forwards-equivalent.
+      parameters: of the model.
+      bpb: sequential bits per byte of the held-out rows.
+      bpb_merged: the same in parallel, by the last forward of each position.
+      bpb_init: by the initialization forward.
+      seconds: that it took, all sessions together.
+    """
+
+    variant: str
+    budget: float
+    seed: int
+    tokens: int
+    effective_tokens: float
+    parameters: int
+    bpb: float
+    bpb_merged: float
+    bpb_init: float
+    seconds: float
+
+
+def read(folder: Path) -> Result | None:
+    """The result in a run's folder; None while it is not done."""
+    path = folder / FILE
+    return Result(**json.loads(path.read_text())) if path.exists() else None
+
+
+def write(folder: Path, result: Result) -> None:
+    """Marks a run as done; atomic."""
+    unfinished = folder / f"{FILE}.new"
+    unfinished.write_text(json.dumps(dataclasses.asdict(result), indent=2) + "\n")
+    unfinished.replace(folder / FILE)
+
+
+@dataclasses.dataclass(frozen=True)
+class Mean:
+    """A mean over seeds.
+
+    Attributes:
+      value: the mean.
+      half: of its 95 % interval; NaN with one seed.
+      count: of seeds.
+    """
+
+    value: float
+    half: float
+    count: int
+
+    def text(self, digits: int, factor: float = 1.0, unit: str = "") -> str:
+        """As a table shows it."""
+        if not self.count:
+            return ""
+        spread = "" if math.isnan(self.half) else f" ± {factor * self.half:.{digits}f}"
+        return f"{factor * self.value:.{digits}f}{spread}{unit}"
+
+
+def mean(values: Iterable[float]) -> Mean:
+    """Of finite values; NaN of none."""
+    found = np.array([value for value in values if math.isfinite(value)])
+    if not len(found):
+        return Mean(math.nan, math.nan, 0)
+    if len(found) == 1:
+        return Mean(float(found[0]), math.nan, 1)
+    quantile = STUDENT[len(found) - 2] if len(found) <= len(STUDENT) + 1 else NORMAL
+    return Mean(float(found.mean()), float(quantile * found.std(ddof=1) / math.sqrt(len(found))), len(found))
+
+
+@dataclasses.dataclass(frozen=True)
+class Curve:
+    """Bits per byte by effective compute: a polynomial of the logarithms of both, falling where it is trusted."""
+
+    coefficients: tuple[float, ...]
+    least: float
+    most: float
+
+    def bpb(self, effective: float) -> float:
+        """At so many effective tokens."""
+        return math.exp(np.polyval(self.coefficients, math.log(effective)))
+
+    def effective(self, bpb: float) -> float:
+        """Where it comes to so many bits per byte; NaN where it does not within REACH."""
+        grid = np.linspace(math.log(self.least / REACH), math.log(self.most * REACH), 2001)
+        heights = np.polyval(self.coefficients, grid) - math.log(bpb)
+        crossings = np.flatnonzero((heights[:-1] >= 0) & (heights[1:] < 0))
+        if not len(crossings):
+            return math.nan
+        at = crossings[0]
+        return math.exp(grid[at] + heights[at] / (heights[at] - heights[at + 1]) * (grid[at + 1] - grid[at]))
+
+
+def curve(points: Sequence[tuple[float, float]]) -> Curve | None:
+    """Through (effective tokens, bits per byte); None of fewer than two budgets."""
+    budgets = {effective for effective, _ in points}
+    if len(budgets) < 2:
+        return None
+    logarithms = np.log(np.array(points))
+    coefficients = np.polyfit(logarithms[:, 0], logarithms[:, 1], min(2, len(budgets) - 1))
+    return Curve(tuple(map(float, coefficients)), min(budgets), max(budgets))
+
+
+def saved(sweep: Sweep, results: Sequence[Result], variant: str, budget: float) -> Mean:
+    """The share of the baseline's compute that a variant saves at a budget, where both have the same bits per byte."""
+    shares = []
+    for one in results:
+        if (one.variant, one.budget) == (variant, budget):
+            others = [r for r in results if (r.variant, r.seed) == (sweep.baseline, one.seed)]
+            baseline = curve([(other.effective_tokens, other.bpb) for other in others])
+            if baseline is not None:
+                shares.append(1 - one.effective_tokens / baseline.effective(one.bpb))
+    return mean(shares)
+
+
+def table(sweep: Sweep, results: Sequence[Result]) -> list[str]:
+    """Markdown: for each variant and budget its bits per byte, the gap of true recurrence, and the compute saved."""
+    head = (
+        "| variant | effective tokens | tokens | tokens per parameter | sequential BPB | sequential / merged | saved |"
+    )
+    lines = [head, "|---|---|---|---|---|---|---|"]
+    for variant in sweep.variants:
+        for budget in sorted({result.budget for result in results if result.variant == variant}):
+            mine = [result for result in results if (result.variant, result.budget) == (variant, budget)]
+            gap = mean(100 * (result.bpb / result.bpb_merged - 1) for result in mine)
+            share = saved(sweep, results, variant, budget)
+            cells = (
+                variant,
+                f"{mine[0].effective_tokens / 1e6:.4g} M",
+                f"{mine[0].tokens / 1e6:.4g} M",
+                f"{mine[0].tokens / mine[0].parameters:.1f}",
+                mean(result.bpb for result in mine).text(4),
+                f"{gap.value:+.2f} %",
+                "" if variant == sweep.baseline else share.text(1, 100, " %"),
+            )
+            lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def summary(sweep: Sweep, results: Sequence[Result]) -> dict[str, Any]:
+    """Everything, for a file."""
+    return {
+        "baseline": sweep.baseline,
+        "runs": [dataclasses.asdict(result) for result in results],
+        "saved": [
+            {"variant": variant, "budget": budget, **dataclasses.asdict(saved(sweep, results, variant, budget))}
+            for variant in sweep.variants[1:]
+            for budget in sorted({result.budget for result in results if result.variant == variant})
+        ],
+    }
+
+
+def result_of(run: Run, scores: dict[str, float], seconds: float, parameters: int, steps: int) -> Result:
+    """A run's result from its closing metrics."""
+    config = run.complete
+    tokens = steps * config.train.batch_size * config.model.sequence_length
+    return Result(
+        variant=run.variant,
+        budget=run.effective_tokens,
+        seed=run.seed,
+        tokens=tokens,
+        effective_tokens=tokens * config.schedule.forwards_equivalent,
+        parameters=parameters,
+        bpb=scores["val/bpb_sequential"],
+        bpb_merged=scores["val/bpb"],
+        bpb_init=scores["val/bpb_init"],
+        seconds=seconds,
+    )
