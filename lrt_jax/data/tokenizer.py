@@ -10,7 +10,7 @@ import numpy as np
 import sentencepiece
 from etils import epath
 
-from lrt_jax.data import places
+from lrt_jax.data import normalizer, places
 from lrt_jax.data.corpus import Corpus, training_documents
 from lrt_jax.data.faults import DataError
 from lrt_jax.setup.config import Config, ConfigError
@@ -56,7 +56,7 @@ class Tokenizer:
         byte_ids = {self._pieces[i]: i for i in range(self.vocab_size) if self._processor.is_byte(i)}
         if self.bos_id < 0 or len(byte_ids) < 256:
             raise ValueError("has no token for the beginning of a document, or none for some byte")
-        self._space_ids = [byte_ids[bytes([byte])] for byte in SPACE.encode()]
+        self._space_ids = np.array([byte_ids[bytes([byte])] for byte in SPACE.encode()], np.int32)
 
     def encode(self, text: str) -> np.ndarray:
         """Token ids, int32 [n], of ``text``, with no token for the beginning of a document."""
@@ -65,13 +65,14 @@ class Tokenizer:
     def encode_all(self, texts: Sequence[str]) -> list[np.ndarray]:
         """:meth:`encode` of each text, on all cores."""
         parts = [text.split(SPACE) for text in texts]
-        encoded = iter(self._processor.encode([part for split in parts for part in split], num_threads=-1))
+        flat = [part for split in parts for part in split]
+        encoded = iter(self._processor.encode(flat, out_type="numpy", num_threads=-1))
         rows = []
         for split in parts:
-            ids: list[int] = list(next(encoded))
+            ids = [np.asarray(next(encoded), np.int32)]
             for _ in split[1:]:
-                ids += [*self._space_ids, *next(encoded)]
-            rows.append(np.array(ids, np.int32))
+                ids += [self._space_ids, np.asarray(next(encoded), np.int32)]
+            rows.append(np.concatenate(ids) if len(ids) > 1 else ids[0])
         return rows
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
@@ -223,10 +224,12 @@ def checked(model: bytes, path: str, config: Config) -> Tokenizer:
             f"config.model.vocab_size is {config.model.vocab_size}, but the tokenizer {path} has "
             f"{tokenizer.vocab_size} tokens; allowed is {tokenizer.vocab_size}"
         )
-    if tokenizer.decode(tokenizer.encode(PROBE)) != PROBE:
+    changes = normalizer.changes(model)
+    if changes or tokenizer.decode(tokenizer.encode(PROBE)) != PROBE:
+        how = f" ({', '.join(changes)})" if changes else ""
         raise ConfigError(
-            f"the tokenizer {path} changes text; it must be trained with byte_fallback, identity normalization and "
-            "neither dummy prefix nor removal of whitespace"
+            f"the tokenizer {path} changes text{how}; it must be trained with byte_fallback, identity normalization "
+            "and neither dummy prefix nor removal of whitespace"
         )
     return tokenizer
 
