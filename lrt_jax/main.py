@@ -30,6 +30,7 @@ from lrt_jax.setup import hardware, processes
 from lrt_jax.setup import mesh as meshes
 from lrt_jax.setup import workdir as workdirs
 from lrt_jax.setup.durations import require_ahead, train_steps
+from lrt_jax.setup.errors import one_line
 from lrt_jax.training import (
     checkpoint,
     guard,
@@ -132,7 +133,8 @@ def _run(
     meshes.cache_compilations(workdir)
     startup.lap("devices and checkpoints")
 
-    texts = corpus.open_corpus(config.data)
+    texts = corpus.open_corpus(config.data, records.begun(workdir, checkpoint.records_of(workdir, start)))
+    processes.say(one_line(texts.read_as))
     checkpoint.check_tokenizer(config, workdir)
     with watchdog.phase("making tokens", "none", 0.0):  # of a corpus of any size: no limit suits all
         tokens = tokenizer.Tokenizer(
