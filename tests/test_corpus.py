@@ -5,6 +5,7 @@ import pickle
 import re
 import sys
 import sysconfig
+import tracemalloc
 from pathlib import Path
 
 import pyarrow as pa
@@ -46,6 +47,50 @@ def test_text_keeps_its_bytes(tmp_path, suffix, compress):
 def test_several_zstd_frames_are_all_read(tmp_path):
     (tmp_path / "a.txt.zst").write_bytes(zstandard.compress(b"one ") + zstandard.compress(b"two"))
     assert documents(tmp_path) == ["one two"]
+
+
+def test_zstd_with_a_long_window_and_frames_to_skip_is_read(tmp_path):
+    options = zstandard.ZstdCompressionParameters.from_level(1, window_log=28, enable_ldm=True)
+    compressor = zstandard.ZstdCompressor(compression_params=options).compressobj()
+    skipped = (0x184D2A50).to_bytes(4, "little") + (4).to_bytes(4, "little") + b"abcd"  # as pzstd writes
+    (tmp_path / "a.txt.zst").write_bytes(skipped + compressor.compress(b"one") + compressor.flush() + skipped)
+    assert documents(tmp_path) == ["one"]
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "says"),
+    [
+        ("a.txt.zst", bytes.fromhex("28b52ffd00b8"), r"than 2 GiB; compress it again with --long=31"),
+        ("a.txt.zst", bytes.fromhex("28b52ffd2107030300") + b"abcd", r"it was compressed with a dictionary"),
+        ("a.txt.gz", b"\x1f\x8b\x09\0" + bytes(20), r"unknown compression method\): it may be intact, but"),
+        ("a.txt.gz", b"plain text", r"b'plai' begins nothing of gzip\); it is damaged, or has another format than"),
+        ("a.txt.zst", gzip.compress(b"x"), r"begins nothing of Zstandard\); it is damaged, or has another format"),
+    ],
+)
+def test_what_a_decoder_refuses_is_not_called_damaged(tmp_path, name, data, says):
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(DataError, match=rf"{name} cannot be decompressed .*{says}") as raised:
+        documents(tmp_path)
+    assert "it is damaged" not in str(raised.value).replace("it is damaged, or has another format", "")
+
+
+def test_of_a_large_file_little_is_held(tmp_path):
+    texts = [f"{i * i} " * 40 for i in range(40_000)]  # 14 MB
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
+    (tmp_path / "a.txt").write_bytes(lines)
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(lines, 1))
+    rows = pa.table({"text": texts})
+    pyarrow.parquet.write_table(rows, tmp_path / "c.parquet", use_dictionary=False)
+    for name, count in (("a.txt", 960), ("b.jsonl.gz", len(texts)), ("c.parquet", len(texts))):
+        corpus = open_corpus(DataConfig(corpus=str(tmp_path / name)))
+        tracemalloc.start()
+        held = pa.total_allocated_bytes()
+        found = 0
+        for found, _ in enumerate((text for shard in corpus.shards for text in shard.texts()), 1):
+            assert found % 1000 or pa.total_allocated_bytes() - held < 4e6
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert found >= count and peak < 4e6
 
 
 @pytest.mark.parametrize("compress", [None, gzip.compress, zstandard.compress], ids=["plain", "gz", "zst"])

@@ -15,7 +15,7 @@ from lrt_jax.data.faults import DataError
 GZIP, ZSTANDARD = ".gz", ".zst"
 SUFFIXES = (GZIP, ZSTANDARD)
 BLOCK = 1 << 20  # bytes read at once
-COMPRESSED_BLOCK = 1 << 16  # the same of what may be a thousand times as large
+COMPRESSED_BLOCK = 1 << 14  # the same of what may be a thousand times as large
 WINDOW = 1 << 31  # the largest that Zstandard has: `zstd --long=31`
 # How what a decoder says begins where it is not asked to decode such a thing, though it may be intact.
 REFUSED = {

@@ -167,6 +167,8 @@ def _read_as(by_kind: list[tuple[File, kinds.Kind]], not_read: collections.Count
     for kind, title in kinds.TITLES.items():
         suffixes = collections.Counter(kinds.suffix_of(file.name) for file, its in by_kind if its == kind)
         if suffixes:
-            parts.append(f"{suffixes.total():,} files as {title} ({files.counted(suffixes)})")
+            parts.append(
+                f"{suffixes.total():,} file{'s'[: suffixes.total() - 1]} as {title} ({files.counted(suffixes)})"
+            )
     read = f"corpus: {', '.join(parts)}"
     return f"{read}; not read: {files.counted(not_read)}" if not_read else read

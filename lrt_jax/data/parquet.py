@@ -143,6 +143,7 @@ def _verdict(error: Exception) -> str:
     return DAMAGED
 
 
+@functools.cache
 def _begin_of(path: str, group: int, column: str) -> int | None:
     """Where the pages of a column begin in a file, in bytes; None where even that cannot be told."""
     with contextlib.suppress(OSError, ValueError, subprocess.SubprocessError):
