@@ -383,6 +383,11 @@ def test_errors_name_the_field_the_place_and_what_is_allowed(tmp_path, write, er
     assert str(raised.value).startswith("config.data.corpus")
 
 
+def test_a_number_of_any_length_is_json(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"id": ' + "9" * 5000 + ', "text": "x"}')
+    assert documents(tmp_path) == ["x"]
+
+
 def test_json_nested_without_end_is_a_bad_record(tmp_path):
     (tmp_path / "a.jsonl").write_text("[" * 100_000 + "\n")
     with pytest.raises(DataError, match=r"a\.jsonl:1 is not valid JSON"):

@@ -22,6 +22,8 @@ REFUSED = {
     "Frame requires too much memory": "it needs a window of more than 2 GiB; compress it again with --long=31 or less",
     "Dictionary mismatch": "it was compressed with a dictionary; decompress it with that (zstd -d -D FILE)",
     "Allocation error": "its window needs more memory than there is; compress it again without --long",
+    "nsupported": "it is of a kind that this decoder does not read; compress it again",
+    "ersion not supported": "it is of a version that this decoder does not read; compress it again",
     "unknown compression method": "not the one of gzip; compress it again",
 }
 # The files that can be read once only, or without end.

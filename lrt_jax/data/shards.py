@@ -103,7 +103,7 @@ class JsonlShard(Shard):
 
     def _text(self, line: bytes, where: str, begin: int) -> str:
         try:
-            record = json.loads(line)
+            record = _loads(line)
         except (ValueError, RecursionError) as error:  # broken JSON or broken UTF-8, or nested without end
             at = begin + getattr(error, "pos", getattr(error, "start", 0))
             raise DataError(f"config.data.corpus: {where} is not valid JSON (byte offset {at}: {error})") from None
@@ -135,9 +135,19 @@ def is_one_json_value(path: str, field: str) -> bool:
     return True
 
 
+def _loads(line: bytes) -> Any:
+    """JSON, with numbers of any length, which Python refuses to convert from some length on."""
+    try:
+        return json.loads(line)
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        raise
+    except ValueError:
+        return json.loads(line, parse_int=str)
+
+
 def _has(field: str, line: bytes) -> bool:
     try:
-        record = json.loads(line)
+        record = _loads(line)
     except (ValueError, RecursionError):
         return False
     return isinstance(record, dict) and field in record
