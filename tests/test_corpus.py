@@ -208,8 +208,9 @@ def test_odd_names_and_kinds_of_files(tmp_path):
     ]
     assert all(sentence.isprintable() and sentence.encode() for sentence in left_out)
     for device, what in (("/dev/null", "a device"), (str(tmp_path / "pipe.txt"), "a pipe")):
-        with pytest.raises(DataError, match=rf"{device} is {what}; it must be a regular file"):
-            documents(device, format="text")
+        for how in ("text", "auto"):
+            with pytest.raises(DataError, match=rf"{device} is {what}; it must be a regular file"):
+                documents(device, format=how)
 
 
 def test_places_are_expanded_and_what_is_nowhere_is_said(tmp_path, monkeypatch):

@@ -78,6 +78,16 @@ def test_source_files_survive_and_get_shorter():
     assert sum(len(TOKENIZER.encode(text)) for text in SOURCES) < 0.75 * sum(map(len, SOURCES))
 
 
+def test_a_document_of_any_size_is_encoded_in_pieces_to_the_same_tokens(monkeypatch):
+    text = SOURCES[0][:20_000]
+    before = TOKENIZER.encode(text)
+    monkeypatch.setattr(tokenizers, "ENCODED", 300)
+    assert len(list(tokenizers._cut(text))) > 60
+    np.testing.assert_array_equal(TOKENIZER.encode(text), before)
+    for odd in ("x" * 1000, " " * 1000, " " + "x" * 300 + " ", *AWKWARD):
+        assert_lossless(odd)
+
+
 def test_specials_have_no_bytes_and_byte_pieces_one():
     assert (TOKENIZER.bos_id, TOKENIZER.vocab_size) == (1, 400)
     assert TOKENIZER.token_bytes.shape == (400,)

@@ -5,6 +5,7 @@ depend on the files alone, not on the machine.
 """
 
 import collections
+import contextlib
 import dataclasses
 import hashlib
 import sysconfig
@@ -12,7 +13,7 @@ from collections.abc import Iterable, Iterator
 
 from etils import epath
 
-from lrt_jax.data import files, kinds, parquet, shards
+from lrt_jax.data import compressed, files, kinds, parquet, shards
 from lrt_jax.data.begun import Begun
 from lrt_jax.data.faults import BadRecords, DataError
 from lrt_jax.data.files import File, Found
@@ -133,10 +134,13 @@ def _kind(file: File, config: DataConfig, as_before: bool) -> kinds.Kind:
 
     Raises:
       ConfigError: its suffix does not say.
+      DataError: it is a pipe, a socket or a device.
     """
     kind = kinds.kind_before(file.name) if as_before else kinds.kind_of(file.name)
     kind = kind if config.format == "auto" else config.format
     if kind is None:
+        with contextlib.suppress(OSError):
+            compressed.require_regular(file.path)
         suffix = kinds.suffix_of(file.name)
         raise ConfigError(
             f"config.data.corpus: {file.path} has {f'the suffix {suffix!r}' if suffix else 'no suffix'}, which does "

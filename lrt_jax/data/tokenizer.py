@@ -20,6 +20,7 @@ FILE = "tokenizer.model"  # in the work dir
 SPECIALS = 2  # <unk> and <s>
 SPACE = "\u2581"  # SentencePiece writes a space so, and takes a literal one for a space
 SENTENCE = 2000  # characters; SentencePiece drops sentences that are longer than it is told to expect
+ENCODED = 1 << 21  # characters of a document that are encoded as one
 # Text that vocabularies not made for lossless coding change: spaces, line ends, NUL, reserved names, rare characters.
 PROBE = " two  spaces\t\r\n\n<s> <unk> <0x0A> \x00 \u2581 \ufb01 \u00e9 e\u0301 \uff21 \U0001f600 end "
 
@@ -64,14 +65,15 @@ class Tokenizer:
 
     def encode_all(self, texts: Sequence[str]) -> list[np.ndarray]:
         """:meth:`encode` of each text, on all cores."""
-        parts = [text.split(SPACE) for text in texts]
-        flat = [part for split in parts for part in split]
+        parts = [[list(_cut(part)) for part in text.split(SPACE)] for text in texts]
+        flat = [piece for split in parts for pieces in split for piece in pieces]
         encoded = iter(self._processor.encode(flat, out_type="numpy", num_threads=-1))
         rows = []
         for split in parts:
-            ids = [np.asarray(next(encoded), np.int32)]
-            for _ in split[1:]:
-                ids += [self._space_ids, np.asarray(next(encoded), np.int32)]
+            ids: list[np.ndarray] = []
+            for i, pieces in enumerate(split):
+                ids += [self._space_ids] if i else []
+                ids += [np.asarray(next(encoded), np.int32) for _ in pieces]
             rows.append(np.concatenate(ids) if len(ids) > 1 else ids[0])
         return rows
 
@@ -245,6 +247,19 @@ def _sentences(documents: Iterable[str], raised: list[BaseException]) -> Iterato
     except BaseException as error:  # a signal that asks to stop, too
         raised.append(error)
         raise
+
+
+def _cut(text: str) -> Iterator[str]:
+    """Text in pieces that SentencePiece can hold, which needs 40 bytes for each; cut where words begin, as it does."""
+    begin = 0
+    while len(text) - begin > ENCODED:
+        end = text.rfind(" ", begin + 1, begin + ENCODED)
+        while end > begin + 1 and text[end - 1] == " ":
+            end -= 1
+        end = end if end > begin else begin + ENCODED
+        yield text[begin:end]
+        begin = end
+    yield text[begin:]
 
 
 def _first_bytes(documents: Iterable[str], limit: int) -> Iterator[str]:
