@@ -257,7 +257,7 @@ def _exists(parts: tuple[str, ...]) -> bool:
 
 
 def _size(path: str) -> int | None:
-    try:
-        return epath.Path(path).stat().length
+    try:  # epath asks for the owner's name, too, which there may be none of
+        return epath.Path(path).stat().length if "://" in path else Path(path).stat().st_size
     except OSError:
         return None

@@ -7,6 +7,7 @@ statistics of a damaged footer, is asked for in a process of its own.
 import contextlib
 import dataclasses
 import functools
+import io
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -102,6 +103,7 @@ def shards_of(path: str, name: str, bad: BadRecords, column: str) -> list[Parque
     """
     compressed.require_regular(path)
     with epath.Path(path).open("rb") as stream:
+        end = stream.seek(0, io.SEEK_END)
         try:
             import pyarrow.parquet
 
@@ -109,7 +111,7 @@ def shards_of(path: str, name: str, bad: BadRecords, column: str) -> list[Parque
             columns, groups = list(file.schema_arrow.names), file.num_row_groups
         except Exception as error:
             _raise_if_of_the_system(error)
-            end, verdict = epath.Path(path).stat().length, _verdict(error)
+            verdict = _verdict(error)
             found = "is not a Parquet file" if verdict == DAMAGED else "is a Parquet file that cannot be read"
             raise DataError(
                 f"config.data.corpus: {path} {found} (byte offset {end}, its end: {_said(error)}); {verdict}"
