@@ -198,6 +198,8 @@ def test_odd_names_and_kinds_of_files(tmp_path):
     (tmp_path / "line\nend.txt").write_bytes(b"\xff")
     os.mkfifo(tmp_path / "pipe.txt")
     (tmp_path / "gone.txt").symlink_to("nowhere")
+    with pytest.raises(ConfigError, match=r"no file to read; it is a link to nowhere, which is not there"):
+        documents(tmp_path / "gone.txt")
     _, left_out = skipping(tmp_path)
     told = [sentence.partition(f"{tmp_path}/")[2] for sentence in left_out]
     assert [sentence.split(" ", 1)[0] for sentence in told] == [

@@ -2,6 +2,7 @@
 
 import collections
 import concurrent.futures
+import contextlib
 import dataclasses
 import fnmatch
 import os
@@ -74,6 +75,8 @@ def named(source: str, kind_of: KindOf, is_one_value: Callable[[str], bool]) -> 
     else:
         found = _matching(root, source, kind_of)
         allowed = "it must be 'stdlib', a file, a folder or a pattern such as folder/*.jsonl"
+        with contextlib.suppress(OSError, ValueError):  # where it is no link
+            allowed = f"it is a link to {Path(root).readlink()}, which is not there"
     if kind != "folder":
         for file in _single_values(found, is_one_value):
             raise DataError(
