@@ -41,7 +41,7 @@ class Begun:
         same = self._as_before(now, found.root) if self.as_before else None
         same = same or self._renamed(now)
         if same is None and self.binding:
-            self._refuse(now, source)
+            self._refuse(now, found.root, source)
         return same or found.files
 
     def _renamed(self, now: dict[str, str]) -> tuple[File, ...] | None:
@@ -66,14 +66,18 @@ class Begun:
             return None
         return tuple(sorted(File(name, path) for name, path in paths.items()))
 
-    def _refuse(self, now: dict[str, str], source: str) -> NoReturn:
+    def _refuse(self, now: dict[str, str], root: str, source: str) -> NoReturn:
         more, gone = sorted(now.keys() - self.sizes.keys()), sorted(self.sizes.keys() - now.keys())
+        if self.as_before:  # what is read otherwise now is not what is wrong
+            more = [name for name in more if kinds.taken_before(name)]
+            sizes = files.sizes(str(epath.Path(root) / name) for name in gone)
+            gone = [name for name, size in zip(gone, sizes.values(), strict=True) if size is None]
         parts = [
             f"{len(names):,} {what}, such as {names[0]}" for what, names in (("more", more), ("gone", gone)) if names
         ]
         raise DataError(
             f"config.data.corpus is {source!r}, which has other files than when this run began "
-            f"({'; '.join(parts)}); it may be moved and spelled otherwise, but must hold the same files: put them "
+            f"({'; '.join(parts) or 'another size'}); it may be moved and spelled otherwise, but must hold the same files: put them "
             "back, or begin anew in another --workdir, if with these parameters by `python -m lrt_jax.convert export`, "
             "then `import`"
         )
