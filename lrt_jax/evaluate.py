@@ -7,7 +7,7 @@ from typing import Any
 
 from absl import flags
 
-from lrt_jax.data import corpus, pipeline
+from lrt_jax.data import corpus, pipeline, records
 from lrt_jax.evaluation.bits_per_byte import Evaluator
 from lrt_jax.inference import load
 from lrt_jax.setup import flags as command_line
@@ -15,6 +15,7 @@ from lrt_jax.setup import mesh as meshes
 from lrt_jax.setup import processes
 from lrt_jax.setup import workdir as workdirs
 from lrt_jax.setup.config import ConfigError, Prefill
+from lrt_jax.training import checkpoint
 
 
 def define_flags() -> None:
@@ -22,6 +23,7 @@ def define_flags() -> None:
     flags.DEFINE_string("workdir", None, "The run to score.")
     flags.DEFINE_integer("step", None, "The checkpoint's step; default: the newest.", lower_bound=0)
     flags.DEFINE_integer("rows", None, "Held-out rows; default: config.eval.final_rows.", lower_bound=1)
+    flags.DEFINE_string("corpus", None, "Whose held-out documents are scored, if it was moved; default: the run's.")
     command_line.define_decode_flags("scoring", "How true recurrence is computed; default: config.eval.scoring.")
     processes.define_flags()
 
@@ -37,6 +39,7 @@ def main() -> None:
         flags.FLAGS.step,
         flags.FLAGS.rows,
         scoring=flags.FLAGS.scoring,
+        source=flags.FLAGS.corpus,
         **decode,
     )
     processes.say(json.dumps(found, indent=2))
@@ -47,6 +50,7 @@ def evaluate(
     step: int | None = None,
     rows: int | None = None,
     scoring: Prefill | None = None,
+    source: str | None = None,
     **decode: Any,
 ) -> dict[str, Any]:
     """The checkpoint's ``val/…`` metrics, ``step``, ``gzip`` on the same bytes, and ``scoring``: how it was scored.
@@ -56,6 +60,7 @@ def evaluate(
       step: of the checkpoint; None: the newest.
       rows: held-out rows to score; None: ``config.eval.final_rows``.
       scoring: how ``val/bpb_sequential`` is computed; None: as ``config.eval.scoring`` says.
+      source: the corpus whose held-out documents are scored; None: ``config.data.corpus``.
       **decode: fields of ``config.decode`` to replace.
 
     Raises:
@@ -69,7 +74,9 @@ def evaluate(
         eval=dataclasses.replace(config.eval, scoring=scoring or config.eval.scoring),
         decode=dataclasses.replace(config.decode, **decode),
     )
-    texts = corpus.open_corpus(config.data)
+    data = dataclasses.replace(config.data, corpus=source or config.data.corpus)
+    begun = records.begun(workdir, checkpoint.records_of(workdir, trained.step), binding=False)
+    texts = corpus.open_corpus(data, begun)
     held_out = pipeline.held_out_rows(config, texts, trained.tokenizer, rows or config.eval.final_rows)
     token_bytes = trained.tokenizer.token_bytes
     evaluator = Evaluator(trained.decoder, config, trained.mesh, held_out, token_bytes)

@@ -30,6 +30,7 @@ from lrt_jax.setup import hardware, processes
 from lrt_jax.setup import mesh as meshes
 from lrt_jax.setup import workdir as workdirs
 from lrt_jax.setup.durations import require_ahead, train_steps
+from lrt_jax.setup.errors import one_line
 from lrt_jax.training import (
     checkpoint,
     guard,
@@ -77,7 +78,7 @@ def main() -> int:
         raise configs.ConfigError("--config is not set; for the default run: --config=configs/base.py")
     config = configs.from_config_dict(flags.FLAGS.config)
     name = config_flags.get_config_filename(flags.FLAGS["config"])
-    place = workdirs.local(flags.FLAGS.workdir) if flags.FLAGS.workdir else default_workdir(name)
+    place = workdirs.local(flags.FLAGS.workdir or str(default_workdir(name)))
     processes.start()
     scores = run(config, place, flags.FLAGS.profile)
     return 0 if scores else flags.FLAGS.stopped_exit_code
@@ -145,7 +146,8 @@ def _run(
     meshes.cache_compilations(workdir)
     startup.lap("devices and checkpoints")
 
-    texts = corpus.open_corpus(config.data)
+    texts = corpus.open_corpus(config.data, records.begun(workdir, checkpoint.records_of(workdir, start)))
+    processes.say(one_line(texts.read_as))
     checkpoint.check_tokenizer(config, workdir)
     with watchdog.phase("making tokens", "none", 0.0):  # of a corpus of any size: no limit suits all
         tokens = tokenizer.Tokenizer(

@@ -1,16 +1,17 @@
 import gzip
 import json
+import os
 import pickle
 import re
 import sys
 import sysconfig
+import tracemalloc
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
 import zstandard
-from etils import epath
 
 from lrt_jax.data.corpus import is_held_out, open_corpus, training_documents
 from lrt_jax.data.faults import DataError
@@ -34,7 +35,7 @@ def write_parquet(path: Path, texts=TEXTS, column="text", rows=2) -> None:
     pyarrow.parquet.write_table(pa.table({"id": range(len(texts)), column: texts}), path, row_group_size=rows)
 
 
-@pytest.mark.parametrize("suffix", [".txt", ".md", ".py", ".log"])
+@pytest.mark.parametrize("suffix", [".txt", ".md", ".PY"])
 @pytest.mark.parametrize("compress", [None, gzip.compress, zstandard.compress], ids=["plain", "gz", "zst"])
 def test_text_keeps_its_bytes(tmp_path, suffix, compress):
     data = "a\r\nb\rc\n\tä\u2028x".encode()
@@ -46,6 +47,50 @@ def test_text_keeps_its_bytes(tmp_path, suffix, compress):
 def test_several_zstd_frames_are_all_read(tmp_path):
     (tmp_path / "a.txt.zst").write_bytes(zstandard.compress(b"one ") + zstandard.compress(b"two"))
     assert documents(tmp_path) == ["one two"]
+
+
+def test_zstd_with_a_long_window_and_frames_to_skip_is_read(tmp_path):
+    options = zstandard.ZstdCompressionParameters.from_level(1, window_log=28, enable_ldm=True)
+    compressor = zstandard.ZstdCompressor(compression_params=options).compressobj()
+    skipped = (0x184D2A50).to_bytes(4, "little") + (4).to_bytes(4, "little") + b"abcd"  # as pzstd writes
+    (tmp_path / "a.txt.zst").write_bytes(skipped + compressor.compress(b"one") + compressor.flush() + skipped)
+    assert documents(tmp_path) == ["one"]
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "says"),
+    [
+        ("a.txt.zst", bytes.fromhex("28b52ffd00b8"), r"than 2 GiB; compress it again with --long=31"),
+        ("a.txt.zst", bytes.fromhex("28b52ffd2107030300") + b"abcd", r"it was compressed with a dictionary"),
+        ("a.txt.gz", b"\x1f\x8b\x09\0" + bytes(20), r"unknown compression method\): it may be intact, but"),
+        ("a.txt.gz", b"plain text", r"b'plai' begins nothing of gzip\); it is damaged, or has another format than"),
+        ("a.txt.zst", gzip.compress(b"x"), r"begins nothing of Zstandard\); it is damaged, or has another format"),
+    ],
+)
+def test_what_a_decoder_refuses_is_not_called_damaged(tmp_path, name, data, says):
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(DataError, match=rf"{name} cannot be decompressed .*{says}") as raised:
+        documents(tmp_path)
+    assert "it is damaged" not in str(raised.value).replace("it is damaged, or has another format", "")
+
+
+def test_of_a_large_file_little_is_held(tmp_path):
+    texts = [f"{i * i} " * 40 for i in range(40_000)]  # 14 MB
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
+    (tmp_path / "a.txt").write_bytes(lines)
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(lines, 1))
+    rows = pa.table({"text": texts})
+    pyarrow.parquet.write_table(rows, tmp_path / "c.parquet", use_dictionary=False)
+    for name, count in (("a.txt", 960), ("b.jsonl.gz", len(texts)), ("c.parquet", len(texts))):
+        corpus = open_corpus(DataConfig(corpus=str(tmp_path / name)))
+        tracemalloc.start()
+        held = pa.total_allocated_bytes()
+        found = 0
+        for found, _ in enumerate((text for shard in corpus.shards for text in shard.texts()), 1):
+            assert found % 1000 or pa.total_allocated_bytes() - held < 4e6
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert found >= count and peak < 4e6
 
 
 @pytest.mark.parametrize("compress", [None, gzip.compress, zstandard.compress], ids=["plain", "gz", "zst"])
@@ -66,14 +111,122 @@ def test_parquet_has_a_shard_per_row_group(tmp_path):
 
 
 def test_a_folder_is_read_to_its_depths_in_order_of_names(tmp_path):
-    for name in ("b.txt", "a/z.md", "a/b/c.py", "B.txt", "notes.pdf", ".hidden.txt", ".git/x.txt"):
+    for name in ("b.txt", "a/z.md", "a/b/c.py", "B.txt", "notes.pdf", ".hidden.txt", ".git/x.txt", "a/_d.py"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(name)
     write_jsonl(tmp_path / "a" / "y.jsonl")
-    assert documents(tmp_path) == ["B.txt", "a/b/c.py", *TEXTS, "a/z.md", "b.txt"]
+    assert documents(tmp_path) == ["B.txt", "a/_d.py", "a/b/c.py", *TEXTS, "a/z.md", "b.txt"]
     assert documents(f"{tmp_path}/*.txt") == ["B.txt", "b.txt"]
-    assert documents(f"{tmp_path}/*/*.[mp]*") == ["a/z.md"]
-    assert documents(f"{tmp_path}/*.pdf") == ["notes.pdf"]  # asked for by pattern: read as text
+    assert documents(f"{tmp_path}/*/?.[mp]*") == ["a/z.md"]
+    with pytest.raises(ConfigError, match=r"notes\.pdf has the suffix '\.pdf', .* allowed are \.txt, .*data\.format"):
+        documents(f"{tmp_path}/*.pdf")
+    assert documents(f"{tmp_path}/*.pdf", format="text") == ["notes.pdf"]
+
+
+def test_json_lines_are_told_by_suffix_whatever_its_case_and_never_read_as_text(tmp_path):
+    data = write_jsonl(tmp_path / "a.jsonl")
+    for name in ("b.json", "c.ndjson", "D.JSONL", "e.Json.GZ", "f.json.zst"):
+        compress = {"z": gzip.compress, "t": zstandard.compress}.get(name.lower()[-1], bytes)
+        (tmp_path / name).write_bytes(compress(data))
+        assert documents(tmp_path / name) == TEXTS
+    for name, text in (("info.json", '{\n "features": {}\n}'), ("list.json", '[{"text": "x"}]'), ("one.json", "{}")):
+        (tmp_path / name).write_text(text)
+        with pytest.raises(DataError, match=rf"{name} is one JSON value, and no JSON Lines"):
+            documents(tmp_path / name)
+    corpus = open_corpus(DataConfig(corpus=str(tmp_path)))
+    assert len(corpus.shards) == 6
+    assert corpus.read_as == (
+        "corpus: 6 files as JSON Lines (.jsonl 2, .json 1, .ndjson 1, .json.gz 1, .json.zst 1); "
+        "not read: .json of one value 3"
+    )
+    (tmp_path / "g.json").write_bytes(data[:30] + b"\n" + data)  # a broken record, not another format
+    with pytest.raises(DataError, match=r"g\.json:1 is not valid JSON"):
+        documents(tmp_path)
+    (tmp_path / "no suffix").write_bytes(data)
+    with pytest.raises(ConfigError, match=r"no suffix has no suffix, which does not say what it holds"):
+        documents(tmp_path / "no suffix")
+    assert documents(tmp_path / "no suffix", format="jsonl") == TEXTS
+
+
+def test_what_data_engines_leave_in_a_folder_is_not_read(tmp_path):
+    for name in ("_delta_log/0.json", "_change_data/c.parquet", "_temporary/0/part-0.txt", "_SUCCESS", "_x/y.jsonl",
+                 ".part.jsonl.crc", ".staging/a.jsonl", "_metadata.parquet", "__MACOSX/a.txt"):  # fmt: skip
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("no document")
+    for name in ("day=1/a.jsonl", "_day=2/a.jsonl", "_notes/a.txt"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_text('{"text": "x"}')
+    corpus = open_corpus(DataConfig(corpus=str(tmp_path)))
+    assert [shard.name for shard in corpus.shards] == ["_day=2/a.jsonl", "_notes/a.txt", "day=1/a.jsonl"]
+    assert corpus.read_as.endswith("; not read: other tools' 7, hidden 2")
+    assert len(open_corpus(DataConfig(corpus=f"{tmp_path}/*/*")).shards) == 3
+    with pytest.raises(DataError, match=r"_x/y\.jsonl:1 is not valid"):
+        documents(f"{tmp_path}/_x/*")
+
+
+def test_links_are_followed_and_no_file_is_read_twice(tmp_path):
+    root, other = tmp_path / "data", tmp_path / "other"
+    for name in ("data/a.txt", "data/sub/b.txt", "other/c.txt", "elsewhere.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name)
+    for name, to in (("l1", "."), ("sub/l2", ".."), ("A", "sub"), ("up", "../.."), ("a2.txt", "a.txt"), ("o", other),
+                     ("p", other), ("q.txt", "../elsewhere.txt"), ("self.txt", "self.txt")):  # fmt: skip
+        (root / name).symlink_to(to)
+    (other / "back").symlink_to(root)
+    corpus = open_corpus(DataConfig(corpus=str(root)))
+    assert [shard.name for shard in corpus.shards] == ["a.txt", "o/c.txt", "q.txt", "self.txt", "sub/b.txt"]
+    assert corpus.read_as.endswith("not read: links to what is read 7")
+    assert [shard.name for shard in open_corpus(DataConfig(corpus=f"{root}/[Aops]*/?.txt")).shards] == [
+        "o/c.txt",
+        "sub/b.txt",
+    ]
+    with pytest.raises(DataError, match=r"self\.txt cannot be read \(Too many levels of symbolic links\)"):
+        documents(root)
+
+
+def test_odd_names_and_kinds_of_files(tmp_path):
+    latin = os.fsdecode(b"caf\xe9.txt")
+    names = ["\U0001f600 a b.txt", "line\nend.txt", "x" * 251 + ".txt", latin, "A.txt", "a.txt", "[1] x.txt"]
+    for name in names:
+        (tmp_path / name).write_text(name[0])
+        assert documents(tmp_path / name) == [name[0]]
+    assert len(documents(tmp_path)) == len(names)
+    (tmp_path / "[b]").mkdir()
+    (tmp_path / "[b]" / "x.txt").write_text("in brackets")
+    assert documents(f"{tmp_path}/[b]/*.txt") == ["in brackets"]
+    (tmp_path / latin).write_bytes(b"\xff")
+    (tmp_path / "line\nend.txt").write_bytes(b"\xff")
+    os.mkfifo(tmp_path / "pipe.txt")
+    (tmp_path / "gone.txt").symlink_to("nowhere")
+    with pytest.raises(ConfigError, match=r"no file to read; it is a link to nowhere, which is not there"):
+        documents(tmp_path / "gone.txt")
+    _, left_out = skipping(tmp_path)
+    told = [sentence.partition(f"{tmp_path}/")[2] for sentence in left_out]
+    assert [sentence.split(" ", 1)[0] for sentence in told] == [
+        r"caf\xe9.txt",
+        "gone.txt",
+        r"line\nend.txt",
+        "pipe.txt",
+    ]
+    assert all(sentence.isprintable() and sentence.encode() for sentence in left_out)
+    for device, what in (("/dev/null", "a device"), (str(tmp_path / "pipe.txt"), "a pipe")):
+        for how in ("text", "auto"):
+            with pytest.raises(DataError, match=rf"{device} is {what}; it must be a regular file"):
+                documents(device, format=how)
+
+
+def test_places_are_expanded_and_what_is_nowhere_is_said(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "a.txt").write_text("at home")
+    assert documents("~/a.txt") == documents("~/*.txt") == documents("~") == ["at home"]
+    for source, says in (
+        ("~nobody-here/a.txt", r"~nobody-here is no user with a home here"),
+        ("x" * 300, "where there is no file to read"),
+        ("a\0b", r"is 'a\\x00b', where there is no file"),
+        ("gs://bucket/a/../b", r"name it without \.\."),
+    ):
+        with pytest.raises(ConfigError, match=says):
+            documents(source)
 
 
 def test_shards_can_be_pickled(tmp_path):
@@ -179,8 +332,8 @@ def broken(name: str, data: bytes):
     ("write", "error", "says"),
     [
         (lambda folder: folder.rmdir(), ConfigError, r"corpus is '.*/data', where there is no file to read; it must"),
-        (lambda folder: None, ConfigError, r"no file to read; a folder must hold .*\.jsonl\.gz"),
-        (broken("a.pdf", b"x"), ConfigError, r"no file to read; a folder must hold"),
+        (lambda folder: None, ConfigError, r"no file to read; in a folder, allowed are .*\.jsonl"),
+        (broken("a.pdf", b"x"), ConfigError, r"no file to read; .*; not read are \.pdf 1"),
         (broken("a.txt", b""), DataError, r"which holds no text"),
         (broken("a.txt", b"good\n\xff"), DataError, r"/a\.txt has 0xff at byte offset 5, .* UTF-8"),
         (broken("a.jsonl", b'{"text": "x"}\n{"body": "y"}\n'), DataError, r"/a\.jsonl:2 has no field 'text' .*: body$"),
@@ -233,6 +386,11 @@ def test_errors_name_the_field_the_place_and_what_is_allowed(tmp_path, write, er
     assert str(raised.value).startswith("config.data.corpus")
 
 
+def test_a_number_of_any_length_is_json(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"id": ' + "9" * 5000 + ', "text": "x"}')
+    assert documents(tmp_path) == ["x"]
+
+
 def test_json_nested_without_end_is_a_bad_record(tmp_path):
     (tmp_path / "a.jsonl").write_text("[" * 100_000 + "\n")
     with pytest.raises(DataError, match=r"a\.jsonl:1 is not valid JSON"):
@@ -243,7 +401,7 @@ def test_a_folder_that_cannot_be_listed_is_said(tmp_path, monkeypatch):
     def refuse(path):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(type(epath.Path(tmp_path)), "iterdir", refuse)
+    monkeypatch.setattr(os, "scandir", refuse)
     with pytest.raises(ConfigError, match=r"cannot be listed \(Permission denied\)"):
         documents(tmp_path)
 

@@ -283,6 +283,38 @@ def test_a_run_is_bound_by_its_newest_checkpoint_whatever_its_config_file_says(s
             checkpoint.check_config(changed, run.workdir)
 
 
+def test_how_a_corpus_is_spelled_binds_no_run(saved, tmp_path, monkeypatch):
+    run = saved.copy(tmp_path / "run")
+    monkeypatch.chdir(tmp_path)
+
+    def spelled(**data):
+        return dataclasses.replace(run.config, data=dataclasses.replace(run.config.data, **data))
+
+    checkpoint.write_config(spelled(corpus="c"), tmp_path / "fresh")  # without a checkpoint, which knows the files
+    for corpus in ("./c", "c/", str(tmp_path / "c")):
+        assert len(checkpoint.check_config(spelled(corpus=corpus), tmp_path / "fresh")) == 1
+    for corpus in ("d", "stdlib"):
+        with pytest.raises(ConfigError, match=rf"config\.data\.corpus is '{corpus}', but .* was begun with 'c'"):
+            checkpoint.check_config(spelled(corpus=corpus), tmp_path / "fresh")
+    changes = checkpoint.check_config(spelled(corpus="elsewhere", tokenizer="a.model"), run.workdir)
+    assert changes == [
+        "config.data.corpus: 'stdlib' → 'elsewhere'",
+        "config.data.tokenizer: '' → 'a.model'",
+    ]
+    with pytest.raises(ConfigError, match=r"config\.data\.text_field is 'x'"):
+        checkpoint.check_config(spelled(text_field="x"), run.workdir)
+
+
+def test_which_records_a_checkpoint_was_trained_on_is_read_from_it(saved, tmp_path):
+    run = saved.copy(tmp_path / "run")
+    assert checkpoint.records_of(run.workdir, None) is checkpoint.records_of(run.workdir, 3) is None
+    folder = run.workdir / "checkpoints" / "3"
+    (folder / "data" / "metadata").write_text(json.dumps({"records": "abc"}))
+    assert checkpoint.records_of(run.workdir, 3) is None  # damaged
+    manifest.write(epath.Path(folder))
+    assert checkpoint.records_of(run.workdir, 3) == "abc"
+
+
 def test_a_tokenizer_that_was_replaced_is_told(saved, tmp_path):
     run = saved.copy(tmp_path / "run")
     kept = run.workdir / tokenizer.FILE

@@ -165,3 +165,13 @@ def test_a_name_that_is_too_long_ends_in_one_sentence(tmp_path):
         pass
     with pytest.raises(ConfigError, match=r"--workdir is '.*', where no folder can be \(File name too long\)"):
         workdirs.local(str(path))
+
+
+def test_a_work_dir_whose_path_is_not_utf8_is_refused(tmp_path, monkeypatch):
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    for value in (str(folder), "runs/base"):
+        with pytest.raises(ConfigError, match=r"^--workdir is '.*', whose path is not UTF-8") as raised:
+            workdirs.local(value)
+        assert str(raised.value).encode()

@@ -98,9 +98,11 @@ def test_stopped_by_ctrl_c_and_resumed_ends_bitwise_equal(undisturbed, corpus, t
     code, out, err = finish(process)
     assert code == 0, err
     assert "run the same command" in out and "A sample" not in out
-    code, out, err = finish(command(arguments))
+    (tmp_path / "elsewhere").symlink_to(corpus[0].partition("=")[2])  # the same files, as if they had been moved
+    code, out, err = finish(command([*arguments, f"--config.data.corpus={tmp_path / 'elsewhere'}"]))
     assert code == 0, err
     assert "going on from step" in out and "beginning at step 0" not in out
+    assert "config.data.corpus: " in out and "corpus: 60 files as text (.txt 60)\n" in out
     whole, resumed = (load.load(workdir, STEPS).params for workdir in (undisturbed[0], tmp_path))
     assert whole.keys() == resumed.keys()
     for name in whole:

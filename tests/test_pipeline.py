@@ -3,6 +3,7 @@ import gzip
 import hashlib
 import itertools
 import json
+import os
 from collections import Counter
 from pathlib import Path
 
@@ -357,3 +358,35 @@ def test_tokens_that_are_cut_off_or_gone_are_told(folder, tmp_path):
     file.unlink()
     with pytest.raises(DataError, match=r"00003\.bin cannot be read"):
         [later[row] for row in range(len(later))]
+    file.write_bytes(whole[:-2])
+    with pytest.raises(DataError, match=r"00003\.bin has .* bytes instead of"):
+        [later[row] for row in range(len(later))]
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="only Linux lists a process's descriptors there")
+def test_reading_rows_holds_no_file_open(folder, tmp_path):
+    records = records_of(config_of(folder), tmp_path / "run")
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    assert len([records[row] for row in range(len(records))]) > 12
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
+
+
+def test_documents_are_encoded_a_few_at_a_time(folder, tmp_path, monkeypatch):
+    whole = records_of(config_of(folder), tmp_path / "whole")
+    monkeypatch.setattr("lrt_jax.data.records.ENCODED_AT_ONCE", 100)
+    seen: list[int] = []
+    encode = TOKENIZER.encode_all
+    monkeypatch.setattr(TOKENIZER, "encode_all", lambda texts: seen.append(sum(map(len, texts))) or encode(texts))
+    few = records_of(config_of(folder), tmp_path / "few")
+    assert len(seen) > 12 and max(seen) < 100 + max(map(len, TEXTS))
+    np.testing.assert_array_equal([few[row] for row in range(len(few))], [whole[row] for row in range(len(whole))])
+
+
+def test_names_that_are_not_utf8_make_records(tmp_path):
+    for name in (b"caf\xe9.jsonl", b"line\n.jsonl"):
+        (tmp_path / os.fsdecode(name)).write_text("".join(json.dumps({"text": t}) + "\n" for t in TEXTS[:30]) + "{\n")
+    config = config_of(tmp_path, on_bad_record="skip")
+    corpus = open_corpus(config.data)
+    records = prepare(config, corpus, TOKENIZER, tmp_path / "run")
+    assert records.left_out == 2 and held_out_rows(config, corpus, TOKENIZER, 4).bytes > 0
+    assert prepare(config, open_corpus(config.data), TOKENIZER, tmp_path / "run").left_out == 2

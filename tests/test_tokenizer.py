@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import sentencepiece
 
+from lrt_jax.data import normalizer
 from lrt_jax.data import tokenizer as tokenizers
 from lrt_jax.data.corpus import is_held_out, open_corpus
 from lrt_jax.data.faults import DataError
-from lrt_jax.data.tokenizer import PROBE, Tokenizer, keep, load_or_train, train
+from lrt_jax.data.tokenizer import PROBE, Tokenizer, checked, keep, load_or_train, train
 from lrt_jax.setup.config import Config, ConfigError, DataConfig, ModelConfig, TrainConfig
 from lrt_jax.training.interruption import Stopped
 
@@ -75,6 +76,16 @@ def test_source_files_survive_and_get_shorter():
     for text in SOURCES:
         assert_lossless(text)
     assert sum(len(TOKENIZER.encode(text)) for text in SOURCES) < 0.75 * sum(map(len, SOURCES))
+
+
+def test_a_document_of_any_size_is_encoded_in_pieces_to_the_same_tokens(monkeypatch):
+    text = SOURCES[0][:20_000]
+    before = TOKENIZER.encode(text)
+    monkeypatch.setattr(tokenizers, "ENCODED", 300)
+    assert len(list(tokenizers._cut(text))) > 20
+    np.testing.assert_array_equal(TOKENIZER.encode(text), before)
+    for odd in ("x" * 1000, " " * 1000, " " + "x" * 300 + " ", *AWKWARD):
+        assert_lossless(odd)
 
 
 def test_specials_have_no_bytes_and_byte_pieces_one():
@@ -176,6 +187,18 @@ def lossy_model() -> bytes:
     return model.getvalue()
 
 
+def deleting_model(tmp_path: Path) -> bytes:
+    """Lossless but for one letter, which no probe has."""
+    (tmp_path / "rules.tsv").write_text("71\t\n")  # q
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(SOURCES[0].splitlines()), model_writer=model, vocab_size=400, byte_fallback=True,
+        model_type="bpe", minloglevel=2, remove_extra_whitespaces=False, add_dummy_prefix=False,
+        normalization_rule_tsv=str(tmp_path / "rules.tsv"),
+    )  # fmt: skip
+    return model.getvalue()
+
+
 def plain_model() -> bytes:
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
@@ -192,7 +215,7 @@ def plain_model() -> bytes:
         (lambda: b"", r"given\.model is empty; it must be a SentencePiece model"),
         (lambda: b"rubbish", r"given\.model is not a SentencePiece model"),
         (plain_model, r"given\.model has no token for"),
-        (lossy_model, r"given\.model changes text; it must be trained with byte_fallback"),
+        (lossy_model, r"given\.model changes text \(.*\); it must be trained with byte_fallback"),
     ],
 )
 def test_a_given_tokenizer_must_be_lossless(tmp_path, model, says):
@@ -202,6 +225,19 @@ def test_a_given_tokenizer_must_be_lossless(tmp_path, model, says):
     with pytest.raises(ConfigError, match=says):
         load_or_train(config, open_corpus(config.data), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_normalizer_that_deletes_what_no_probe_has_is_refused(tmp_path):
+    model = deleting_model(tmp_path)
+    tokenizer = Tokenizer(model)
+    assert tokenizer.decode(tokenizer.encode(PROBE)) == PROBE and tokenizer.decode(tokenizer.encode("quit")) == "uit"
+    with pytest.raises(ConfigError, match=r"a\.model changes text \(its normalizer rewrites or deletes characters \("):
+        checked(model, "a.model", config_of("stdlib"))
+    assert normalizer.changes(MODEL) == []
+    assert normalizer.changes(lossy_model())[1:] == ["it puts a space in front", "it removes spaces"]
+    for broken in (b"\x1a\x05abc", b"\x80", b"\x1b"):
+        with pytest.raises(ValueError, match="beyond"):
+            normalizer.changes(broken)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import os
 import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -83,7 +84,8 @@ class _Batches(grain.DatasetIterator[Batch]):
             what = "has other files" if before else "has other files, or the work dir another tokenizer,"
             raise DataError(
                 f"config.data.corpus {what} than when this run began (its tokens were {state['records']}, now "
-                f"{self._name}); the run goes on only with the same ones, or begins anew in another --workdir"
+                f"{self._name}); the run goes on only with the same ones, or begins anew in another --workdir, if with "
+                "these parameters by `python -m lrt_jax.convert export`, then `import`"
             )
         self._parent.set_state({"next_index": state["next_row"] // self._batch_size})
 
@@ -121,13 +123,12 @@ def held_out_rows(config: Config, corpus: Corpus, tokenizer: Tokenizer, rows: in
     wanted = rows * length + 1
     found: list[np.ndarray] = []
     total = 0
-    for shard in sorted(corpus.shards, key=lambda shard: hashlib.blake2b(shard.name.encode()).digest()):
+    shards = sorted(corpus.shards, key=lambda shard: hashlib.blake2b(os.fsencode(shard.name)).digest())
+    for text in (text for shard in shards for text in shard.texts() if is_held_out(text, config.data.held_out)):
+        found.append(_with_bos(text, tokenizer))
+        total += len(found[-1])
         if total >= wanted:
             break
-        for text in shard.documents():
-            if is_held_out(text, config.data.held_out):
-                found.append(_with_bos(text, tokenizer))
-                total += len(found[-1])
     count = min(rows, (total - 1) // length)
     if count < 1:
         raise DataError(

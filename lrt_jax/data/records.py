@@ -6,19 +6,21 @@ wrote the files or read them: a place in the data is one number.
 """
 
 import bisect
-import concurrent.futures
 import hashlib
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
 import numpy as np
 from etils import epath
 
-from lrt_jax.data.corpus import Corpus, Shard, is_held_out
+from lrt_jax.data import files
+from lrt_jax.data.begun import Begun
+from lrt_jax.data.corpus import Corpus, is_held_out
 from lrt_jax.data.faults import DataError
+from lrt_jax.data.shards import Shard
 from lrt_jax.data.tokenizer import Tokenizer
 from lrt_jax.setup import processes
 from lrt_jax.setup.config import Config, DataConfig
@@ -26,10 +28,13 @@ from lrt_jax.setup.errors import writing
 
 FOLDER = "tokens"  # in the work dir
 INDEX = "index.json"  # written last: where it lies, the files are complete
+RULES = "read_as"  # in the index; where it misses, files were read by the rules of before there were several
 SOURCES = "sources.json"  # written first: how many bytes each file of the corpus had
-ASKED_AT_ONCE = 32  # files of the corpus, for their sizes: a bucket takes its time for each
 # Files of a corpus with that many shards: few enough to open, enough for every process to write some.
 PARTS = 256
+AGAIN = "remove {}, and the same command makes the tokens again"
+GO_ON = "the tokens beside it are complete: remove that file alone, and sizes are no longer compared"
+ENCODED_AT_ONCE = 1 << 21  # characters
 LEFT_OUT = ".left_out"  # ends the name of a file that lists, for one of tokens, the bad records that are not in it
 
 
@@ -52,7 +57,6 @@ class Records:
         self._files = [str(folder / _file(part)) for part in range(len(index["tokens"]))]
         self._begins = [0, *itertools.accumulate(index["tokens"])]
         self.tokens: int = self._begins[-1]
-        self._maps: dict[str, np.ndarray] = {}
         for file, count in zip(self._files, index["tokens"], strict=True):
             _check_size(epath.Path(file), count * self._dtype.itemsize)
 
@@ -73,12 +77,13 @@ class Records:
         first = begin - self._begins[part]
         count = min(count, self._begins[part + 1] - begin)
         file = self._files[part]
-        if file not in self._maps:
-            try:
-                self._maps[file] = np.memmap(file, self._dtype, mode="r")
-            except OSError as error:
-                raise DataError(f"{file} cannot be read ({error.strerror}); was the work dir removed?") from None
-        return self._maps[file][first : first + count]
+        try:  # opened for each row: a map of each file would hold a descriptor of each
+            found = np.fromfile(file, self._dtype, count, offset=first * self._dtype.itemsize)
+        except OSError as error:
+            raise DataError(f"{file} cannot be read ({error.strerror}); was the work dir removed?") from None
+        if len(found) < count:
+            _check_size(epath.Path(file), (self._begins[part + 1] - self._begins[part]) * self._dtype.itemsize)
+        return found
 
 
 def prepare(config: Config, corpus: Corpus, tokenizer: Tokenizer, workdir: epath.PathLike) -> Records:
@@ -98,9 +103,29 @@ def prepare(config: Config, corpus: Corpus, tokenizer: Tokenizer, workdir: epath
     return Records(folder, json.loads(index), tokenizer.sha256, config.model.sequence_length)
 
 
+def begun(workdir: epath.PathLike, name: str | None, *, binding: bool = True) -> Begun | None:
+    """The files that records of a work dir were made of; None where that is not known, or they are not complete.
+
+    Args:
+      workdir: of a run.
+      name: of its records; None: it has none yet.
+      binding: whether it goes on with the same files only.
+
+    Raises:
+      DataError: what was noted of them is damaged.
+    """
+    folder = epath.Path(workdir) / FOLDER / (name or "")
+    if name is None or not ((folder / INDEX).exists() and (folder / SOURCES).exists()):
+        return None
+    sizes = json.loads(_checked(folder / SOURCES, (), GO_ON))
+    index = json.loads(_checked(folder / INDEX, (), AGAIN.format(folder)))
+    return Begun(sizes, as_before=RULES not in index, binding=binding)
+
+
 def _name(config: DataConfig, corpus: Corpus, tokenizer: Tokenizer) -> str:
     """Whatever changes the tokens changes the name."""
     parts = [hashlib.blake2b(tokenizer.model).hexdigest(), config.held_out, config.document_bytes, config.text_field]
+    parts += [] if config.format == "auto" else [config.format]  # so that names of before there was one stay
     text = json.dumps([*parts, [shard.name for shard in corpus.shards]])
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
@@ -114,15 +139,13 @@ def _index_of_unchanged(folder: epath.Path, corpus: Corpus, parts: list[list[int
     Raises:
       DataError: a file has another size than when its tokens were made; or what was noted of them is damaged.
     """
-    again = f"remove {folder}, and the same command makes the tokens again"
+    again = AGAIN.format(folder)
     index = _checked(folder / INDEX, ("name", "dtype", "tokens", "left_out"), again)
-    go_on = "the tokens beside it are complete: remove that file alone, and sizes are no longer compared"
-    before = json.loads(_checked(folder / SOURCES, (), go_on if index else again) or b"{}")
+    before = json.loads(_checked(folder / SOURCES, (), GO_ON if index else again) or b"{}")
     names: dict[str, str] = {}
     for shard in corpus.shards:
         names.setdefault(shard.path, shard.name)  # of several shards of a file the first
-    with concurrent.futures.ThreadPoolExecutor(ASKED_AT_ONCE) as pool:
-        sizes = dict(zip(names, pool.map(_size, names), strict=True))
+    sizes = files.sizes(names)
     noted = {path: before.get(name) for path, name in names.items()}
     changed = {path: size for path, size in noted.items() if None not in (size, sizes[path]) and size != sizes[path]}
     if not index:
@@ -163,14 +186,6 @@ def _checked(path: epath.Path, fields: tuple[str, ...], mend: str) -> bytes:
     return data
 
 
-def _size(path: str) -> int | None:
-    """A file's bytes; None where they cannot be told, which is for its reader to say."""
-    try:
-        return epath.Path(path).stat().length
-    except OSError:
-        return None
-
-
 def _file(part: int) -> str:
     return f"{part:05}.bin"
 
@@ -196,18 +211,31 @@ def _write_share(
                 for tokens in _tokens([corpus.shards[i] for i in parts[part]], config, tokenizer):
                     stream.write(tokens.astype(dtype).tobytes())
             if left_out:
-                path.with_suffix(LEFT_OUT).write_text("\n".join(left_out) + "\n")
+                path.with_suffix(LEFT_OUT).write_text("\n".join(left_out) + "\n", encoding="utf-8")
             unfinished.replace(path)
 
 
 def _tokens(shards: list[Shard], config: DataConfig, tokenizer: Tokenizer) -> Iterator[np.ndarray]:
     """The tokens of documents that are not held out, in order, BOS in front of each."""
     bos = np.array([tokenizer.bos_id], np.int32)
-    for shard in shards:
-        texts = [text for text in shard.documents() if not is_held_out(text, config.held_out)]
-        for ids in tokenizer.encode_all(texts):
+    texts = (text for shard in shards for text in shard.texts() if not is_held_out(text, config.held_out))
+    for some in _batches(texts):
+        for ids in tokenizer.encode_all(some):
             yield bos
             yield ids
+
+
+def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
+    """Texts in lists of about as many characters as are worth all cores, so that they alone are held."""
+    some: list[str] = []
+    characters = 0
+    for text in texts:
+        some.append(text)
+        characters += len(text)
+        if characters > ENCODED_AT_ONCE:
+            yield some
+            some, characters = [], 0
+    yield some
 
 
 def _finish(folder: epath.Path, config: DataConfig, corpus: Corpus, name: str, parts: int, dtype: np.dtype) -> bytes:
@@ -221,9 +249,11 @@ def _finish(folder: epath.Path, config: DataConfig, corpus: Corpus, name: str, p
     unfinished = folder / (INDEX + ".tmp")
     with writing(folder):
         if corpus.left_out:
-            (folder / ("files" + LEFT_OUT)).write_text("\n".join(corpus.left_out) + "\n")
-        left_out = sum(len(path.read_text().splitlines()) for path in folder.glob("*" + LEFT_OUT))
-        index = json.dumps({"name": name, "dtype": dtype.name, "tokens": tokens, "left_out": left_out}).encode()
+            (folder / ("files" + LEFT_OUT)).write_text("\n".join(corpus.left_out) + "\n", encoding="utf-8")
+        left_out = sum(path.read_bytes().count(b"\n") for path in folder.glob("*" + LEFT_OUT))
+        index = json.dumps(
+            {"name": name, "dtype": dtype.name, "tokens": tokens, "left_out": left_out, RULES: corpus.read_as}
+        ).encode()
         unfinished.write_bytes(index)
         unfinished.replace(folder / INDEX)
     return index

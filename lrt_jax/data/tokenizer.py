@@ -10,7 +10,7 @@ import numpy as np
 import sentencepiece
 from etils import epath
 
-from lrt_jax.data import places
+from lrt_jax.data import normalizer, places
 from lrt_jax.data.corpus import Corpus, training_documents
 from lrt_jax.data.faults import DataError
 from lrt_jax.setup.config import Config, ConfigError
@@ -20,6 +20,7 @@ FILE = "tokenizer.model"  # in the work dir
 SPECIALS = 2  # <unk> and <s>
 SPACE = "\u2581"  # SentencePiece writes a space so, and takes a literal one for a space
 SENTENCE = 2000  # characters; SentencePiece drops sentences that are longer than it is told to expect
+ENCODED = 1 << 21  # characters of a document that are encoded as one
 # Text that vocabularies not made for lossless coding change: spaces, line ends, NUL, reserved names, rare characters.
 PROBE = " two  spaces\t\r\n\n<s> <unk> <0x0A> \x00 \u2581 \ufb01 \u00e9 e\u0301 \uff21 \U0001f600 end "
 
@@ -56,7 +57,7 @@ class Tokenizer:
         byte_ids = {self._pieces[i]: i for i in range(self.vocab_size) if self._processor.is_byte(i)}
         if self.bos_id < 0 or len(byte_ids) < 256:
             raise ValueError("has no token for the beginning of a document, or none for some byte")
-        self._space_ids = [byte_ids[bytes([byte])] for byte in SPACE.encode()]
+        self._space_ids = np.array([byte_ids[bytes([byte])] for byte in SPACE.encode()], np.int32)
 
     def encode(self, text: str) -> np.ndarray:
         """Token ids, int32 [n], of ``text``, with no token for the beginning of a document."""
@@ -64,14 +65,16 @@ class Tokenizer:
 
     def encode_all(self, texts: Sequence[str]) -> list[np.ndarray]:
         """:meth:`encode` of each text, on all cores."""
-        parts = [text.split(SPACE) for text in texts]
-        encoded = iter(self._processor.encode([part for split in parts for part in split], num_threads=-1))
+        parts = [[list(_cut(part)) for part in text.split(SPACE)] for text in texts]
+        flat = [piece for split in parts for pieces in split for piece in pieces]
+        encoded = iter(self._processor.encode(flat, out_type="numpy", num_threads=-1))
         rows = []
         for split in parts:
-            ids: list[int] = list(next(encoded))
-            for _ in split[1:]:
-                ids += [*self._space_ids, *next(encoded)]
-            rows.append(np.array(ids, np.int32))
+            ids: list[np.ndarray] = []
+            for i, pieces in enumerate(split):
+                ids += [self._space_ids] if i else []
+                ids += [np.asarray(next(encoded), np.int32) for _ in pieces]
+            rows.append(np.concatenate(ids) if len(ids) > 1 else ids[0])
         return rows
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
@@ -223,10 +226,12 @@ def checked(model: bytes, path: str, config: Config) -> Tokenizer:
             f"config.model.vocab_size is {config.model.vocab_size}, but the tokenizer {path} has "
             f"{tokenizer.vocab_size} tokens; allowed is {tokenizer.vocab_size}"
         )
-    if tokenizer.decode(tokenizer.encode(PROBE)) != PROBE:
+    changes = normalizer.changes(model)
+    if changes or tokenizer.decode(tokenizer.encode(PROBE)) != PROBE:
+        how = f" ({', '.join(changes)})" if changes else ""
         raise ConfigError(
-            f"the tokenizer {path} changes text; it must be trained with byte_fallback, identity normalization and "
-            "neither dummy prefix nor removal of whitespace"
+            f"the tokenizer {path} changes text{how}; it must be trained with byte_fallback, identity normalization "
+            "and neither dummy prefix nor removal of whitespace"
         )
     return tokenizer
 
@@ -242,6 +247,19 @@ def _sentences(documents: Iterable[str], raised: list[BaseException]) -> Iterato
     except BaseException as error:  # a signal that asks to stop, too
         raised.append(error)
         raise
+
+
+def _cut(text: str) -> Iterator[str]:
+    """Text in pieces that SentencePiece can hold, which needs 40 bytes for each; cut where words begin, as it does."""
+    begin = 0
+    while len(text) - begin > ENCODED:
+        end = text.rfind(" ", begin + 1, begin + ENCODED)
+        while end > begin + 1 and text[end - 1] == " ":
+            end -= 1
+        end = end if end > begin else begin + ENCODED
+        yield text[begin:end]
+        begin = end
+    yield text[begin:]
 
 
 def _first_bytes(documents: Iterable[str], limit: int) -> Iterator[str]:

@@ -104,6 +104,7 @@ class DataConfig:
     corpus: str = "stdlib"  # "stdlib": the Python standard library's source; else a file, folder or glob
     held_out: float = 0.02  # share of documents kept for validation, chosen by a hash of the text
     document_bytes: int = 16384  # longer text files are cut, at line ends, into documents of about this size
+    format: Literal["auto", "text", "jsonl", "parquet"] = "auto"  # what all its files are; auto: by their suffixes
     text_field: str = "text"  # the field or column of JSONL and Parquet records
     tokenizer: str = ""  # a SentencePiece model to use; "" trains one and keeps it in the work dir
     tokenizer_bytes: int = 8_000_000  # how much text the tokenizer is trained on

@@ -24,7 +24,8 @@ def local(value: str, name: str = "--workdir", kind: str = "folder") -> Path:
       kind: what it must be.
 
     Raises:
-      ConfigError: it is a bucket's URL, which a path cannot hold, or the system knows no such names.
+      ConfigError: it is a bucket's URL, which a path cannot hold, the system knows no such names, or a folder's path is
+        not UTF-8, which is all that XLA and orbax can write to.
     """
     if "://" in value:
         raise ConfigError(
@@ -35,7 +36,17 @@ def local(value: str, name: str = "--workdir", kind: str = "folder") -> Path:
         Path(value).exists()
     except OSError as error:
         raise ConfigError(f"{name} is {value!r}, where no {kind} can be ({error.strerror})") from None
+    if kind == "folder" and not _is_utf8(str(Path(value).absolute())):
+        raise ConfigError(f"{name} is {value!r}, whose path is not UTF-8; it must be, for the folder of a run")
     return Path(value)
+
+
+def _is_utf8(path: str) -> bool:
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def require_shared(workdir: Path) -> None:

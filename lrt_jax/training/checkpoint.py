@@ -11,6 +11,7 @@ import os
 import re
 import sys
 import threading
+from pathlib import Path
 from typing import Any
 
 import grain
@@ -32,6 +33,8 @@ CONFIG_ITEM, DATA_ITEM = "config/metadata", "data/metadata"
 FIXED = ("model", "data", "seed", "train.batch_size", "optimizer.name")
 # Fields within those that change speed only, never a number's meaning.
 FREE = ("model.dtype", "model.attention", "model.scan_layers", "model.remat", "data.prefetch", "data.on_bad_record")
+# Paths within those: what lies there is compared, by whoever reads it, and not how it is spelled.
+PATHS = ("data.corpus", "data.tokenizer")
 # The same for a work dir that holds imported parameters only: no stream of batches has begun.
 FIXED_BY_PARAMETERS = ("model",)
 
@@ -197,7 +200,8 @@ def check_config(config: Config, workdir: epath.PathLike) -> list[str]:
     """Checks that a run may go on in a work dir that was begun before; a fresh one allows everything.
 
     What binds it is the config of the newest checkpoint; the work dir's own file only where there is none yet. A work
-    dir of imported parameters is bound to the model only.
+    dir of imported parameters is bound to the model only. A corpus may be spelled otherwise, and be moved once there is
+    a checkpoint, which knows its files.
 
     Returns:
       A line for each field that has changed, where it may.
@@ -214,13 +218,22 @@ def check_config(config: Config, workdir: epath.PathLike) -> list[str]:
         for name in sorted(before.keys() | now.keys()):
             if before.get(name) == now.get(name):
                 continue
-            if _is_within(name, fixed) and name not in FREE:
+            moved = name in PATHS and (steps or _is_same_place(before.get(name), now.get(name)))
+            if _is_within(name, fixed) and name not in FREE and not moved:
                 raise ConfigError(
                     f"config.{name} is {now.get(name)!r}, but {workdir} was begun with {before.get(name)!r}; "
                     "use that, or another --workdir"
                 )
             changes.append(f"config.{name}: {before.get(name)!r} → {now.get(name)!r}")
     return changes
+
+
+def records_of(workdir: epath.PathLike, step: int | None) -> str | None:
+    """The name of the records that the checkpoint of ``step`` was trained on; None where it does not say."""
+    noted = inventory.folder_of(workdir, step or 0) / DATA_ITEM
+    if step is None or not noted.exists() or inventory.faults(workdir, step, ("data",)):
+        return None
+    return json.loads(noted.read_bytes()).get("records")
 
 
 def check_tokenizer(config: Config, workdir: epath.PathLike) -> None:
@@ -298,6 +311,13 @@ def _config_in(path: epath.Path) -> Config:
     except OSError as error:
         reason = error.strerror or str(error)
     raise ConfigError(f"{path} cannot be used ({reason}); it must be the config as the run wrote it")
+
+
+def _is_same_place(before: Any, now: Any) -> bool:
+    """Whether two paths lead to the same place, without ``stdlib``, which is none."""
+    if "stdlib" in (before, now) or not (isinstance(before, str) and isinstance(now, str)):
+        return False
+    return "" not in (before, now) and Path(before).expanduser().resolve() == Path(now).expanduser().resolve()
 
 
 def _is_within(name: str, groups: tuple[str, ...]) -> bool:
