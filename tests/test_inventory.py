@@ -5,6 +5,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import pwd
 import shutil
 import sys
 import threading
@@ -23,7 +24,8 @@ from lrt_jax.model.decoder import Decoder
 from lrt_jax.model.parameters import table
 from lrt_jax.setup import mesh as meshes
 from lrt_jax.setup.config import Config, ConfigError, MeshConfig, OptimizerConfig, TrainConfig
-from lrt_jax.training import checkpoint, inventory, manifest, optimizer, state
+from lrt_jax.setup.paths import LocalPath
+from lrt_jax.training import checkpoint, inventory, manifest, optimizer, readback, state
 
 
 @dataclasses.dataclass
@@ -68,7 +70,8 @@ def saved(tmp_path_factory, tiny) -> Run:
     config = Config(model, TrainConfig(batch_size=2, steps=3, keep=3))
     decoder, mesh = Decoder(model), meshes.make_mesh(MeshConfig(), jax.devices()[:1])
     adamw = optimizer.build(OptimizerConfig(name="adamw"), table(model), 10)
-    run = Run(tmp_path_factory.mktemp("run"), config, {}, state.abstract(decoder, adamw, mesh))
+    workdir = tmp_path_factory.mktemp("run") / "[run] *?"  # a name that would be a pattern
+    run = Run(workdir, config, {}, state.abstract(decoder, adamw, mesh))
     opened, iterator = checkpoint.Checkpoints(run.workdir, keep=3), numbers()
     for step in (1, 2, 3):
         next(iterator)
@@ -189,6 +192,34 @@ def test_older_ones_go_only_after_a_new_one_counts(saved, tmp_path):
     inventory.complete(run.workdir, 4, keep=1)
     assert inventory.steps(run.workdir) == [4]
     assert manifest.faults(epath.Path(folder / "4")) == []
+
+
+def test_a_save_that_cannot_be_read_back_does_not_count(saved, tmp_path, monkeypatch):
+    found = LocalPath.glob
+    monkeypatch.setattr(LocalPath, "glob", lambda *asked: () if "ocdbt" in asked[1] else found(*asked))
+    opened = checkpoint.Checkpoints(tmp_path)  # orbax finds nothing to merge, says nothing and ends well
+    opened.save_params({"a": jax.numpy.ones(3)}, saved.config)
+    with pytest.raises(inventory.CheckpointError, match=r"step 0 was written to .* cannot be read back \(NOT_FOUND"):
+        opened.wait()
+    opened.close()
+    assert inventory.steps(tmp_path) == [] and [entry.unfinished for entry in inventory.survey(tmp_path)] == [True]
+    manifest.write(inventory.folder_of(tmp_path, 0))  # as if it counted, as it did in older programs
+    opened = checkpoint.Checkpoints(tmp_path)
+    with pytest.raises(inventory.CheckpointError, match=r"/0 cannot be restored \(NOT_FOUND.*\), though its files are"):
+        opened.restore_params({"a": jax.ShapeDtypeStruct((3,), "float32")}, 0)
+    opened.close()
+
+
+def test_what_is_read_back_must_be_what_was_saved(saved):
+    folder, params = inventory.folder_of(saved.workdir, 3), readback.arrays(saved.abstract.params)
+    assert readback.fault(folder, {"params": params}) == ""
+    assert readback.fault(folder, {"params": params[:-1]}) == "it has other arrays of params than were saved"
+
+
+def test_checkpoints_need_no_owner_with_a_name(saved, monkeypatch):
+    monkeypatch.setattr(pwd, "getpwuid", lambda uid: {}[uid])
+    assert [entry.faults for entry in inventory.survey(saved.workdir)] == [(), (), ()]
+    assert_same(saved.restored(2), saved.states[2])
 
 
 def test_readers_move_nothing(saved, tmp_path):

@@ -19,6 +19,7 @@ from etils import epath
 from lrt_jax.data import compressed, places
 from lrt_jax.data.faults import BadRecords, DataError
 from lrt_jax.setup.config import ConfigError, DataConfig
+from lrt_jax.setup.paths import bytes_of
 
 # What is taken from a folder; Parquet compresses by itself.
 SUFFIXES = (".parquet", *(kind + by for kind in (".txt", ".md", ".py", ".jsonl") for by in ("", ".gz", ".zst")))
@@ -286,7 +287,7 @@ def _parquet_shards(path: str, name: str, bad: BadRecords, column: str) -> list[
             columns, groups = file.schema_arrow.names, file.num_row_groups
             described = [file.metadata.row_group(group) for group in range(groups)]
     except (pyarrow.ArrowInvalid, OSError) as error:
-        end = epath.Path(path).stat().length if epath.Path(path).exists() else 0
+        end = bytes_of(path) if epath.Path(path).exists() else 0
         raise DataError(
             f"config.data.corpus: {path} is not a Parquet file (byte offset {end}, its end: {error})"
         ) from None

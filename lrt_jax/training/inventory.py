@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from etils import epath
 
 from lrt_jax.setup.errors import UserError
+from lrt_jax.setup.paths import LocalPath
 from lrt_jax.training import manifest
 
 FOLDER = "checkpoints"
@@ -50,7 +51,7 @@ class Entry:
 
 def folder_of(workdir: epath.PathLike, step: int | None = None) -> epath.Path:
     """Where the checkpoints are, or the one of ``step``."""
-    folder = epath.Path(workdir).absolute() / FOLDER
+    folder = LocalPath(workdir).absolute() / FOLDER
     return folder if step is None else folder / str(step)
 
 
