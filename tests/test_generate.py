@@ -75,3 +75,26 @@ def test_a_pipe_that_breaks_elsewhere_is_not_hidden():
     program = "from lrt_jax.setup import flags\ndef fail(): raise BrokenPipeError('of a worker')\nflags.run(fail)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 1 and re.search("BrokenPipeError: of a worker$", done.stderr.strip())
+
+
+def test_ctrl_c_while_xla_compiles_crashes_nothing():
+    program = """
+import signal, threading
+import jax, jax.numpy as jnp
+from lrt_jax.setup import flags
+
+def many(x):
+    for i in range(150):
+        x = jnp.tanh(x @ x.T @ x) + jnp.sort(x, axis=i % 2) * i
+    return x
+
+def command():
+    lowered = jax.jit(many).lower(jnp.ones((64, 64)))
+    threading.Timer(0.5, signal.raise_signal, [signal.SIGINT]).start()
+    lowered.compile()
+    print("compiled before the signal came")
+
+flags.run(command)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", "stopped; nothing was changed\n")

@@ -8,9 +8,13 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import pytest
 
+from lrt_jax.setup import mesh as meshes
+from lrt_jax.setup.config import MeshConfig
 from lrt_jax.setup.errors import WorkdirError
+from lrt_jax.training.interruption import PATIENT, Stopped, StopRequests
 from lrt_jax.training.metrics import Writer
 from lrt_jax.training.startup import Startup, seconds_since_start
 from lrt_jax.training.watchdog import EXIT_CODE
@@ -127,6 +131,35 @@ def test_a_signal_is_noted_while_there_is_something_to_save(number):
     assert process.stdout.readline() == "ready\n"
     process.send_signal(number)
     assert process.communicate()[0] == "stopped\n" and process.returncode == 0
+
+
+def test_a_closed_terminal_and_others_ask_as_often_as_they_like():
+    mesh = meshes.make_mesh(MeshConfig(), jax.devices()[:1])
+    kept = signal.getsignal(signal.SIGUSR1)
+    for number in PATIENT:
+        stop = StopRequests()
+        with stop.listening(), stop.deferred():
+            assert not stop.agreed(mesh)
+            for _ in range(3):
+                signal.raise_signal(number)
+            signal.raise_signal(signal.SIGTERM)  # as service managers do: still the first that insists
+            signal.raise_signal(number)
+            time.sleep(0.02)  # for the thread, which would end this process
+            assert stop.agreed(mesh)
+        with pytest.raises(Stopped), stop.deferred():
+            pass
+    assert signal.getsignal(signal.SIGUSR1) is kept
+
+
+def test_with_nohup_a_closed_terminal_is_no_reason():
+    before, stop = signal.signal(signal.SIGHUP, signal.SIG_IGN), StopRequests()
+    try:
+        with stop.listening(), stop.deferred():
+            signal.raise_signal(signal.SIGHUP)
+            assert not stop._asked
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_a_second_signal_ends_a_process_that_hangs():
