@@ -2,6 +2,7 @@
 
 import asyncio
 import dataclasses
+import errno
 import hashlib
 import json
 import os
@@ -20,6 +21,7 @@ from etils import epath
 
 from lrt_jax import checkpoints as command
 from lrt_jax.data import tokenizer
+from lrt_jax.inference import load
 from lrt_jax.model.decoder import Decoder
 from lrt_jax.model.parameters import table
 from lrt_jax.setup import mesh as meshes
@@ -230,6 +232,68 @@ def test_readers_move_nothing(saved, tmp_path):
     told: list[str] = []
     assert inventory.newest_good(run.workdir, told.append) == 2
     assert len(told) == 1 and inventory.steps(run.workdir) == [1, 2, 3]
+
+
+@pytest.fixture
+def moving(saved, tmp_path, monkeypatch):
+    """A run that goes on while it is read: ``before(module, name)`` does it before the next call of a function."""
+    run = saved.copy(tmp_path / "run")
+    checkpoint.write_config(run.config, run.workdir)
+
+    def go_on():
+        (run.workdir / "checkpoints" / "3").rename(run.workdir / "checkpoints" / "4")
+        for step in (1, 2):
+            shutil.rmtree(run.workdir / "checkpoints" / str(step))
+
+    def before(module, name, do=go_on):
+        real, todo = getattr(module, name), [do]
+        monkeypatch.setattr(module, name, lambda *args, **kwargs: (todo and todo.pop()(), real(*args, **kwargs))[1])
+
+    return run, before
+
+
+def test_a_reader_takes_what_a_run_has_removed_for_no_damage(moving, capsys):
+    run, before = moving
+    before(manifest, "faults")
+    assert inventory.newest_good(run.workdir, lambda line: pytest.fail(line)) == 4
+    (run.workdir / "checkpoints" / "4").rename(run.workdir / "checkpoints" / "5")
+    before(manifest, "faults", lambda: shutil.rmtree(run.workdir / "checkpoints" / "5"))
+    assert inventory.survey(run.workdir) == [] and command.show(run.workdir) == 0
+    assert "0 good, 0 damaged" in capsys.readouterr().out
+
+
+def test_a_reader_takes_the_next_one_where_one_is_removed_under_it(moving):
+    run, before = moving
+    before(readback, "params")
+    assert load.load_params(run.workdir)[2] == 4
+    before(readback, "params", lambda: shutil.rmtree(run.workdir / "checkpoints" / "4"))
+    with pytest.raises(ConfigError, match="has not a checkpoint; found: none"):
+        load.load_params(run.workdir)
+
+
+def test_a_reader_looks_again_at_what_is_neither_finished_nor_not(moving):
+    run, before = moving
+    folder = run.workdir / "checkpoints"
+    written = (folder / "3" / manifest.FILE).read_bytes()
+    (folder / "3" / manifest.FILE).unlink()
+    before(inventory.time, "sleep", lambda: (folder / "3" / manifest.FILE).write_bytes(written))
+    assert [(entry.step, entry.faults) for entry in inventory.survey(run.workdir)] == [(1, ()), (2, ()), (3, ())]
+
+
+def test_what_somebody_still_reads_is_removed_later(saved, tmp_path, monkeypatch):
+    run = saved.copy(tmp_path / "run")
+    folder = run.workdir / "checkpoints"
+    rmtree = LocalPath.rmtree
+
+    def busy(path):
+        raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY))  # NFS keeps the name of a file that is open
+
+    monkeypatch.setattr(LocalPath, "rmtree", busy)
+    inventory.complete(run.workdir, 3, keep=1)
+    assert inventory.steps(run.workdir) == [3] and len(list(folder.glob("*.deleted"))) == 2
+    monkeypatch.setattr(LocalPath, "rmtree", rmtree)
+    inventory.complete(run.workdir, 3, keep=1)
+    assert [path.name for path in folder.iterdir()] == ["3"]
 
 
 def test_the_command_lists_verifies_and_takes_a_run_back(saved, tmp_path, capsys):

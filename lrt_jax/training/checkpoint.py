@@ -173,13 +173,8 @@ class Checkpoints:
             )
 
     def _restored(self, step: int, **args: ocp.args.CheckpointArgs) -> Any:
-        try:
+        with readback.restoring(inventory.folder_of(self._workdir, step)):
             return self._manager.restore(step, args=ocp.args.Composite(**args))
-        except (ValueError, OSError) as error:
-            raise inventory.CheckpointError(
-                f"{inventory.folder_of(self._workdir, step)} cannot be restored ({readback.reason(error)}), though its "
-                "files are what was saved; go back to another step with python -m lrt_jax.checkpoints"
-            ) from error
 
     def _kept(self) -> str:
         return ", ".join(map(str, self.steps)) or "none"
@@ -281,7 +276,10 @@ def check_kept_tokenizer(workdir: epath.PathLike, step: int) -> None:
     noted = inventory.folder_of(workdir, step) / DATA_ITEM
     if not (kept.exists() and noted.exists()) or inventory.faults(workdir, step, ("data",)):
         return
-    before = json.loads(noted.read_bytes()).get("tokenizer")
+    try:
+        before = json.loads(noted.read_bytes()).get("tokenizer")
+    except FileNotFoundError:  # the run beside this reader has removed it
+        return
     now = hashlib.sha256(kept.read_bytes()).hexdigest()
     if before not in (None, now):
         raise ConfigError(

@@ -1,10 +1,14 @@
-"""Whether a checkpoint can be read back: orbax may write all of its files, and not find them again."""
+"""Reading a checkpoint back, or not: orbax may write all of its files and not find them again, or a run remove them."""
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 from etils import epath
+
+from lrt_jax.training import inventory
 
 Arrays = list[tuple[tuple[int, ...], str]]
 
@@ -31,6 +35,35 @@ def fault(folder: epath.Path, saved: dict[str, Arrays]) -> str:
         if found != expected:
             return f"it has other arrays of {item} than were saved"
     return ""
+
+
+def params(workdir: epath.PathLike, abstract: dict[str, Any], step: int) -> dict[str, jax.Array]:
+    """The parameters of a step, in the shardings of ``abstract``, for readers: a run may be saving beside them.
+
+    Raises:
+      CheckpointError: orbax cannot read them.
+    """
+    folder = inventory.folder_of(workdir, step)
+    with restoring(folder), ocp.StandardCheckpointer() as checkpointer:
+        return checkpointer.restore(folder / "params", abstract)
+
+
+@contextlib.contextmanager
+def restoring(folder: epath.Path) -> Iterator[None]:
+    """Within, what keeps orbax from reading ``folder`` ends in one sentence.
+
+    Raises:
+      CheckpointError: it cannot be read.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not isinstance(error, ValueError | OSError) and type(error) is not Exception:  # orbax raises plain ones
+            raise
+        raise inventory.CheckpointError(
+            f"{folder} cannot be restored ({reason(error)}), though its files are what was saved; go back to another "
+            "step with python -m lrt_jax.checkpoints"
+        ) from error
 
 
 def reason(error: Exception) -> str:
