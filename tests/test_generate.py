@@ -59,6 +59,14 @@ def test_flags_that_do_not_fit_together_are_refused(run, arguments, message):
         run(generate, "--workdir=/nowhere", *arguments)
 
 
+def test_a_prompt_is_utf_8_in_every_locale():
+    prompt = "é 😀".encode().decode("ascii", "surrogateescape")  # as Python reads it where the locale says nothing
+    assert generate._as_utf8(prompt, "--prompt") == generate._as_utf8("é 😀", "--prompt") == "é 😀"
+    for broken in ("\udcff", "\ud83d"):
+        with pytest.raises(UserError, match=r"^--prompt is not UTF-8 text$"):
+            generate._as_utf8(broken, "--prompt")
+
+
 @pytest.mark.parametrize("printed", ["print('x' * 10**6)", "print('x')", "print('x', flush=True)"])
 def test_a_reader_that_has_gone_ends_a_command_quietly(printed):
     program = f"from lrt_jax.setup import flags\nflags.run(lambda: [input(), {printed}] and None)"

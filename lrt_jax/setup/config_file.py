@@ -2,6 +2,7 @@
 
 import importlib.machinery
 import importlib.util
+import os
 import sys
 import traceback
 from pathlib import Path
@@ -31,6 +32,7 @@ class ConfigFileParser(flags.ArgumentParser):
           ConfigError: there is no such file, it fails, returns something else, or lacks a field that is overridden.
         """
         path, colon, argument = value.partition(":")
+        path = os.path.expanduser(path)  # noqa: PTH111  leaves a ~ that names nobody, which no file has
         try:
             if not Path(path).is_file():
                 raise ConfigError(f"--config is {value!r}, but there is no file {path}; shipped ones are in configs/")
