@@ -15,7 +15,7 @@ from lrt_jax.setup import mesh as meshes
 from lrt_jax.setup.config import MeshConfig
 from lrt_jax.setup.errors import WorkdirError
 from lrt_jax.training.interruption import PATIENT, Stopped, StopRequests
-from lrt_jax.training.metrics import Writer
+from lrt_jax.training.metrics import SUPERSEDED, Writer
 from lrt_jax.training.startup import Startup, seconds_since_start
 from lrt_jax.training.watchdog import EXIT_CODE
 
@@ -191,6 +191,21 @@ def test_metrics_are_strict_json_whatever_a_bad_step_gave(tmp_path):
     refuse = {"parse_constant": lambda name: pytest.fail(f"{name} is not JSON")}
     row = json.loads((tmp_path / "metrics.jsonl").read_text(), **refuse)
     assert row == {"step": 1, "train/loss": None, "train/grad_norm": None, "train/bad_steps": 1.0}
+
+
+def test_metrics_of_steps_that_are_computed_again_are_there_once(tmp_path):
+    path, superseded = tmp_path / "metrics.jsonl", tmp_path / SUPERSEDED
+    path.write_text('{"step": 1}\n{"step": 2}\n{"step": 2, "val/bpb": 1.0}\nodd\n{"step": 3}\n{"step": 4}\n{"st')
+    writer = Writer(tmp_path, 2, 9)
+    writer.write(3, {"train/loss": 1.0})
+    writer.close()
+    kept = '{"step": 1}\n{"step": 2}\n{"step": 2, "val/bpb": 1.0}\nodd\n'
+    assert path.read_text() == kept + '{"step": 3, "train/loss": 1.0}\n'
+    assert superseded.read_text() == '{"step": 3}\n{"step": 4}\n'
+    Writer(tmp_path, 3, 9).close()
+    assert path.read_text() == kept + '{"step": 3, "train/loss": 1.0}\n'
+    Writer(tmp_path, 1, 9).close()  # taken back
+    assert path.read_text() == '{"step": 1}\nodd\n' and len(superseded.read_text().splitlines()) == 5
 
 
 def test_metrics_survive_a_kill_and_a_work_dir_that_goes(tmp_path):
