@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import os
 import re
 import subprocess
 from collections.abc import Callable
@@ -49,12 +50,17 @@ def several(kind: Callable[[str], Any], *, or_none: bool = False) -> Callable[[s
 
 def output(text: str) -> Path:
     """A file that can be written once there is something to write: no folder, and in one that is there."""
-    path = Path(text)
+    path = home_expanded(text)
     if path.is_dir():
         raise argparse.ArgumentTypeError(f"{text!r} is a folder; it must be a file to write")
     if not path.parent.is_dir():
         raise argparse.ArgumentTypeError(f"{text!r} cannot be written: there is no folder {path.parent}")
     return path
+
+
+def home_expanded(text: str) -> Path:
+    """A path, with the home directory that a leading ~ stands for."""
+    return Path(os.path.expanduser(text))  # noqa: PTH111  pathlib's has an error of its own for what is unknown
 
 
 def pattern(text: str) -> re.Pattern[str]:

@@ -14,14 +14,13 @@ import math
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.arguments import natural, output, positive, several, tolerance
+from benchmarks.arguments import home_expanded, natural, output, positive, several, tolerance
 from benchmarks.checks import in_one_line
 from lrt_jax.inference import decode, prefill, scoring
 from lrt_jax.model.decoder import Decoder
@@ -120,7 +119,7 @@ def measure(
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("workdir", type=Path)
+    parser.add_argument("workdir", type=home_expanded)
     parser.add_argument("--json", type=output, help="write the rows here")
     parser.add_argument(
         "--lengths", type=several(positive), default=[], help="default: 64, 256 and T, as far as T goes"

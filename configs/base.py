@@ -34,7 +34,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.optimizer.update(embedding_lr=2.0, head_lr=0.01, scalar_lr=0.02, b1=0.9, b2=0.99, warmup=0.02, warmdown=0.5)
     if variant == "debug":
         config.model.update(layers=2, width=64, sequence_length=64, vocab_size=512)
-        config.data.tokenizer_bytes = 500_000
+        config.data.update(tokenizer_bytes=500_000, document_bytes=2048)  # some of a small file are held out, too
         config.train.update(batch_size=8, steps=40, eval_every=20, save_every=20, log_every=5)
         config.eval.update(batch_size=8, rows=8, final_rows=16, sample_tokens=32)
     return config

@@ -150,7 +150,8 @@ def _stated_config(file: files.ArrayFile, path: Path, reference_path: str | None
             return configs.from_json(file.metadata[CONFIG_KEY])
     fields = files.reference_config(file.metadata, path)
     if reference_path:
-        fields = files.parse_reference_config(_read(reference_path), Path(reference_path))
+        place = workdirs.expanded(reference_path, "--reference_config")
+        fields = files.parse_reference_config(_read(place, reference_path), place)
     if fields is None:
         return None
     fields = reference.complete_config(fields, file.parameters)
@@ -160,9 +161,9 @@ def _stated_config(file: files.ArrayFile, path: Path, reference_path: str | None
         return configs.validate(Config(model=model, train=train, schedule=schedule))
 
 
-def _read(reference_path: str) -> str:
+def _read(path: Path, reference_path: str) -> str:
     try:
-        return Path(reference_path).read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8")
     except OSError as error:
         found = f"cannot be read ({error.strerror})"
     except UnicodeDecodeError:

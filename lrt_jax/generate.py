@@ -1,9 +1,9 @@
 """Sample from a checkpoint: ``python -m lrt_jax.generate --workdir=DIR --prompt='def '``."""
 
 import dataclasses
+import os
 import sys
 import time
-from pathlib import Path
 
 import jax
 from absl import flags
@@ -104,7 +104,8 @@ def main() -> None:
 
 def write(trained: Trained, prompt: str, method: Method) -> None:
     """Prints the prompt and its continuations: one as it is decoded, several one after the other."""
-    samples, seed, stop = flags.FLAGS.samples, flags.FLAGS.seed, flags.FLAGS.stop
+    samples, seed = flags.FLAGS.samples, flags.FLAGS.seed
+    stop = [_as_utf8(given, "--stop") for given in flags.FLAGS.stop]
     tokens = flags.FLAGS.tokens
     if tokens is None:
         room = trained.config.model.sequence_length - len(text.encode(trained.tokenizer, prompt))
@@ -144,11 +145,12 @@ def _prompt() -> str:
     """
     if flags.FLAGS.new_document:
         return ""
-    prompt, source = flags.FLAGS.prompt, "--prompt"
+    prompt, source = _as_utf8(flags.FLAGS.prompt or "", "--prompt"), "--prompt"
     if flags.FLAGS.file is not None:
         source = "standard input" if flags.FLAGS.file == "-" else f"--file {flags.FLAGS.file}"
+        path = workdirs.expanded(flags.FLAGS.file, "--file")
         try:
-            raw = sys.stdin.buffer.read() if flags.FLAGS.file == "-" else Path(flags.FLAGS.file).read_bytes()
+            raw = sys.stdin.buffer.read() if flags.FLAGS.file == "-" else path.read_bytes()
             prompt = raw.decode()
         except OSError as error:
             raise ConfigError(f"--file is {flags.FLAGS.file!r}, which cannot be read: {error.strerror}") from None
@@ -157,6 +159,22 @@ def _prompt() -> str:
     if not prompt:
         raise ConfigError(f"{source} is empty; give some text to continue, or --new_document to begin one")
     return prompt
+
+
+def _as_utf8(text: str, flag: str) -> str:
+    """The text of a flag: where the locale is another, Python has kept each byte that it has not understood.
+
+    Raises:
+      ConfigError: they are not UTF-8 either.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        try:
+            return os.fsencode(text).decode()
+        except UnicodeError:
+            raise ConfigError(f"{flag} is not UTF-8 text") from None
+    return text
 
 
 def _ask() -> str | None:

@@ -26,7 +26,7 @@ from lrt_jax.model.decoder import Decoder
 from lrt_jax.model.parameters import table
 from lrt_jax.setup import config as configs
 from lrt_jax.setup import flags as command_line
-from lrt_jax.setup import hardware, processes
+from lrt_jax.setup import hardware, processes, streams
 from lrt_jax.setup import mesh as meshes
 from lrt_jax.setup import workdir as workdirs
 from lrt_jax.setup.durations import require_ahead, train_steps
@@ -74,6 +74,7 @@ def define_flags() -> None:
 
 def main() -> int:
     """Trains the config named by the flags, or goes on where a run in the same work dir stopped; the exit code."""
+    streams.outlive_readers()
     if flags.FLAGS.config is None:
         raise configs.ConfigError("--config is not set; for the default run: --config=configs/base.py")
     config = configs.from_config_dict(flags.FLAGS.config)

@@ -1,4 +1,5 @@
 import importlib.util
+import tomllib
 from pathlib import Path
 
 import absl.flags
@@ -19,10 +20,12 @@ from lrt_jax.setup.config import (
     from_config_dict,
     from_json,
 )
+from lrt_jax.setup.config_file import ConfigFileParser
 from lrt_jax.setup.durations import require_ahead, train_steps
 from lrt_jax.training import optimizer, schedules, state, step
 
-CONFIGS = Path(__file__).parents[1] / "configs"
+ROOT = Path(__file__).parents[1]
+CONFIGS = ROOT / "configs"
 SHIPPED = [
     "base.py",
     "base.py:debug",
@@ -134,7 +137,7 @@ RULE = "; it must be a Python file whose function get_config returns a ConfigDic
 @pytest.mark.parametrize(
     ("text", "given", "message"),
     [
-        (None, (), "there is no file FILE; shipped ones are in configs/"),
+        (None, (), "there is no file FILE; shipped ones are configs/base.py, configs/nanochat.py"),
         ("x = 1", (), "--config is 'FILE', which has no function get_config" + RULE),
         ("x =", (), "--config is 'FILE', which fails in line 1 (SyntaxError: invalid syntax)" + RULE),
         ("\n1 / 0", (), "--config is 'FILE', which fails in line 2 (ZeroDivisionError: division by zero)" + RULE),
@@ -231,3 +234,24 @@ def test_a_run_that_is_past_its_end_is_refused(duration, message):
     require_ahead(train, steps, 3)
     with pytest.raises(ConfigError, match=message):
         require_ahead(train, steps, 4)
+
+
+def test_a_wheel_holds_every_part_and_the_configs_and_needs_no_test_runner():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    listed = set(project["tool"]["setuptools"]["packages"])
+    parts = {f"lrt_jax.{path.parent.name}" for path in (ROOT / "lrt_jax").glob("*/__init__.py")}
+    assert listed == {"lrt_jax", "lrt_jax.configs", *parts}
+    lines = (ROOT / "requirements.txt").read_text().splitlines()
+    tested = [line for line in lines if line and not line.startswith("#")]
+    assert [line for line in tested if not line.startswith("pytest")] == project["project"]["dependencies"]
+
+
+def test_a_shipped_config_is_found_from_any_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    parse = ConfigFileParser(()).parse
+    assert parse("configs/base.py:debug").model.width == 64
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "base.py").write_text(GOOD + "    return c")
+    assert parse("configs/base.py").model.width == 8  # a file that is there comes first
+    with pytest.raises(ConfigError, match=r"no file base\.py; shipped ones are configs/base\.py, configs/nanochat\.py"):
+        parse("base.py")

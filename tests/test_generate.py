@@ -59,6 +59,14 @@ def test_flags_that_do_not_fit_together_are_refused(run, arguments, message):
         run(generate, "--workdir=/nowhere", *arguments)
 
 
+def test_a_prompt_is_utf_8_in_every_locale():
+    prompt = "é 😀".encode().decode("ascii", "surrogateescape")  # as Python reads it where the locale says nothing
+    assert generate._as_utf8(prompt, "--prompt") == generate._as_utf8("é 😀", "--prompt") == "é 😀"
+    for broken in ("\udcff", "\ud83d"):
+        with pytest.raises(UserError, match=r"^--prompt is not UTF-8 text$"):
+            generate._as_utf8(broken, "--prompt")
+
+
 @pytest.mark.parametrize("printed", ["print('x' * 10**6)", "print('x')", "print('x', flush=True)"])
 def test_a_reader_that_has_gone_ends_a_command_quietly(printed):
     program = f"from lrt_jax.setup import flags\nflags.run(lambda: [input(), {printed}] and None)"
@@ -75,3 +83,26 @@ def test_a_pipe_that_breaks_elsewhere_is_not_hidden():
     program = "from lrt_jax.setup import flags\ndef fail(): raise BrokenPipeError('of a worker')\nflags.run(fail)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 1 and re.search("BrokenPipeError: of a worker$", done.stderr.strip())
+
+
+def test_ctrl_c_while_xla_compiles_crashes_nothing():
+    program = """
+import signal, threading
+import jax, jax.numpy as jnp
+from lrt_jax.setup import flags
+
+def many(x):
+    for i in range(150):
+        x = jnp.tanh(x @ x.T @ x) + jnp.sort(x, axis=i % 2) * i
+    return x
+
+def command():
+    lowered = jax.jit(many).lower(jnp.ones((64, 64)))
+    threading.Timer(0.5, signal.raise_signal, [signal.SIGINT]).start()
+    lowered.compile()
+    print("compiled before the signal came")
+
+flags.run(command)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", "stopped; nothing was changed\n")

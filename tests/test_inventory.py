@@ -2,9 +2,11 @@
 
 import asyncio
 import dataclasses
+import errno
 import hashlib
 import json
 import os
+import pwd
 import shutil
 import sys
 import threading
@@ -19,11 +21,13 @@ from etils import epath
 
 from lrt_jax import checkpoints as command
 from lrt_jax.data import tokenizer
+from lrt_jax.inference import load
 from lrt_jax.model.decoder import Decoder
 from lrt_jax.model.parameters import table
 from lrt_jax.setup import mesh as meshes
 from lrt_jax.setup.config import Config, ConfigError, MeshConfig, OptimizerConfig, TrainConfig
-from lrt_jax.training import checkpoint, inventory, manifest, optimizer, state
+from lrt_jax.setup.paths import LocalPath
+from lrt_jax.training import checkpoint, inventory, manifest, optimizer, readback, state
 
 
 @dataclasses.dataclass
@@ -68,7 +72,8 @@ def saved(tmp_path_factory, tiny) -> Run:
     config = Config(model, TrainConfig(batch_size=2, steps=3, keep=3))
     decoder, mesh = Decoder(model), meshes.make_mesh(MeshConfig(), jax.devices()[:1])
     adamw = optimizer.build(OptimizerConfig(name="adamw"), table(model), 10)
-    run = Run(tmp_path_factory.mktemp("run"), config, {}, state.abstract(decoder, adamw, mesh))
+    workdir = tmp_path_factory.mktemp("run") / "[run] *?"  # a name that would be a pattern
+    run = Run(workdir, config, {}, state.abstract(decoder, adamw, mesh))
     opened, iterator = checkpoint.Checkpoints(run.workdir, keep=3), numbers()
     for step in (1, 2, 3):
         next(iterator)
@@ -191,6 +196,34 @@ def test_older_ones_go_only_after_a_new_one_counts(saved, tmp_path):
     assert manifest.faults(epath.Path(folder / "4")) == []
 
 
+def test_a_save_that_cannot_be_read_back_does_not_count(saved, tmp_path, monkeypatch):
+    found = LocalPath.glob
+    monkeypatch.setattr(LocalPath, "glob", lambda *asked: () if "ocdbt" in asked[1] else found(*asked))
+    opened = checkpoint.Checkpoints(tmp_path)  # orbax finds nothing to merge, says nothing and ends well
+    opened.save_params({"a": jax.numpy.ones(3)}, saved.config)
+    with pytest.raises(inventory.CheckpointError, match=r"step 0 was written to .* cannot be read back \(NOT_FOUND"):
+        opened.wait()
+    opened.close()
+    assert inventory.steps(tmp_path) == [] and [entry.unfinished for entry in inventory.survey(tmp_path)] == [True]
+    manifest.write(inventory.folder_of(tmp_path, 0))  # as if it counted, as it did in older programs
+    opened = checkpoint.Checkpoints(tmp_path)
+    with pytest.raises(inventory.CheckpointError, match=r"/0 cannot be restored \(NOT_FOUND.*\), though its files are"):
+        opened.restore_params({"a": jax.ShapeDtypeStruct((3,), "float32")}, 0)
+    opened.close()
+
+
+def test_what_is_read_back_must_be_what_was_saved(saved):
+    folder, params = inventory.folder_of(saved.workdir, 3), readback.arrays(saved.abstract.params)
+    assert readback.fault(folder, {"params": params}) == ""
+    assert readback.fault(folder, {"params": params[:-1]}) == "it has other arrays of params than were saved"
+
+
+def test_checkpoints_need_no_owner_with_a_name(saved, monkeypatch):
+    monkeypatch.setattr(pwd, "getpwuid", lambda uid: {}[uid])
+    assert [entry.faults for entry in inventory.survey(saved.workdir)] == [(), (), ()]
+    assert_same(saved.restored(2), saved.states[2])
+
+
 def test_readers_move_nothing(saved, tmp_path):
     run = saved.copy(tmp_path / "run")
     victim = next(path for path in files_of(run.workdir, 3) if "optimizer" in path.parts and path.stat().st_size)
@@ -199,6 +232,68 @@ def test_readers_move_nothing(saved, tmp_path):
     told: list[str] = []
     assert inventory.newest_good(run.workdir, told.append) == 2
     assert len(told) == 1 and inventory.steps(run.workdir) == [1, 2, 3]
+
+
+@pytest.fixture
+def moving(saved, tmp_path, monkeypatch):
+    """A run that goes on while it is read: ``before(module, name)`` does it before the next call of a function."""
+    run = saved.copy(tmp_path / "run")
+    checkpoint.write_config(run.config, run.workdir)
+
+    def go_on():
+        (run.workdir / "checkpoints" / "3").rename(run.workdir / "checkpoints" / "4")
+        for step in (1, 2):
+            shutil.rmtree(run.workdir / "checkpoints" / str(step))
+
+    def before(module, name, do=go_on):
+        real, todo = getattr(module, name), [do]
+        monkeypatch.setattr(module, name, lambda *args, **kwargs: (todo and todo.pop()(), real(*args, **kwargs))[1])
+
+    return run, before
+
+
+def test_a_reader_takes_what_a_run_has_removed_for_no_damage(moving, capsys):
+    run, before = moving
+    before(manifest, "faults")
+    assert inventory.newest_good(run.workdir, lambda line: pytest.fail(line)) == 4
+    (run.workdir / "checkpoints" / "4").rename(run.workdir / "checkpoints" / "5")
+    before(manifest, "faults", lambda: shutil.rmtree(run.workdir / "checkpoints" / "5"))
+    assert inventory.survey(run.workdir) == [] and command.show(run.workdir) == 0
+    assert "0 good, 0 damaged" in capsys.readouterr().out
+
+
+def test_a_reader_takes_the_next_one_where_one_is_removed_under_it(moving):
+    run, before = moving
+    before(readback, "params")
+    assert load.load_params(run.workdir)[2] == 4
+    before(readback, "params", lambda: shutil.rmtree(run.workdir / "checkpoints" / "4"))
+    with pytest.raises(ConfigError, match="has not a checkpoint; found: none"):
+        load.load_params(run.workdir)
+
+
+def test_a_reader_looks_again_at_what_is_neither_finished_nor_not(moving):
+    run, before = moving
+    folder = run.workdir / "checkpoints"
+    written = (folder / "3" / manifest.FILE).read_bytes()
+    (folder / "3" / manifest.FILE).unlink()
+    before(inventory.time, "sleep", lambda: (folder / "3" / manifest.FILE).write_bytes(written))
+    assert [(entry.step, entry.faults) for entry in inventory.survey(run.workdir)] == [(1, ()), (2, ()), (3, ())]
+
+
+def test_what_somebody_still_reads_is_removed_later(saved, tmp_path, monkeypatch):
+    run = saved.copy(tmp_path / "run")
+    folder = run.workdir / "checkpoints"
+    rmtree = LocalPath.rmtree
+
+    def busy(path):
+        raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY))  # NFS keeps the name of a file that is open
+
+    monkeypatch.setattr(LocalPath, "rmtree", busy)
+    inventory.complete(run.workdir, 3, keep=1)
+    assert inventory.steps(run.workdir) == [3] and len(list(folder.glob("*.deleted"))) == 2
+    monkeypatch.setattr(LocalPath, "rmtree", rmtree)
+    inventory.complete(run.workdir, 3, keep=1)
+    assert [path.name for path in folder.iterdir()] == ["3"]
 
 
 def test_the_command_lists_verifies_and_takes_a_run_back(saved, tmp_path, capsys):

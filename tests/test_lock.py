@@ -3,6 +3,7 @@
 import errno
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -12,10 +13,13 @@ from types import SimpleNamespace
 
 import pytest
 
-from lrt_jax import checkpoints, convert, evaluate, main
+from lrt_jax import checkpoints, convert, evaluate, generate, main
+from lrt_jax.conversion.files import ArrayFile
+from lrt_jax.data import places
 from lrt_jax.setup import workdir as workdirs
 from lrt_jax.setup.config import Config, ConfigError, DataConfig, TrainConfig
-from lrt_jax.setup.errors import WorkdirError
+from lrt_jax.setup.config_file import ConfigFileParser
+from lrt_jax.setup.errors import UserError, WorkdirError
 from lrt_jax.training import lock
 from lrt_jax.training.inventory import CheckpointError
 
@@ -175,3 +179,44 @@ def test_a_work_dir_whose_path_is_not_utf8_is_refused(tmp_path, monkeypatch):
         with pytest.raises(ConfigError, match=r"^--workdir is '.*', whose path is not UTF-8") as raised:
             workdirs.local(value)
         assert str(raised.value).encode()
+
+
+def test_a_tilde_is_the_home_directory_in_every_path_that_is_given(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert workdirs.local("~/run") == tmp_path / "run" and workdirs.local("./~/run") == Path("~/run")
+    with pytest.raises(
+        ConfigError, match=r"^--out is '~nobody-by-this-name/x', and there is no home directory ~nobody-"
+    ):
+        workdirs.local("~nobody-by-this-name/x", "--out")
+    (tmp_path / "config.py").write_text("import ml_collections\nget_config = ml_collections.ConfigDict")
+    assert ConfigFileParser(()).parse("~/config.py").is_locked
+    (tmp_path / "fields.json").write_text("[]")
+    with pytest.raises(UserError, match=rf"{tmp_path}/fields\.json"):
+        convert._stated_config(ArrayFile({}, {}), Path("weights.npz"), "~/fields.json")
+    monkeypatch.setattr(generate, "flags", SimpleNamespace(FLAGS=SimpleNamespace(file="~/prompt", prompt=None)))
+    generate.flags.FLAGS.new_document = False
+    (tmp_path / "prompt").write_text("ü")
+    assert generate._prompt() == "ü"
+    assert str(places.path_of("~/tokenizer", "config.data.tokenizer")) == str(tmp_path / "tokenizer")
+
+
+def test_what_cannot_be_a_work_dir_is_named(tmp_path):
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "link").symlink_to(tmp_path / "nothing")
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(tmp_path / "socket"))
+    (tmp_path / "file").write_text("")
+    for value in ("/dev/null", *(str(tmp_path / name) for name in ("fifo", "socket", "file"))):
+        with pytest.raises(
+            ConfigError, match=f"^--workdir is '{value}', which is there and no folder; it must be one$"
+        ):
+            workdirs.local(value)
+    with pytest.raises(ConfigError, match=r"link', a link to '.*/nothing', where there is nothing; mend it$"):
+        workdirs.local(str(tmp_path / "link"))
+    with pytest.raises(ConfigError, match=r"is 's3:/bucket/run'; it must be a folder: mount the bucket"):
+        workdirs.local("s3:/bucket/run")  # as pathlib and others leave it
+    with pytest.raises(ConfigError, match=r"is '/tmp/\.\./gs/run', and what is in /gs is taken for gs://; link it to"):
+        workdirs.local("/tmp/../gs/run")
+    (tmp_path / "good").symlink_to(tmp_path)
+    for value in (tmp_path / "good", tmp_path / "a b 😀\n", tmp_path / "a:" / "b"):
+        assert workdirs.local(str(value)) == value

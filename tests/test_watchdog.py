@@ -8,10 +8,14 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import pytest
 
+from lrt_jax.setup import mesh as meshes
+from lrt_jax.setup.config import MeshConfig
 from lrt_jax.setup.errors import WorkdirError
-from lrt_jax.training.metrics import Writer
+from lrt_jax.training.interruption import PATIENT, Stopped, StopRequests
+from lrt_jax.training.metrics import SUPERSEDED, Writer
 from lrt_jax.training.startup import Startup, seconds_since_start
 from lrt_jax.training.watchdog import EXIT_CODE
 
@@ -129,6 +133,35 @@ def test_a_signal_is_noted_while_there_is_something_to_save(number):
     assert process.communicate()[0] == "stopped\n" and process.returncode == 0
 
 
+def test_a_closed_terminal_and_others_ask_as_often_as_they_like():
+    mesh = meshes.make_mesh(MeshConfig(), jax.devices()[:1])
+    kept = signal.getsignal(signal.SIGUSR1)
+    for number in PATIENT:
+        stop = StopRequests()
+        with stop.listening(), stop.deferred():
+            assert not stop.agreed(mesh)
+            for _ in range(3):
+                signal.raise_signal(number)
+            signal.raise_signal(signal.SIGTERM)  # as service managers do: still the first that insists
+            signal.raise_signal(number)
+            time.sleep(0.02)  # for the thread, which would end this process
+            assert stop.agreed(mesh)
+        with pytest.raises(Stopped), stop.deferred():
+            pass
+    assert signal.getsignal(signal.SIGUSR1) is kept
+
+
+def test_with_nohup_a_closed_terminal_is_no_reason():
+    before, stop = signal.signal(signal.SIGHUP, signal.SIG_IGN), StopRequests()
+    try:
+        with stop.listening(), stop.deferred():
+            signal.raise_signal(signal.SIGHUP)
+            assert not stop._asked
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def test_a_second_signal_ends_a_process_that_hangs():
     process = run(SIGNALLED.format(then="[time.sleep(1) for _ in range(60)]"), "deferred")
     assert process.stdout.readline() == "ready\n"
@@ -158,6 +191,21 @@ def test_metrics_are_strict_json_whatever_a_bad_step_gave(tmp_path):
     refuse = {"parse_constant": lambda name: pytest.fail(f"{name} is not JSON")}
     row = json.loads((tmp_path / "metrics.jsonl").read_text(), **refuse)
     assert row == {"step": 1, "train/loss": None, "train/grad_norm": None, "train/bad_steps": 1.0}
+
+
+def test_metrics_of_steps_that_are_computed_again_are_there_once(tmp_path):
+    path, superseded = tmp_path / "metrics.jsonl", tmp_path / SUPERSEDED
+    path.write_text('{"step": 1}\n{"step": 2}\n{"step": 2, "val/bpb": 1.0}\nodd\n{"step": 3}\n{"step": 4}\n{"st')
+    writer = Writer(tmp_path, 2, 9)
+    writer.write(3, {"train/loss": 1.0})
+    writer.close()
+    kept = '{"step": 1}\n{"step": 2}\n{"step": 2, "val/bpb": 1.0}\nodd\n'
+    assert path.read_text() == kept + '{"step": 3, "train/loss": 1.0}\n'
+    assert superseded.read_text() == '{"step": 3}\n{"step": 4}\n'
+    Writer(tmp_path, 3, 9).close()
+    assert path.read_text() == kept + '{"step": 3, "train/loss": 1.0}\n'
+    Writer(tmp_path, 1, 9).close()  # taken back
+    assert path.read_text() == '{"step": 1}\nodd\n' and len(superseded.read_text().splitlines()) == 5
 
 
 def test_metrics_survive_a_kill_and_a_work_dir_that_goes(tmp_path):

@@ -14,6 +14,7 @@ from etils import epath
 from lrt_jax.data import kinds, places
 from lrt_jax.data.faults import DataError
 from lrt_jax.setup.config import ConfigError
+from lrt_jax.setup.paths import bytes_of
 
 FIELD = "config.data.corpus"
 KindOf = Callable[[str], kinds.Kind | None]
@@ -260,7 +261,7 @@ def _exists(parts: tuple[str, ...]) -> bool:
 
 
 def _size(path: str) -> int | None:
-    try:  # epath asks for the owner's name, too, which there may be none of
-        return epath.Path(path).stat().length if "://" in path else Path(path).stat().st_size
+    try:
+        return bytes_of(path)
     except OSError:
         return None

@@ -25,6 +25,7 @@ from lrt_jax.data.tokenizer import Tokenizer
 from lrt_jax.setup import processes
 from lrt_jax.setup.config import Config, DataConfig
 from lrt_jax.setup.errors import writing
+from lrt_jax.setup.paths import LocalPath, bytes_of
 
 FOLDER = "tokens"  # in the work dir
 INDEX = "index.json"  # written last: where it lies, the files are complete
@@ -93,7 +94,7 @@ def prepare(config: Config, corpus: Corpus, tokenizer: Tokenizer, workdir: epath
       DataError: a shard is unusable, there is no document to train on, or a file has changed since.
     """
     name = _name(config.data, corpus, tokenizer)
-    folder = epath.Path(workdir) / FOLDER / name
+    folder = LocalPath(workdir) / FOLDER / name
     parts = [list(part) for part in np.array_split(np.arange(len(corpus.shards)), min(PARTS, len(corpus.shards)))]
     index = processes.from_first(lambda: _index_of_unchanged(folder, corpus, parts))
     if not index:
@@ -240,7 +241,7 @@ def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
 
 def _finish(folder: epath.Path, config: DataConfig, corpus: Corpus, name: str, parts: int, dtype: np.dtype) -> bytes:
     """Writes and returns the index, which says that everything else is there."""
-    tokens = [(folder / _file(part)).stat().length // dtype.itemsize for part in range(parts)]
+    tokens = [bytes_of(folder / _file(part)) // dtype.itemsize for part in range(parts)]
     if not sum(tokens):
         raise DataError(
             f"config.data.corpus is {corpus.source!r}, where config.data.held_out = {config.held_out} leaves no "
@@ -260,7 +261,7 @@ def _finish(folder: epath.Path, config: DataConfig, corpus: Corpus, name: str, p
 
 
 def _check_size(path: epath.Path, expected: int) -> None:
-    found = path.stat().length if path.exists() else None
+    found = bytes_of(path) if path.exists() else None
     if found != expected:
         problem = "misses" if found is None else f"has {found:,} bytes instead of {expected:,}"
         raise DataError(f"{path} {problem}; remove its folder, and the same command makes the tokens again")

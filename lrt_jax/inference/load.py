@@ -14,8 +14,12 @@ from lrt_jax.data.tokenizer import Tokenizer
 from lrt_jax.inference import decode
 from lrt_jax.model.decoder import Decoder
 from lrt_jax.setup import mesh as meshes
+from lrt_jax.setup import processes
 from lrt_jax.setup.config import Config, ConfigError, MeshConfig
-from lrt_jax.training import checkpoint, inventory, state
+from lrt_jax.training import checkpoint, inventory, readback, state
+
+# How often another checkpoint is chosen, where a run has removed the last one while it was read.
+TRIES = 10
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,21 +69,37 @@ def load_params(workdir: Path, step: int | None = None) -> tuple[Config, dict[st
       CheckpointError: the checkpoint is damaged; without ``step``, all of them are.
     """
     config = checkpoint.read_config(workdir)
-    found = inventory.steps(workdir)
-    if step is None:
+    abstract = state.abstract_params(Decoder(config.model), _mesh(config))
+    for _ in range(TRIES):
+        chosen = int(processes.from_first(lambda: str(_chosen(workdir, step)).encode()))
+        try:
+            return config, readback.params(workdir, abstract, chosen), chosen
+        except inventory.CheckpointError:
+            if not inventory.is_gone(workdir, chosen):
+                raise
+            if processes.count() > 1:  # the others may have read it
+                break
+    raise inventory.CheckpointError(
+        f"the checkpoint of step {chosen:,} was removed from {workdir} while it was read: a run there keeps only its "
+        f"newest {config.train.keep} (config.train.keep); run the same command again, or copy the work dir first"
+    )
+
+
+def _chosen(workdir: Path, step: int | None) -> int:
+    """The step to read, whose files are good."""
+    asked = step
+    if asked is None:
         step = inventory.newest_good(workdir, lambda line: print(line, file=sys.stderr), items=("params",))
-    elif step in found and (faults := inventory.faults(workdir, step, items=("params",))):
-        raise inventory.CheckpointError(f"the checkpoint of step {step:,} is damaged: {inventory.named(faults)}")
-    if step not in found:
+    elif asked in inventory.steps(workdir):
+        faults = inventory.faults(workdir, asked, items=("params",))
+        if faults and not inventory.is_gone(workdir, asked):
+            raise inventory.CheckpointError(f"the checkpoint of step {asked:,} is damaged: {inventory.named(faults)}")
+    found = inventory.steps(workdir)
+    if step is None or (asked is not None and asked not in found):
         wanted = "a checkpoint" if step is None else f"a checkpoint of step {step}"
         listed = ", ".join(map(str, found)) or "none"
         raise ConfigError(f"the work dir {str(workdir)!r} has not {wanted}; found: {listed}")
-    checkpoints = checkpoint.Checkpoints(workdir, config.train.keep)
-    try:
-        abstract = state.abstract_params(Decoder(config.model), _mesh(config))
-        return config, checkpoints.restore_params(abstract, step), step
-    finally:
-        checkpoints.close()
+    return step
 
 
 def _mesh(config: Config) -> Mesh:

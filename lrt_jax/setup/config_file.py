@@ -2,6 +2,7 @@
 
 import importlib.machinery
 import importlib.util
+import os
 import sys
 import traceback
 from pathlib import Path
@@ -14,6 +15,9 @@ from lrt_jax.setup.errors import UserError
 from lrt_jax.setup.schema import ConfigError
 
 MODULE = "lrt_jax_config_file"  # the name that the file has as a module
+# In a wheel within the package, in a clone beside it.
+PACKAGE = Path(__file__).parents[1]
+SHIPPED = next(filter(Path.is_dir, (PACKAGE / "configs", PACKAGE.parent / "configs")), PACKAGE / "configs")
 RULE = "it must be a Python file whose function get_config returns a ConfigDict"
 
 
@@ -31,9 +35,12 @@ class ConfigFileParser(flags.ArgumentParser):
           ConfigError: there is no such file, it fails, returns something else, or lacks a field that is overridden.
         """
         path, colon, argument = value.partition(":")
+        path = _found(os.path.expanduser(path))  # noqa: PTH111  leaves a ~ that names nobody, which no file has
         try:
             if not Path(path).is_file():
-                raise ConfigError(f"--config is {value!r}, but there is no file {path}; shipped ones are in configs/")
+                raise ConfigError(
+                    f"--config is {value!r}, but there is no file {path}; shipped ones are {', '.join(_shipped())}"
+                )
             get_config = getattr(module(path), "get_config", None)
             if get_config is None:
                 raise ConfigError(f"--config is {value!r}, which has no function get_config; {RULE}")
@@ -49,6 +56,18 @@ class ConfigFileParser(flags.ArgumentParser):
             _require_field(config, name, value)
         config.lock()
         return config
+
+
+def _found(path: str) -> str:
+    """The path, or that of the shipped file which it names from another directory than the one with configs/."""
+    if not Path(path).exists() and path in _shipped():
+        return str(SHIPPED / Path(path).name)
+    return path
+
+
+def _shipped() -> list[str]:
+    """The config files that come with the package, as ``configs/NAME.py``."""
+    return sorted(f"configs/{file.name}" for file in SHIPPED.glob("*.py"))
 
 
 def module(path: str) -> ModuleType:

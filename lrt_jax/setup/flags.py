@@ -1,10 +1,11 @@
 """How a command reads its flags and ends: one clear line for whatever the user can mend."""
 
+import atexit
+import contextlib
 import dataclasses
 import math
 import os
 import re
-import select
 import sys
 import traceback
 import typing
@@ -14,7 +15,7 @@ from typing import Any, NoReturn
 import jax
 from absl import app, flags, logging
 
-from lrt_jax.setup import host_memory, processes
+from lrt_jax.setup import host_memory, processes, streams
 from lrt_jax.setup.config import ConfigError, Prefill, field_type
 from lrt_jax.setup.config_file import ConfigFileParser
 from lrt_jax.setup.errors import UserError
@@ -33,6 +34,7 @@ def run(command: Callable[..., int | None], *, takes_arguments: bool = False) ->
       command: the command.
       takes_arguments: call it with the arguments that are no flags; else such arguments are refused.
     """
+    streams.prepare()
     # orbax tells every step of a save, and shows the traceback of each error before it raises it.
     logging.set_verbosity(logging.FATAL)
     host_memory.keep_freed()
@@ -50,18 +52,18 @@ def run(command: Callable[..., int | None], *, takes_arguments: bool = False) ->
 
     try:
         app.run(call, flags_parser=read)
+    except SystemExit as end:
+        if end.code is not None and not isinstance(end.code, int):
+            print(end.code, file=sys.stderr)
+        _leave(end.code if isinstance(end.code, int) else int(end.code is not None))
     except UserError as error:
         _end(f"error: {error}", 1)
     except KeyboardInterrupt:
         _end("stopped; nothing was changed", 1)
     except Exception as error:
-        if isinstance(error, BrokenPipeError) and _unread():
-            if processes.started():
-                os._exit(1)
-            sys.exit(1)
-        if not processes.started():
-            raise
-        if isinstance(error, jax.errors.JaxRuntimeError) and LOST.search(str(error)):
+        if isinstance(error, OSError) and error.errno in streams.GONE and streams.unread():
+            os._exit(1) if processes.started() else _leave(1)
+        if processes.started() and isinstance(error, jax.errors.JaxRuntimeError) and LOST.search(str(error)):
             _end(
                 f"error: process {jax.process_index()} of {jax.process_count()} lost another one in the middle of a "
                 f"computation ({str(error).splitlines()[0]}); start all of them again, to go on from the last "
@@ -69,26 +71,34 @@ def run(command: Callable[..., int | None], *, takes_arguments: bool = False) ->
                 LOST_EXIT_CODE,
             )
         traceback.print_exc()
+        if not processes.started():
+            _leave(1)
         _end(f"error: process {jax.process_index()} fails, and so all others will", 1)
-
-
-def _unread() -> bool:
-    """Whether nobody reads standard output any more, as after ``| head``; what is left of it is then dropped."""
-    poll = select.poll()
-    poll.register(sys.stdout.fileno(), 0)  # that the other end is closed is told unasked
-    if not poll.poll(0):
-        return False
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return True
 
 
 def _end(message: str, code: int) -> NoReturn:
     """Ends with a message. One of several processes does so at once: an orderly way out would wait for the others."""
-    if not processes.started():
-        sys.exit(message)
     print(message, file=sys.stderr, flush=True)
-    sys.stdout.flush()
+    if not processes.started():
+        _leave(code)
+    with contextlib.suppress(OSError, UserError):
+        sys.stdout.flush()
     os._exit(code)
+
+
+def _leave(code: int) -> NoReturn:
+    """Ends the process, exit handlers included, without taking the interpreter apart.
+
+    A signal interrupts Python, but not XLA: its threads may be compiling still, and would crash in a process whose
+    memory is given back.
+    """
+    try:
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, UserError):
+                stream.flush()
+        atexit._run_exitfuncs()
+    finally:
+        os._exit(code)
 
 
 def parse(arguments: list[str]) -> list[str]:

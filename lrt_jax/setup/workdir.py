@@ -2,14 +2,17 @@
 
 import contextlib
 import json
+import os
+import re
 import secrets
 import time
 from pathlib import Path
 
-from lrt_jax.setup import processes
+from lrt_jax.setup import paths, processes
 from lrt_jax.setup.errors import writing
 from lrt_jax.setup.schema import ConfigError
 
+BUCKET = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:/")  # how a URL begins, also one whose slashes a program has merged
 MARK = "run.seen-by-all."  # how the name of the file begins that the processes look for
 PATIENCE = 60.0  # seconds to wait for it: so long NFS remembers that there was no such folder
 INTERVAL = 0.1  # seconds between looks
@@ -24,21 +27,48 @@ def local(value: str, name: str = "--workdir", kind: str = "folder") -> Path:
       kind: what it must be.
 
     Raises:
-      ConfigError: it is a bucket's URL, which a path cannot hold, the system knows no such names, or a folder's path is
-        not UTF-8, which is all that XLA and orbax can write to.
+      ConfigError: it is a bucket's URL, which a path cannot hold, or taken for one; the system knows no such names;
+        what is there is of another kind; or a folder's path is not UTF-8, which is all that XLA and orbax can write to.
     """
-    if "://" in value:
+    path = expanded(value, name)
+    if BUCKET.match(value):
         raise ConfigError(
             f"{name} is {value!r}; it must be a {kind}: mount the bucket (launch/tpu_vm.sh --bucket does) and name "
             f"the {kind} there"
         )
+    top = Path(os.path.abspath(path)).parts[1:2]  # noqa: PTH100  resolves .., and no links
+    if kind == "folder" and set(top) & set(paths.BUCKETS):
+        raise ConfigError(
+            f"{name} is {value!r}, and what is in /{top[0]} is taken for {top[0]}://; link it to another path"
+        )
     try:
-        Path(value).exists()
+        there = path.exists()
     except OSError as error:
         raise ConfigError(f"{name} is {value!r}, where no {kind} can be ({error.strerror})") from None
-    if kind == "folder" and not _is_utf8(str(Path(value).absolute())):
+    if there and kind == "folder" and not path.is_dir():
+        raise ConfigError(f"{name} is {value!r}, which is there and no folder; it must be one")
+    if not there and path.is_symlink():
+        raise ConfigError(f"{name} is {value!r}, a link to {str(path.readlink())!r}, where there is nothing; mend it")
+    if kind == "folder" and not _is_utf8(str(path.absolute())):
         raise ConfigError(f"{name} is {value!r}, whose path is not UTF-8; it must be, for the folder of a run")
-    return Path(value)
+    return path
+
+
+def expanded(value: str, name: str) -> Path:
+    """The path that a flag or argument names, with the home directory that a leading ~ stands for.
+
+    A shell expands none behind "=".
+
+    Raises:
+      ConfigError: there is no such home directory.
+    """
+    path = os.path.expanduser(value)  # noqa: PTH111  pathlib's has an error of its own for what is unknown
+    if path.startswith("~"):
+        raise ConfigError(
+            f"{name} is {value!r}, and there is no home directory {value.partition('/')[0]}; write the whole path (or "
+            "./~… for a name that begins so)"
+        )
+    return Path(path)
 
 
 def _is_utf8(path: str) -> bool:

@@ -1,6 +1,6 @@
 """Checkpoints: the state, the data iterator's position and the config, by orbax; and what may be resumed.
 
-The only module that knows orbax, whose API still moves.
+With :mod:`lrt_jax.training.readback` the only module that knows orbax, whose API still moves.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy
 from lrt_jax.data import tokenizer
 from lrt_jax.setup.config import Config, ConfigError, from_json
 from lrt_jax.setup.errors import writing
-from lrt_jax.training import inventory, manifest
+from lrt_jax.training import inventory, manifest, readback
 from lrt_jax.training.state import TrainState
 
 CONFIG_FILE = "config.json"
@@ -43,7 +43,7 @@ class Checkpoints:
     """The checkpoints of one work dir, written by this run. Saving is asynchronous; :meth:`close` waits for it.
 
     A save counts once its manifest is written, which :mod:`lrt_jax.training.inventory` does after orbax has
-    finished; older checkpoints are removed only after that.
+    finished and finds what it wrote; older checkpoints are removed only after that.
     """
 
     def __init__(self, workdir: epath.PathLike, keep: int = 2):
@@ -87,22 +87,27 @@ class Checkpoints:
         self._begin(0, items)
 
     def restore(self, abstract: TrainState, iterator: grain.DatasetIterator, step: int) -> TrainState:
-        """The state of a step, in the shardings of ``abstract``; moves ``iterator`` to where it was."""
-        restored = self._manager.restore(
+        """The state of a step, in the shardings of ``abstract``; moves ``iterator`` to where it was.
+
+        Raises:
+          CheckpointError: orbax cannot read it.
+        """
+        restored = self._restored(
             step,
-            args=ocp.args.Composite(
-                params=ocp.args.StandardRestore(abstract.params),
-                optimizer=ocp.args.StandardRestore(_beside_params(abstract)),
-                data=ocp.args.JsonRestore(),
-            ),
+            params=ocp.args.StandardRestore(abstract.params),
+            optimizer=ocp.args.StandardRestore(_beside_params(abstract)),
+            data=ocp.args.JsonRestore(),
         )
         iterator.set_state(restored.data)
         return TrainState(params=restored.params, **restored.optimizer)
 
     def restore_params(self, abstract: dict[str, Any], step: int) -> dict[str, jax.Array]:
-        """The parameters of a step, in the shardings of ``abstract``."""
-        args = ocp.args.Composite(params=ocp.args.StandardRestore(abstract))
-        return self._manager.restore(step, args=args).params
+        """The parameters of a step, in the shardings of ``abstract``.
+
+        Raises:
+          CheckpointError: orbax cannot read them.
+        """
+        return self._restored(step, params=ocp.args.StandardRestore(abstract)).params
 
     def wait(self) -> None:
         """Waits until what was begun is saved, and counts.
@@ -146,18 +151,36 @@ class Checkpoints:
             self._manager.save(step, args=ocp.args.Composite(**items))
         except Exception as error:
             raise self._explained(step, error) from error
-        self._sealing = threading.Thread(target=self._seal, args=(step,), name=f"seal checkpoint {step}")
+        trees = {name: given.item for name, given in items.items() if isinstance(given, ocp.args.StandardSave)}
+        saved = {name: readback.arrays(tree) for name, tree in trees.items()}
+        self._sealing = threading.Thread(target=self._seal, args=(step, saved), name=f"seal checkpoint {step}")
         self._sealing.start()
 
-    def _seal(self, step: int) -> None:
-        """In a thread: waits for orbax, then makes the checkpoint count."""
+    def _seal(self, step: int, saved: dict[str, readback.Arrays]) -> None:
+        """In a thread: waits for orbax, then makes the checkpoint count, if it can be read."""
         try:
             self._manager.wait_until_finished()
             if jax.process_index() == 0:
+                self._require_readable(step, saved)
                 inventory.complete(self._workdir, step, self._keep)
         except Exception as error:
             self._failure = self._explained(step, error)
             self._failure.__cause__ = error
+
+    def _require_readable(self, step: int, saved: dict[str, readback.Arrays]) -> None:
+        folder = inventory.folder_of(self._workdir, step)
+        if fault := readback.fault(folder, saved):
+            raise inventory.CheckpointError(
+                f"the checkpoint of step {step:,} was written to {folder}, and cannot be read back ({fault}); it does "
+                f"not count, and what was saved before is untouched (steps: {self._kept()})"
+            )
+
+    def _restored(self, step: int, **args: ocp.args.CheckpointArgs) -> Any:
+        with readback.restoring(inventory.folder_of(self._workdir, step)):
+            return self._manager.restore(step, args=ocp.args.Composite(**args))
+
+    def _kept(self) -> str:
+        return ", ".join(map(str, self.steps)) or "none"
 
     def _explained(self, step: int, error: Exception) -> Exception:
         """What a failed save means to the user, if the storage is at fault; else the error itself."""
@@ -166,10 +189,10 @@ class Checkpoints:
             reason = os.strerror(int(found[1]))
         if reason is None:
             return error
-        kept = ", ".join(map(str, self.steps)) or "none"
         return inventory.CheckpointError(
             f"the checkpoint of step {step:,} cannot be written to {inventory.folder_of(self._workdir)} ({reason}); "
-            f"what was saved before is untouched (steps: {kept}): mend that, and the same command goes on from there"
+            f"what was saved before is untouched (steps: {self._kept()}): mend that, and the same command goes on from "
+            "there"
         )
 
 
@@ -266,7 +289,10 @@ def check_kept_tokenizer(workdir: epath.PathLike, step: int) -> None:
     noted = inventory.folder_of(workdir, step) / DATA_ITEM
     if not (kept.exists() and noted.exists()) or inventory.faults(workdir, step, ("data",)):
         return
-    before = json.loads(noted.read_bytes()).get("tokenizer")
+    try:
+        before = json.loads(noted.read_bytes()).get("tokenizer")
+    except FileNotFoundError:  # the run beside this reader has removed it
+        return
     now = hashlib.sha256(kept.read_bytes()).hexdigest()
     if before not in (None, now):
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM: the first one asks to stop, the second one ends the process at once.
+"""Signals that ask to stop: SIGINT, SIGTERM and SIGQUIT, of which a second one ends the process at once, and others.
 
 While there is something to save, the first signal is only noted, and the training loop stops at the next step; else
 it raises :class:`Stopped`. Several processes agree on the step: a signal to one of them stops all.
@@ -19,7 +19,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lrt_jax.setup import mesh as meshes
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+# What somebody sends who waits for the end: a second one means "at once".
+INSISTENT = (signal.SIGINT, signal.SIGTERM, signal.SIGQUIT)
+# A closed terminal, whose shell says so again; a limit of CPU time, told every second; a batch system's warning.
+# Service managers send some of them along with SIGTERM.
+PATIENT = (signal.SIGHUP, signal.SIGXCPU, signal.SIGUSR1, signal.SIGUSR2)
+SIGNALS = (*INSISTENT, *PATIENT)
 
 
 class Stopped(Exception):  # noqa: N818, it is no error
@@ -40,12 +45,13 @@ class StopRequests:
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
-        """Within, the signals ask to stop."""
-        before = {number: signal.signal(number, self._handle) for number in SIGNALS}
+        """Within, the signals ask to stop; but not those of PATIENT that are ignored, as nohup has it for SIGHUP."""
+        asked = [n for n in SIGNALS if n in INSISTENT or signal.getsignal(n) is not signal.SIG_IGN]
+        before = {number: signal.signal(number, self._handle) for number in asked}
         receiver, sender = socket.socketpair()
         sender.setblocking(False)
         wakeup = signal.set_wakeup_fd(sender.fileno(), warn_on_full_buffer=False)
-        thread = threading.Thread(target=self._receive, args=(receiver,), name="signals", daemon=True)
+        thread = threading.Thread(target=self._receive, args=(receiver, asked), name="signals", daemon=True)
         thread.start()
         try:
             yield
@@ -102,13 +108,14 @@ class StopRequests:
             self._deferred = True  # so that the way out is not disturbed
             raise Stopped
 
-    def _receive(self, receiver: socket.socket) -> None:
-        signals = 0
+    def _receive(self, receiver: socket.socket, asked: list[signal.Signals]) -> None:
+        insisted = 0
         while numbers := receiver.recv(1):
-            if numbers[0] not in SIGNALS:
+            if numbers[0] not in asked:
                 continue
-            signals += 1
             self._asked = True
-            if signals == 2:
-                os.write(2, b"stopped at once by a second signal; the last complete checkpoint is untouched\n")
+            insisted += numbers[0] in INSISTENT
+            if insisted == 2:
+                with contextlib.suppress(OSError):  # the terminal is gone, say
+                    os.write(2, b"stopped at once by a second signal; the last complete checkpoint is untouched\n")
                 os._exit(128 + numbers[0])

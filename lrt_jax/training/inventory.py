@@ -12,11 +12,13 @@ none left stops, rather than begin at step 0.
 
 import contextlib
 import dataclasses
+import time
 from collections.abc import Callable, Sequence
 
 from etils import epath
 
 from lrt_jax.setup.errors import UserError
+from lrt_jax.setup.paths import LocalPath
 from lrt_jax.training import manifest
 
 FOLDER = "checkpoints"
@@ -24,6 +26,7 @@ SAVING = "saving"
 DAMAGED, SUPERSEDED = "damaged", "superseded"
 DELETED = ".deleted"  # what a checkpoint's name ends in while it is removed
 TEMPORARY = ".orbax-checkpoint-tmp"  # what the name of a folder holds that orbax has not finished
+LOOKS, INTERVAL = 3, 0.1  # at a checkpoint beside a run, and seconds between them
 NAMED = 4  # damaged files that a sentence names
 
 
@@ -50,7 +53,7 @@ class Entry:
 
 def folder_of(workdir: epath.PathLike, step: int | None = None) -> epath.Path:
     """Where the checkpoints are, or the one of ``step``."""
-    folder = epath.Path(workdir).absolute() / FOLDER
+    folder = LocalPath(workdir).absolute() / FOLDER
     return folder if step is None else folder / str(step)
 
 
@@ -60,14 +63,9 @@ def steps(workdir: epath.PathLike) -> list[int]:
 
 
 def survey(workdir: epath.PathLike) -> list[Entry]:
-    """Every checkpoint in its place, verified, ascending."""
-    entries = []
-    for step in _all(workdir):
-        folder = folder_of(workdir, step)
-        unfinished = _is_unfinished(workdir, step)
-        found = () if unfinished else tuple(faults(workdir, step))
-        entries.append(Entry(step, unfinished, found, manifest.total_bytes(folder)))
-    return entries
+    """Every checkpoint in its place, verified, ascending; one that a run removes meanwhile is left out."""
+    entries = (_examined(workdir, step) for step in _all(workdir))
+    return [entry for entry in entries if entry is not None]
 
 
 def faults(workdir: epath.PathLike, step: int, items: tuple[str, ...] = ()) -> list[str]:
@@ -103,8 +101,9 @@ def recover(workdir: epath.PathLike, tell: Callable[[str], None]) -> int | None:
     folder = folder_of(workdir)
     try:
         for path in list(folder.iterdir()) if folder.exists() else ():
-            if path.name.endswith(DELETED) or TEMPORARY in path.name:
+            if TEMPORARY in path.name:
                 path.rmtree()
+        _sweep(folder)
         for step in reversed(_all(workdir)):
             if _is_unfinished(workdir, step):
                 _remove(folder / str(step))
@@ -142,15 +141,23 @@ def newest_good(workdir: epath.PathLike, tell: Callable[[str], None], items: tup
     Raises:
       CheckpointError: there are checkpoints, but no good one.
     """
-    found = steps(workdir)
-    for step in reversed(found):
-        damage = faults(workdir, step, items)
-        if not damage:
-            return step
-        tell(f"the checkpoint of step {step:,} is damaged: {named(damage)}; it is not used")
-    if found:
+    seen: set[int] = set()
+    while new := [step for step in steps(workdir) if step not in seen]:  # others come while old ones are removed
+        for step in reversed(new):
+            damage = faults(workdir, step, items)
+            if not damage:
+                return step
+            if not is_gone(workdir, step):
+                tell(f"the checkpoint of step {step:,} is damaged: {named(damage)}; it is not used")
+        seen.update(new)
+    if found := steps(workdir):
         raise CheckpointError(f"no good checkpoint is in {folder_of(workdir)}: all of {found} are damaged")
     return None
+
+
+def is_gone(workdir: epath.PathLike, step: int) -> bool:
+    """Whether a checkpoint is not there any more, which is no damage: a run removes old ones beside its readers."""
+    return not folder_of(workdir, step).exists()
 
 
 def begin(workdir: epath.PathLike, step: int) -> None:
@@ -164,6 +171,7 @@ def complete(workdir: epath.PathLike, step: int, keep: int) -> None:
     folder = folder_of(workdir)
     manifest.write(folder / str(step))
     (folder / SAVING).unlink(missing_ok=True)
+    _sweep(folder)
     for old in steps(workdir)[:-keep]:
         _remove(folder / str(old))
 
@@ -200,6 +208,21 @@ def _all(workdir: epath.PathLike) -> list[int]:
     return sorted(int(p.name) for p in folder.iterdir() if p.name.isdecimal()) if folder.exists() else []
 
 
+def _examined(workdir: epath.PathLike, step: int) -> Entry | None:
+    """A checkpoint as it is found; None if it is gone by the time that something is found to be wrong with it."""
+    folder = folder_of(workdir, step)
+    for _ in range(LOOKS):
+        if manifest.exists(folder):
+            found = tuple(faults(workdir, step))
+            return None if found and is_gone(workdir, step) else Entry(step, False, found, manifest.total_bytes(folder))
+        if _is_unfinished(workdir, step):
+            return Entry(step, True, (), 0)
+        if is_gone(workdir, step):
+            return None
+        time.sleep(INTERVAL)  # neither finished nor not: a save may have ended between the two questions
+    return Entry(step, False, tuple(faults(workdir, step)), 0)
+
+
 def _is_unfinished(workdir: epath.PathLike, step: int) -> bool:
     """Whether a save was cut off. Without the note that it was under way, a manifest that misses is a damage."""
     if manifest.exists(folder_of(workdir, step)):
@@ -231,7 +254,14 @@ def _set_aside(workdir: epath.PathLike, step: int, kind: str) -> epath.Path:
 
 def _remove(path: epath.Path) -> None:
     """Deletes a checkpoint's folder; renamed first, so that one that is deleted in part is never taken for one."""
-    doomed = path.with_name(path.name + DELETED)
     with contextlib.suppress(FileNotFoundError):
-        path.rename(doomed)
-        doomed.rmtree()
+        path.rename(path.with_name(path.name + DELETED))
+    _sweep(path.parent)
+
+
+def _sweep(folder: epath.Path) -> None:
+    """Deletes what was renamed to be deleted; what somebody still reads, on NFS, is left for the next time."""
+    for path in list(folder.iterdir()) if folder.exists() else ():
+        if path.name.endswith(DELETED):
+            with contextlib.suppress(OSError):
+                path.rmtree()

@@ -133,7 +133,7 @@ class _Done:
 
 
 def train(config: Config, parts: Parts, state: TrainState) -> tuple[TrainState, bool]:
-    """Trains from ``state`` to the end of the run, or to SIGINT or SIGTERM; either way the last state is saved.
+    """Trains from ``state`` to the end of the run, or to a signal; either way the last state is saved.
 
     Returns:
       The last state, and whether the run is complete.
@@ -269,7 +269,7 @@ def _stop(config: Config, parts: Parts, done: _Done, values: dict[str, float], s
         parts.writer.line(line)
     path = parts.workdir / f"bad_step_{done.step}.process_{jax.process_index()}.txt"
     with contextlib.suppress(OSError):
-        path.write_text("\n".join(report) + "\n")
+        path.write_text("\n".join(report) + "\n", encoding="utf-8", errors="replace")
     values = {name: values[f"train/{name}"] for name in ("loss", "grad_norm")}
     held = "" if repeats else f", the last of {config.train.bad_steps} skipped in a row"
     raise TrainingError(

@@ -13,6 +13,8 @@ from typing import Any
 
 from etils import epath
 
+from lrt_jax.setup.paths import bytes_of
+
 FILE = "manifest.json"
 PIECE = 1 << 23  # bytes in memory per file that is being read
 THREADS = min(8, os.cpu_count() or 1)  # hashing releases the interpreter's lock
@@ -83,7 +85,7 @@ def total_bytes(folder: epath.Path) -> int:
 def _fault(folder: epath.Path, name: str, expected: dict[str, Any]) -> str:
     path = folder / name
     try:
-        found = path.stat().length
+        found = bytes_of(path)
         if found != expected["bytes"]:
             return f"{name} has {found:,} bytes instead of {expected['bytes']:,}"
         _, digest = _digest(path)

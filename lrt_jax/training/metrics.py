@@ -9,13 +9,17 @@ import time
 from pathlib import Path
 
 import tqdm
+from etils import epath
 from tensorboardX import summary
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from lrt_jax.setup.errors import WorkdirError, writing
+from lrt_jax.training import manifest
 
 FILE = "metrics.jsonl"
+# Where lines of it go whose steps were computed once more, since the process ended before their save.
+SUPERSEDED = "metrics.superseded.jsonl"
 # Without a terminal (a log file), a line at most every so many seconds.
 SECONDS_BETWEEN_LINES = 10.0
 # TensorBoard's file is flushed at most every so many seconds.
@@ -28,6 +32,8 @@ class Writer:
     def __init__(self, workdir: Path, first_step: int, steps: int):
         """Opens the files for appending; half a line that a killed process left is cut off.
 
+        Metrics of later steps than the first, which are computed again, move to another file.
+
         Args:
           workdir: where they lie.
           first_step: steps done before; what TensorBoard has of later ones is hidden.
@@ -39,6 +45,7 @@ class Writer:
         self._path = workdir / FILE
         with writing(workdir):
             _cut_half_a_line(self._path)
+            _set_aside_after(first_step, self._path)
             self._jsonl = self._path.open("a")
             # Not SummaryWriter: its thread dies of a full disk, and then the process waits for it for ever.
             self._tensorboard = EventsWriter(str(workdir / "events"))
@@ -137,6 +144,25 @@ class Silent(Writer):
 
     def close(self) -> None:
         """Has nothing to close."""
+
+
+def _set_aside_after(step: int, path: Path) -> None:
+    """Moves the lines of later steps, so that each step is there once; no line is lost whenever the process ends."""
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True) if path.exists() else []
+    later = [line for line in lines if _step_of(line) > step]
+    if later:
+        with path.with_name(SUPERSEDED).open("a", encoding="utf-8") as stream:
+            stream.writelines(later)
+        kept = "".join(line for line in lines if _step_of(line) <= step)
+        manifest.write_whole(epath.Path(path), kept.encode())
+
+
+def _step_of(line: str) -> int:
+    """The step of a line; that of a line which is damaged is 0."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return 0
 
 
 def _cut_half_a_line(path: Path) -> None:

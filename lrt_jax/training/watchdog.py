@@ -114,7 +114,8 @@ class Watchdog:
             f"stacks of all threads are above and in {self._log}; exit {EXIT_CODE}: start again to go on from the last "
             "checkpoint\n"
         )
-        os.write(2, message.encode())
+        with contextlib.suppress(OSError):  # the terminal is gone, say
+            os.write(2, message.encode())
         time.sleep(GRACE)
         os._exit(EXIT_CODE)
 
@@ -150,7 +151,8 @@ def _abort(process: int) -> None:
         "error: nothing has moved, and native code keeps Python from ending the process; it is aborted, exit "
         f"{128 + signal.SIGABRT}, its stacks follow: start again to go on from the last checkpoint\n"
     )
-    os.write(2, message.encode())
+    with contextlib.suppress(OSError):
+        os.write(2, message.encode())
     with contextlib.suppress(OSError, ValueError):
         resource.prlimit(process, resource.RLIMIT_CORE, (0, 0))  # all of its memory, for nobody
     os.kill(process, signal.SIGABRT)
