@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import functools
 import re
 import sys
 import time
@@ -10,7 +9,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import jax
-import optax
 from absl import flags
 from jax.sharding import Mesh
 from ml_collections import config_flags
@@ -33,15 +31,13 @@ from lrt_jax.setup.durations import require_ahead, train_steps
 from lrt_jax.setup.errors import one_line
 from lrt_jax.training import (
     checkpoint,
-    guard,
     inventory,
     lock,
     loop,
     metrics,
     optimizer,
-    schedules,
+    stages,
     state,
-    step,
 )
 from lrt_jax.training.interruption import Stopped, StopRequests
 from lrt_jax.training.profiling import Profiler
@@ -193,7 +189,7 @@ def _run(
         stop.check(mesh)
 
     parts = loop.Parts(
-        stages=tuple(_stages(config, decoder, mesh, transformation, steps)),
+        stages=tuple(stages.build(config, decoder, mesh, transformation, steps)),
         batches=batches,
         mesh=mesh,
         checkpoints=checkpoints,
@@ -246,50 +242,6 @@ def _recover(workdir: Path) -> int | None:
 def _left_out(rows: records.Records) -> Iterator[str]:
     if rows.left_out:
         yield f"{rows.left_out:,} bad records of the corpus are left out (config.data.on_bad_record = skip)"
-
-
-def _stages(
-    config: configs.Config, decoder: Decoder, mesh: Mesh, transformation: optax.GradientTransformation, steps: int
-) -> Iterator[loop.Stage]:
-    """The run's stages; each schedule has one training step, and all have one optimizer."""
-    kinds = {schedule: _kind(config, decoder, mesh, transformation, schedule) for schedule in config.schedule.kinds}
-    share, stages = 0.0, config.schedule.in_stages
-    for stage in stages:
-        share += stage.share
-        yield loop.Stage(
-            end=steps if stage is stages[-1] else round(share * steps),
-            kinds=tuple(kinds[drawn.schedule] for drawn in stage.mixture),
-            draw=functools.partial(stage.draw, config.seed),
-            forwards_equivalent=stage.forwards_equivalent,
-        )
-
-
-def _kind(
-    config: configs.Config,
-    decoder: Decoder,
-    mesh: Mesh,
-    transformation: optax.GradientTransformation,
-    schedule: configs.ScheduleConfig,
-) -> loop.Kind:
-    built = schedules.build(schedule, config.model.sequence_length)
-    names = schedules.forward_names(schedule)
-    once = meshes.gathers_once(config.mesh, mesh.shape)
-    return loop.Kind(
-        step=step.build(
-            decoder,
-            built,
-            transformation,
-            names,
-            config.train.accumulation,
-            functools.partial(guard.judge, config=config.train),
-            gather_once=once,
-        ),
-        flops_per_step=costs.train_flops(config.model, schedule) * config.train.batch_size,
-        statistics=guard.statistics(
-            step.gradient_of(decoder, built, names, config.train.accumulation, gather_once=once),
-            {name for name, parameter in table(config.model).items() if parameter.axes[0] == "layers"},
-        ),
-    )
 
 
 def _attention(config: configs.Config, mesh: Mesh) -> Attention:

@@ -20,6 +20,7 @@ from lrt_jax.comparison import plan, plots, results
 from lrt_jax.data import records, tokenizer
 from lrt_jax.model import costs
 from lrt_jax.setup import flags as command_line
+from lrt_jax.setup import mesh as meshes
 from lrt_jax.setup import workdir as workdirs
 from lrt_jax.setup.config import ConfigError
 from lrt_jax.setup.durations import train_steps
@@ -50,6 +51,8 @@ def main(*files: str) -> int:
         for run in mine:
             print(f"{'done' if results.read(out / run.name) else 'to do'}  {run.name}")
         return 0
+    # Of all runs together: those that differ by seed or budget alone have the same programs.
+    meshes.cache_compilations(out)
     for number, run in enumerate(mine):
         if results.read(out / run.name) is None:
             print(f"\n=== run {number + 1} of {len(mine)}: {run.name}", flush=True)
@@ -82,8 +85,7 @@ def _run(run: plan.Run, out: Path, sweep: plan.Sweep) -> bool:
     parameters = costs.count_parameters(config.model).total
     steps = train_steps(config.train, config.model.sequence_length, parameters)
     results.write(folder, results.result_of(run, scores, seconds, parameters, steps))
-    for checkpoint in (folder / "checkpoints", folder / "compilation_cache"):
-        shutil.rmtree(checkpoint, ignore_errors=True)  # dozens of runs; their numbers are what is wanted
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # of dozens of runs the numbers are what is wanted
     return True
 
 

@@ -240,7 +240,7 @@ def test_a_wheel_holds_every_part_and_the_configs_and_needs_no_test_runner():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     listed = set(project["tool"]["setuptools"]["packages"])
     parts = {f"lrt_jax.{path.parent.name}" for path in (ROOT / "lrt_jax").glob("*/__init__.py")}
-    assert listed == {"lrt_jax", "lrt_jax.configs", *parts}
+    assert listed == {"lrt_jax", "lrt_jax.configs", "lrt_jax.configs.sweeps", *parts}
     lines = (ROOT / "requirements.txt").read_text().splitlines()
     tested = [line for line in lines if line and not line.startswith("#")]
     assert [line for line in tested if not line.startswith("pytest")] == project["project"]["dependencies"]

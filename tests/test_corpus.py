@@ -64,7 +64,7 @@ def test_zstd_with_a_long_window_and_frames_to_skip_is_read(tmp_path):
         ("a.txt.zst", bytes.fromhex("28b52ffd2107030300") + b"abcd", r"it was compressed with a dictionary"),
         ("a.txt.gz", b"\x1f\x8b\x09\0" + bytes(20), r"unknown compression method\): it may be intact, but"),
         ("a.txt.gz", b"plain text", r"b'plai' begins nothing of gzip\); it is damaged, or has another format than"),
-        ("a.txt.zst", gzip.compress(b"x"), r"begins nothing of Zstandard\); it is damaged, or has another format"),
+        ("a.txt.zst", gzip.compress(b"x", mtime=0), r"begins nothing of Zstandard\); it is damaged, or has another"),
     ],
 )
 def test_what_a_decoder_refuses_is_not_called_damaged(tmp_path, name, data, says):

@@ -1,6 +1,7 @@
 """What a sweep runs: configs, each for a budget of effective tokens, and where each run lives."""
 
 import dataclasses
+import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -8,7 +9,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from lrt_jax.setup.config import Config, ConfigError, from_config_dict
-from lrt_jax.setup.config_file import module, reason
+from lrt_jax.setup.config_file import found, module, reason
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +72,7 @@ def load(path: str) -> Sweep:
       ConfigError: there is no such file, it fails, returns something else, or two runs have one name.
     """
     rule = "it must be a Python file whose function get_sweep returns a lrt_jax.comparison.plan.Sweep"
+    path = found(os.path.expanduser(path))  # noqa: PTH111  leaves a ~ that names nobody, which no file has
     if not Path(path).is_file():
         raise ConfigError(f"the sweep is {path!r}, but there is no such file; shipped ones are in configs/sweeps/")
     try:

@@ -20,7 +20,7 @@ def draw(sweep: Sweep, results: Sequence[Result], path: Path) -> None:
         from matplotlib.figure import Figure
     except ImportError:
         raise UserError(
-            "plots need matplotlib: pip install matplotlib; the table and the JSON file are there"
+            "plots need matplotlib: pip install 'lrt-jax[plots]'; the table and the JSON file are there"
         ) from None
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.add_subplot(xscale="log", xlabel="effective tokens", ylabel="sequential bits per byte")

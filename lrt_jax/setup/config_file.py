@@ -35,7 +35,7 @@ class ConfigFileParser(flags.ArgumentParser):
           ConfigError: there is no such file, it fails, returns something else, or lacks a field that is overridden.
         """
         path, colon, argument = value.partition(":")
-        path = _found(os.path.expanduser(path))  # noqa: PTH111  leaves a ~ that names nobody, which no file has
+        path = found(os.path.expanduser(path))  # noqa: PTH111  leaves a ~ that names nobody, which no file has
         try:
             if not Path(path).is_file():
                 raise ConfigError(
@@ -58,10 +58,11 @@ class ConfigFileParser(flags.ArgumentParser):
         return config
 
 
-def _found(path: str) -> str:
+def found(path: str) -> str:
     """The path, or that of the shipped file which it names from another directory than the one with configs/."""
-    if not Path(path).exists() and path in _shipped():
-        return str(SHIPPED / Path(path).name)
+    within = Path(path).relative_to("configs") if path.startswith("configs/") else None
+    if within is not None and not Path(path).exists() and (SHIPPED / within).exists():
+        return str(SHIPPED / within)
     return path
 
 
