@@ -77,8 +77,8 @@ class Begun:
         ]
         raise DataError(
             f"config.data.corpus is {source!r}, which has other files than when this run began "
-            f"({'; '.join(parts) or 'another size'}); it may be moved and spelled otherwise, but must hold the same files: "
-            "put them back, or begin anew in another --workdir, if with these parameters by `python -m "
+            f"({'; '.join(parts) or 'another size'}); it may be moved and spelled otherwise, but must hold the same "
+            "files: put them back, or begin anew in another --workdir, if with these parameters by `python -m "
             "lrt_jax.convert export`, then `import`"
         )
 
