@@ -71,7 +71,7 @@ def main() -> int:
         raise configs.ConfigError("--config is not set; for the default run: --config=configs/base.py")
     config = configs.from_config_dict(flags.FLAGS.config)
     name = config_flags.get_config_filename(flags.FLAGS["config"])
-    place = workdirs.local(flags.FLAGS.workdir) if flags.FLAGS.workdir else default_workdir(name)
+    place = workdirs.local(flags.FLAGS.workdir or str(default_workdir(name)))
     processes.start()
     scores = run(config, place)
     return 0 if scores else flags.FLAGS.stopped_exit_code
