@@ -176,7 +176,7 @@ def test_a_work_dir_whose_path_is_not_utf8_is_refused(tmp_path, monkeypatch):
     folder.mkdir()
     monkeypatch.chdir(folder)
     for value in (str(folder), "runs/base"):
-        with pytest.raises(ConfigError, match=r"^--workdir is '.*', whose path is not UTF-8") as raised:
+        with pytest.raises(ConfigError, match=r"^--workdir is '.*', whose path '.*' is not UTF-8") as raised:
             workdirs.local(value)
         assert str(raised.value).encode()
 
@@ -206,17 +206,38 @@ def test_what_cannot_be_a_work_dir_is_named(tmp_path):
     with socket.socket(socket.AF_UNIX) as server:
         server.bind(str(tmp_path / "socket"))
     (tmp_path / "file").write_text("")
-    for value in ("/dev/null", *(str(tmp_path / name) for name in ("fifo", "socket", "file"))):
-        with pytest.raises(
-            ConfigError, match=f"^--workdir is '{value}', which is there and no folder; it must be one$"
-        ):
-            workdirs.local(value)
+    for there in ("/dev/null", *(str(tmp_path / name) for name in ("fifo", "socket", "file"))):
+        for value in (there, f"{there}/run"):
+            says = f"^--workdir is '{value}', but '{there}' is there and no folder; it must be one$"
+            with pytest.raises(ConfigError, match=says):
+                workdirs.local(value)
     with pytest.raises(ConfigError, match=r"link', a link to '.*/nothing', where there is nothing; mend it$"):
         workdirs.local(str(tmp_path / "link"))
     with pytest.raises(ConfigError, match=r"is 's3:/bucket/run'; it must be a folder: mount the bucket"):
         workdirs.local("s3:/bucket/run")  # as pathlib and others leave it
-    with pytest.raises(ConfigError, match=r"is '/tmp/\.\./gs/run', and what is in /gs is taken for gs://; link it to"):
-        workdirs.local("/tmp/../gs/run")
+
+
+@pytest.mark.parametrize(
+    ("value", "says"),
+    [
+        ("a\\b", "has a backslash, which is taken for a slash"),
+        ("logs:/run", "has a folder whose name ends in gs:, which is taken for a bucket"),
+        ("/tmp/../gs/run", "begins with /gs, which is taken for gs://"),
+        ("a\udcff", r"'.*a\\udcff' is not UTF-8"),
+        (
+            "/".join(["a" * 200] * 20),
+            "has 4,020 bytes of the 4,096 that a file's whole path may have, and 256 must be left",
+        ),
+    ],
+)
+def test_what_orbax_takes_for_another_path_is_refused(value, says, monkeypatch):
+    monkeypatch.chdir("/")
+    says = f"^--workdir is '.*', whose path {says}: checkpoints could not be written, or not be found again; choose"
+    with pytest.raises(ConfigError, match=says):
+        workdirs.local(value if value.startswith("/") else f"./{value}")
+
+
+def test_names_that_are_odd_and_right(tmp_path):
     (tmp_path / "good").symlink_to(tmp_path)
     for value in (tmp_path / "good", tmp_path / "a b 😀\n", tmp_path / "a:" / "b"):
         assert workdirs.local(str(value)) == value

@@ -14,6 +14,7 @@ from lrt_jax.setup.schema import ConfigError
 
 BUCKET = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:/")  # how a URL begins, also one whose slashes a program has merged
 MARK = "run.seen-by-all."  # how the name of the file begins that the processes look for
+ROOM = 256  # bytes of a path within a work dir, at most
 PATIENCE = 60.0  # seconds to wait for it: so long NFS remembers that there was no such folder
 INTERVAL = 0.1  # seconds between looks
 
@@ -36,22 +37,40 @@ def local(value: str, name: str = "--workdir", kind: str = "folder") -> Path:
             f"{name} is {value!r}; it must be a {kind}: mount the bucket (launch/tpu_vm.sh --bucket does) and name "
             f"the {kind} there"
         )
-    top = Path(os.path.abspath(path)).parts[1:2]  # noqa: PTH100  resolves .., and no links
-    if kind == "folder" and set(top) & set(paths.BUCKETS):
-        raise ConfigError(
-            f"{name} is {value!r}, and what is in /{top[0]} is taken for {top[0]}://; link it to another path"
-        )
     try:
+        place = os.path.abspath(path)  # noqa: PTH100  resolves .., and no links
         there = path.exists()
     except OSError as error:
         raise ConfigError(f"{name} is {value!r}, where no {kind} can be ({error.strerror})") from None
-    if there and kind == "folder" and not path.is_dir():
-        raise ConfigError(f"{name} is {value!r}, which is there and no folder; it must be one")
     if not there and path.is_symlink():
         raise ConfigError(f"{name} is {value!r}, a link to {str(path.readlink())!r}, where there is nothing; mend it")
-    if kind == "folder" and not _is_utf8(str(path.absolute())):
-        raise ConfigError(f"{name} is {value!r}, whose path is not UTF-8; it must be, for the folder of a run")
+    if kind == "folder":
+        nearest = next(above for above in (path, *path.parents, Path()) if above.exists())
+        if not nearest.is_dir():
+            raise ConfigError(f"{name} is {value!r}, but {str(nearest)!r} is there and no folder; it must be one")
+        if fault := _unfit(place):
+            raise ConfigError(
+                f"{name} is {value!r}, whose path {fault}: checkpoints could not be written, or not be found again; "
+                "choose another"
+            )
     return path
+
+
+def _unfit(place: str) -> str:
+    """What orbax and tensorstore cannot take in an absolute path, as a part of a sentence; empty if they can."""
+    try:
+        length = len(place.encode())
+    except UnicodeEncodeError:
+        return f"{place!r} is not UTF-8"
+    if "\\" in place:
+        return "has a backslash, which is taken for a slash"
+    if "gs:/" in place + "/":
+        return "has a folder whose name ends in gs:, which is taken for a bucket"
+    if (top := place.split("/")[1]) in paths.BUCKETS:
+        return f"begins with /{top}, which is taken for {top}://"
+    if length + ROOM > (longest := os.pathconf("/", "PC_PATH_MAX")):
+        return f"has {length:,} bytes of the {longest:,} that a file's whole path may have, and {ROOM} must be left"
+    return ""
 
 
 def expanded(value: str, name: str) -> Path:
@@ -69,14 +88,6 @@ def expanded(value: str, name: str) -> Path:
             "./~… for a name that begins so)"
         )
     return Path(path)
-
-
-def _is_utf8(path: str) -> bool:
-    try:
-        path.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def require_shared(workdir: Path) -> None:
