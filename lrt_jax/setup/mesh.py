@@ -224,6 +224,7 @@ def global_batch(mesh: Mesh, local: Any, rows: int | None = None) -> Any:
 
 
 def cache_compilations(workdir: Path) -> None:
-    """Keeps compiled programs in the work dir, so that a resumed run starts fast."""
-    jax.config.update("jax_compilation_cache_dir", str(workdir.absolute() / "compilation_cache"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    """Keeps compiled programs in the work dir, so that a resumed run starts fast; or where JAX was told to keep them."""
+    if jax.config.jax_compilation_cache_dir is None:
+        jax.config.update("jax_compilation_cache_dir", str(workdir.absolute() / "compilation_cache"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
