@@ -4,23 +4,18 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 # Compiling takes nearly all the time here, and the programs are tiny: so it is done once, for all workers and for the
 # processes that tests start (they inherit this), and with as little optimization as XLA can do.
-CACHE = "JAX_COMPILATION_CACHE_DIR"
-OWN_CACHE = CACHE not in os.environ  # not in the workers of xdist, which inherit it too
-if OWN_CACHE:
-    os.environ[CACHE] = tempfile.mkdtemp(prefix="lrt-jax-tests-")
-for name, value in {
-    "JAX_PLATFORMS": "cpu",
-    "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
-    "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-    "JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES": "none",  # else programs are bound to the path of their cache
-    "XLA_FLAGS": "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1",
-}.items():
-    os.environ.setdefault(name, value)
+CACHE = Path(tempfile.gettempdir()) / f"lrt-jax-tests-{os.getpid()}"
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES", "none")  # else programs are bound to its path
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1")
 
 import jax
 import numpy as np
@@ -33,8 +28,7 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
 def pytest_unconfigure():
-    if OWN_CACHE:
-        shutil.rmtree(os.environ.pop(CACHE), ignore_errors=True)
+    shutil.rmtree(CACHE, ignore_errors=True)  # that of the first process; workers have inherited its
 
 
 @pytest.fixture(scope="session")
