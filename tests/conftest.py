@@ -9,8 +9,7 @@ from typing import Any
 
 # Compiling takes nearly all the time here, and the programs are tiny: so it is done once, for all workers and for the
 # processes that tests start (they inherit this), and with as little optimization as XLA can do.
-CACHE = Path(tempfile.gettempdir()) / f"lrt-jax-tests-{os.getpid()}"
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", f"{tempfile.gettempdir()}/lrt-jax-tests-{os.getpid()}")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES", "none")  # else programs are bound to its path
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
@@ -28,7 +27,10 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
 def pytest_unconfigure():
-    shutil.rmtree(CACHE, ignore_errors=True)  # that of the first process; workers have inherited its
+    """Removes the compiled programs, once all workers are done: they have inherited the first process's place."""
+    place = Path(os.environ["JAX_COMPILATION_CACHE_DIR"])
+    if place.name == f"lrt-jax-tests-{os.getpid()}":
+        shutil.rmtree(place, ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

@@ -102,7 +102,6 @@ def products(jaxpr):
 @pytest.mark.parametrize(
     "schedule",
     [
-        ScheduleConfig(name="plain"),
         ScheduleConfig(subsets=2, unroll=False),
         ScheduleConfig(subsets=4),  # pieces that dense attention joins twice
         ScheduleConfig(name="multi_refinement", refinements=1, unroll=False),
@@ -152,29 +151,29 @@ def test_kernels_equal_the_dense_reference(kind, subsets, subset, window, kv_hea
         np.testing.assert_allclose(a, b, rtol=0, atol=5e-6 * np.abs(b).max())
 
 
-@pytest.mark.parametrize("kind", kernels.KERNELS)
-def test_a_model_with_kernels_computes_the_same(random_params, kind):
+def test_a_model_with_kernels_computes_the_same(random_params):
     def loss_and_gradients(kind):
         config = ModelConfig(
             layers=2,
             width=256,
             heads=2,
             kv_heads=2,
-            sequence_length=512,
+            sequence_length=384,
             vocab_size=32,
             window_pattern="SL",
             attention=kind,
             scan_layers=True,  # where a layer's kernel is chosen at run time
             dtype="float32",
         )
-        rows = jnp.asarray(np.random.default_rng(0).integers(0, 32, (1, 513)))
-        built = schedules.build(ScheduleConfig(subsets=4), 512)  # more than two pieces
+        rows = jnp.asarray(np.random.default_rng(0).integers(0, 32, (1, 385)))
+        built = schedules.build(ScheduleConfig(subsets=3), 384)  # more than two pieces
         objective = jax.value_and_grad(lambda params: built(Decoder(config), params, rows[:, :-1], rows[:, 1:]).loss)
         return jax.jit(objective)(random_params(config))
 
-    dense, by_kernel = loss_and_gradients("dense"), loss_and_gradients(kind)
-    for a, b in zip(jax.tree.leaves(by_kernel), jax.tree.leaves(dense), strict=True):
-        np.testing.assert_allclose(a, b, rtol=0, atol=2e-4 * np.abs(b).max())
+    dense = loss_and_gradients("dense")
+    for kind in kernels.KERNELS:
+        for a, b in zip(jax.tree.leaves(loss_and_gradients(kind)), jax.tree.leaves(dense), strict=True):
+            np.testing.assert_allclose(a, b, rtol=0, atol=2e-4 * np.abs(b).max(), err_msg=kind)
 
 
 @pytest.mark.parametrize(
