@@ -235,6 +235,7 @@ WRONG = [
     (["lrt_jax.main", "--config=configs/nope.py"], "there is no file configs/nope.py"),
     (["lrt_jax.main", "nonsense"], "'nonsense' is not a flag"),
     (["lrt_jax.main", "--config=configs/base.py:big"], "no variant 'big'"),
+    ([*TRAIN, "--num_processes=2"], "error: --coordinator_address and --process_id must be set too"),
     ([*TRAIN, "--config.model.layer=3"], "config.model.layer is not a field; did you mean layers?"),
     ([*TRAIN, "--config.model.layers=three"], "config.model.layers is 'three'; it must be int"),
     ([*TRAIN, "--config.model.heads=3"], "config.model.heads is 3, which does not divide model.width"),
