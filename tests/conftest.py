@@ -1,11 +1,20 @@
 """Settings of JAX for every test, and tiny models with no parameter left at a neutral value."""
 
 import os
+import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+# Compiling takes nearly all the time here, and the programs are tiny: so it is done once, for all workers and for the
+# processes that tests start (they inherit this), and with as little optimization as XLA can do.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", f"{tempfile.gettempdir()}/lrt-jax-tests-{os.getpid()}")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES", "none")  # else programs are bound to its path
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1")
 
 import jax
 import numpy as np
@@ -15,10 +24,13 @@ from lrt_jax.model.parameters import table
 from lrt_jax.setup.config import ModelConfig
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
-# Compiling takes nearly all the time here, and the programs are tiny.
-jax.config.update("jax_disable_most_optimizations", True)
-jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parents[1] / ".jax_cache"))
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def pytest_unconfigure():
+    """Removes the compiled programs, once all workers are done: they have inherited the first process's place."""
+    place = Path(os.environ["JAX_COMPILATION_CACHE_DIR"])
+    if place.name == f"lrt-jax-tests-{os.getpid()}":
+        shutil.rmtree(place, ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

@@ -27,20 +27,24 @@ MEMORIES = {
 WINDOWS = ("SL", "L")
 KV_HEADS = (1, 4)  # of 4 query heads
 SOURCES = ("1", "final")
-# Switches that have nothing to do with memory take turns.
-SWITCHES = (
+SWITCHES = (  # that have nothing to do with memory
     {"scan_layers": True},
     {"scan_layers": True, "value_embeddings": "alternate", "beta": False},
     {"scan_layers": True, "alpha": False, "gate_width": 4},
     {"scan_layers": False, "value_embeddings": "none"},
 )
+# Of all 96 models those twelve in which every two of these choices meet.
+CHOICES = [
+    (memory, WINDOWS[(i + j // 2) % 2], KV_HEADS[(i + j) % 2], SOURCES[(i + j + j // 2) % 2], j)
+    for (i, memory), j in itertools.product(enumerate(MEMORIES), range(len(SWITCHES)))
+]
 COMBINATIONS = {
     f"{memory}, {windows}, {kv_heads} kv, source {source}": {
         **MEMORIES[memory],
         **{"window_pattern": windows, "kv_heads": kv_heads, "source_layer": source},
-        **SWITCHES[(index + index // len(SWITCHES)) % len(SWITCHES)],
+        **SWITCHES[switches],
     }
-    for index, (memory, windows, kv_heads, source) in enumerate(itertools.product(MEMORIES, WINDOWS, KV_HEADS, SOURCES))
+    for memory, windows, kv_heads, source, switches in CHOICES
 }
 COMBINATIONS["shared, no residual"] = {"residual_injection": False, "kv_heads": 2, "scan_layers": True}
 
@@ -49,6 +53,14 @@ COMBINATIONS["shared, no residual"] = {"residual_injection": False, "kv_heads": 
 def x64():
     with jax.enable_x64(True):
         yield
+
+
+def test_every_two_choices_meet_in_a_combination():
+    every = [MEMORIES, WINDOWS, KV_HEADS, SOURCES, range(len(SWITCHES))]
+    for one, other in itertools.combinations(range(len(every)), 2):
+        met = {(choice[one], choice[other]) for choice in CHOICES}
+        assert met == set(itertools.product(every[one], every[other]))
+    assert len(COMBINATIONS) == len(CHOICES) + 1
 
 
 def run(config, params, batch, **schedule):

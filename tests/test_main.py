@@ -1,4 +1,4 @@
-"""The commands as a user runs them, each in a process of its own, on the debug config."""
+"""The commands as a user runs them, each in a process of its own or a fork of one (forked), on the debug config."""
 
 import json
 import os
@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import forked
 import jax
 import numpy as np
 import pytest
@@ -37,7 +38,7 @@ TRAIN = [
 ]
 
 
-def command(arguments, **kwargs):
+def command(arguments):
     return subprocess.Popen(
         [sys.executable, "-m", *arguments],
         cwd=ROOT,
@@ -45,12 +46,11 @@ def command(arguments, **kwargs):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        **kwargs,
     )
 
 
-def finish(process, given=None):
-    out, err = process.communicate(given, timeout=300)
+def finish(process):
+    out, err = process.communicate(timeout=300)
     return process.returncode, out, err
 
 
@@ -64,12 +64,40 @@ def corpus(tmp_path_factory):
     return [f"--config.data.corpus={folder}", "--config.data.held_out=0.2"]
 
 
+STAGES = "plain:0.25, mix(plain 0.5, multi_refinement(1) 0.5):0.75"
+
+
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory, corpus):
-    workdir = tmp_path_factory.mktemp("undisturbed")
-    code, out, err = finish(command([*TRAIN, *corpus, f"--workdir={workdir}"]))
-    assert code == 0, err
-    return workdir, out
+def trained(tmp_path_factory, corpus):
+    """Work dir and output of two runs: as configured, and in stages."""
+    workdirs = [tmp_path_factory.mktemp(name) for name in ("undisturbed", "staged")]
+    changes = [], ["--config.train.steps=8", "--config.schedule.name=staged", f"--config.schedule.stages={STAGES}"]
+    commands = zip(workdirs, changes, strict=True)
+    ended = forked.run(*([*TRAIN, *corpus, f"--workdir={workdir}", *more] for workdir, more in commands))
+    assert [code for code, _, _ in ended] == [0, 0], ended
+    return [(workdir, out) for workdir, (_, out, _) in zip(workdirs, ended, strict=True)]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(trained):
+    return trained[0]
+
+
+@pytest.fixture(scope="module")
+def used(undisturbed):
+    """How commands end that read the run: exit code, output, errors of each."""
+    workdir = f"--workdir={undisturbed[0]}"
+    several = [workdir, "--file=-", "--samples=2", "--tokens=6", "--stats", "--top_k=50", "--min_p=0.01"]
+    several += ["--repetition_penalty=1.1", "--prefill=fixed_point", "--stop=word9"]
+    bad_prompts = "word1\n\n" + "word2 " * 200 + "\nword3\n"
+    commands = {
+        "evaluate": ["lrt_jax.evaluate", workdir],
+        # Without --tokens: fewer than the default, since the context is 64.
+        "generate": ["lrt_jax.generate", workdir, "--prompt=word1"],
+        "several": (["lrt_jax.generate", *several], "word1 word2\nword3"),
+        "interactive": (["lrt_jax.generate", workdir, "--interactive", "--tokens=6"], bad_prompts),
+    }
+    return dict(zip(commands, forked.run(*commands.values()), strict=True))
 
 
 def test_train_ends_with_scores_and_a_sample(undisturbed):
@@ -109,9 +137,9 @@ def test_stopped_by_ctrl_c_and_resumed_ends_bitwise_equal(undisturbed, corpus, t
         np.testing.assert_array_equal(np.asarray(whole[name]), np.asarray(resumed[name]), err_msg=name)
 
 
-def test_evaluate_repeats_the_closing_scores(undisturbed):
+def test_evaluate_repeats_the_closing_scores(undisturbed, used):
     workdir, _ = undisturbed
-    code, out, err = finish(command(["lrt_jax.evaluate", f"--workdir={workdir}"]))
+    code, out, err = used["evaluate"]
     assert code == 0, err
     scores = json.loads(out)
     last = json.loads((workdir / "metrics.jsonl").read_text().splitlines()[-1])
@@ -119,28 +147,21 @@ def test_evaluate_repeats_the_closing_scores(undisturbed):
         assert scores[name] == pytest.approx(last[name], rel=1e-6)
 
 
-def test_generate_continues_the_prompt(undisturbed):
-    workdir, _ = undisturbed
-    # Without --tokens: fewer than the default, since the context is 64.
-    code, out, err = finish(command(["lrt_jax.generate", f"--workdir={workdir}", "--prompt=word1"]))
+def test_generate_continues_the_prompt(used):
+    code, out, err = used["generate"]
     assert code == 0, err
     assert out.startswith("word1") and len(out) > len("word1\n")
 
 
-def test_generate_reads_standard_input_and_gives_several_samples(undisturbed):
-    arguments = [f"--workdir={undisturbed[0]}", "--file=-", "--samples=2", "--tokens=6", "--stats"]
-    sampling = ["--top_k=50", "--min_p=0.01", "--repetition_penalty=1.1", "--prefill=fixed_point", "--stop=word9"]
-    process = command(["lrt_jax.generate", *arguments, *sampling], stdin=subprocess.PIPE)
-    code, out, err = finish(process, "word1 word2\nword3")
+def test_generate_reads_standard_input_and_gives_several_samples(used):
+    code, out, err = used["several"]
     assert code == 0, err
     assert out.count("word1 word2\nword3") == 2 and "--- sample 2 of 2, seed 1" in out
     assert err.count("nats each on average") == 2 and "tokens/s" in err
 
 
-def test_interactive_generation_survives_bad_prompts(undisturbed):
-    arguments = [f"--workdir={undisturbed[0]}", "--interactive", "--tokens=6"]
-    process = command(["lrt_jax.generate", *arguments], stdin=subprocess.PIPE)
-    code, out, err = finish(process, "word1\n\n" + "word2 " * 200 + "\nword3\n")
+def test_interactive_generation_survives_bad_prompts(used):
+    code, out, err = used["interactive"]
     assert code == 0, err
     assert "word1" in out and "word3" in out and "word2" not in out
     assert "the prompt is empty" in err and "exceed the context of 64" in err and "Traceback" not in err
@@ -182,11 +203,16 @@ def test_generation_compiles_one_step_and_repeats(undisturbed, caplog):
 
 def test_weights_travel_by_file_and_train_on(undisturbed, corpus, tmp_path):
     workdir, _ = undisturbed
-    file, imported = tmp_path / "weights.safetensors", tmp_path / "imported"
-    for arguments in (["export", str(workdir), f"--out={file}"], ["import", str(file), f"--out={imported}"]):
-        code, out, err = finish(command(["lrt_jax.convert", *arguments]))
-        assert code == 0, err
-    assert "no tokenizer" not in out
+    file, imported, trained_on = (tmp_path / name for name in ("weights.safetensors", "imported", "trained"))
+    changes = ["--config.train.steps=2", "--config.train.batch_size=4", "--config.optimizer.muon_lr=0.0"]
+    ended = forked.run(
+        ["lrt_jax.convert", "export", str(workdir), f"--out={file}"],
+        ["lrt_jax.convert", "import", str(file), f"--out={imported}"],
+        ["lrt_jax.convert", "import", str(file), f"--out={trained_on}"],
+        [*TRAIN, *corpus, f"--workdir={trained_on}", *changes],
+    )
+    assert [code for code, _, _ in ended] == [0] * 4, ended
+    assert "no tokenizer" not in ended[1][1]
     before, after = load.load(workdir), load.load(imported)
     assert before.config.model == after.config.model and after.step == 0
     for name, array in before.params.items():
@@ -194,105 +220,94 @@ def test_weights_travel_by_file_and_train_on(undisturbed, corpus, tmp_path):
     method = generate.Method(GREEDY)
     texts = [list(text.stream(trained, "word1 ", tokens=6, method=method)) for trained in (before, after)]
     assert texts[0] == texts[1]
-    changes = ["--config.train.steps=2", "--config.train.batch_size=4", "--config.optimizer.muon_lr=0.0"]
-    code, out, err = finish(command([*TRAIN, *corpus, f"--workdir={imported}", *changes]))
-    assert code == 0, err
-    assert "beginning at step 0 with the parameters imported into it" in out
-    trained = load.load(imported)
+    assert "beginning at step 0 with the parameters imported into it" in ended[3][1]
+    trained = load.load(trained_on)
     assert trained.step == 2
     np.testing.assert_array_equal(trained.params["mlp_in"], before.params["mlp_in"])
     assert np.any(np.asarray(trained.params["embedding"]) != np.asarray(before.params["embedding"]))
 
 
-def test_a_staged_run_changes_its_schedule_and_a_mixture_draws_it(corpus, tmp_path):
-    stages = "plain:0.25, mix(plain 0.5, multi_refinement(1) 0.5):0.75"
-    changes = ["--config.schedule.name=staged", f"--config.schedule.stages={stages}"]
-    code, _, err = finish(command([*TRAIN, *corpus, f"--workdir={tmp_path}", "--config.train.steps=8", *changes]))
-    assert code == 0, err
-    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+def test_a_staged_run_changes_its_schedule_and_a_mixture_draws_it(trained):
+    rows = [json.loads(line) for line in (trained[1][0] / "metrics.jsonl").read_text().splitlines()]
     steps = {row["step"]: row for row in rows if "train/loss" in row}
-    _, mixed = ScheduleConfig(name="staged", stages=stages).in_stages
+    _, mixed = ScheduleConfig(name="staged", stages=STAGES).in_stages
     drawn = [step > 2 and bool(mixed.draw(0, step)) for step in range(1, 9)]
     assert [("train/loss_refinement_1" in steps[step]) for step in range(1, 9)] == drawn and 0 < sum(drawn) < 6
     effective = [steps[step]["compute/effective"] / steps[step]["compute/tokens"] for step in (1, 2, 4, 8)]
     np.testing.assert_allclose(effective, [1, 1, 5 / 4, 11 / 8])
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["lrt_jax.main"], "--config is not set"),
-        (["lrt_jax.main", "--config=configs/nope.py"], "there is no file configs/nope.py"),
-        (["lrt_jax.main", "nonsense"], "'nonsense' is not a flag"),
-        (["lrt_jax.main", "--config=configs/base.py:big"], "no variant 'big'"),
-        ([*TRAIN, "--config.model.layer=3"], "config.model.layer is not a field; did you mean layers?"),
-        ([*TRAIN, "--config.model.layers=three"], "config.model.layers is 'three'; it must be int"),
-        ([*TRAIN, "--config.model.heads=3"], "config.model.heads is 3, which does not divide model.width"),
-        ([*TRAIN, "--config.data.corpus=/nowhere"], "config.data.corpus is '/nowhere'"),
-        (
-            [*TRAIN, "--workdir=s3://bucket/run"],
-            "--workdir is 's3://bucket/run'; it must be a folder: mount the bucket",
-        ),
-        (["lrt_jax.generate", "--workdir=gs://bucket/run", "--prompt=x"], "--workdir is 'gs://bucket/run'; it must be"),
-        (["lrt_jax.generate", "--workdir=/nowhere", "--prompt=x"], "has no config.json"),
-        (
-            ["lrt_jax.generate", "--workdir=/nowhere"],
-            "and --new_document none is given; give exactly one",
-        ),
-        (["lrt_jax.generate", "--workdir=/nowhere", "--prompt="], "--prompt is empty; give some text to continue"),
-        (["lrt_jax.generate", "--workdir=/nowhere", "--prompt=x", "--top_p=2"], "top_p is 2.0; it must be above 0"),
-        (
-            [*TRAIN, "--config.schedule.name=staged", "--config.schedule.stages=interleaved(0):1"],
-            "subsets is 0; it must",
-        ),
-        (["lrt_jax.convert", "verify"], "the arguments are 'verify'; allowed are: import FILE"),
-        (["lrt_jax.convert", "verify", "/nowhere.npz"], "there is no file /nowhere.npz"),
-        (["lrt_jax.convert", "export", "/nowhere", "--out=x.safetensors"], "has no config.json"),
-    ],
-)
-def test_wrong_input_ends_in_one_line(arguments, message, tmp_path):
-    if arguments[0] == "lrt_jax.main":
-        arguments = [arguments[0], f"--workdir={tmp_path / 'run'}", *arguments[1:]]
-    code, _, err = finish(command(arguments))
+WRONG = [
+    (["lrt_jax.main"], "--config is not set"),
+    (["lrt_jax.main", "--config=configs/nope.py"], "there is no file configs/nope.py"),
+    (["lrt_jax.main", "nonsense"], "'nonsense' is not a flag"),
+    (["lrt_jax.main", "--config=configs/base.py:big"], "no variant 'big'"),
+    ([*TRAIN, "--num_processes=2"], "error: --coordinator_address and --process_id must be set too"),
+    ([*TRAIN, "--config.model.layer=3"], "config.model.layer is not a field; did you mean layers?"),
+    ([*TRAIN, "--config.model.layers=three"], "config.model.layers is 'three'; it must be int"),
+    ([*TRAIN, "--config.model.heads=3"], "config.model.heads is 3, which does not divide model.width"),
+    ([*TRAIN, "--config.data.corpus=/nowhere"], "config.data.corpus is '/nowhere'"),
+    (
+        [*TRAIN, "--workdir=s3://bucket/run"],
+        "--workdir is 's3://bucket/run'; it must be a folder: mount the bucket",
+    ),
+    (["lrt_jax.generate", "--workdir=gs://bucket/run", "--prompt=x"], "--workdir is 'gs://bucket/run'; it must be"),
+    (["lrt_jax.generate", "--workdir=/nowhere", "--prompt=x"], "has no config.json"),
+    (
+        ["lrt_jax.generate", "--workdir=/nowhere"],
+        "and --new_document none is given; give exactly one",
+    ),
+    (["lrt_jax.generate", "--workdir=/nowhere", "--prompt="], "--prompt is empty; give some text to continue"),
+    (["lrt_jax.generate", "--workdir=/nowhere", "--prompt=x", "--top_p=2"], "top_p is 2.0; it must be above 0"),
+    (
+        [*TRAIN, "--config.schedule.name=staged", "--config.schedule.stages=interleaved(0):1"],
+        "subsets is 0; it must",
+    ),
+    (["lrt_jax.convert", "verify"], "the arguments are 'verify'; allowed are: import FILE"),
+    (["lrt_jax.convert", "verify", "/nowhere.npz"], "there is no file /nowhere.npz"),
+    (["lrt_jax.convert", "export", "/nowhere", "--out=x.safetensors"], "has no config.json"),
+]
+
+
+@pytest.fixture(scope="module")
+def refused(undisturbed, corpus, tmp_path_factory):
+    """How commands end that were given wrong input, by what was wrong."""
+    workdir, new = f"--workdir={undisturbed[0]}", tmp_path_factory.mktemp("refused") / "run"
+    commands = [
+        [arguments[0], f"--workdir={new}", *arguments[1:]] if arguments[0] == "lrt_jax.main" else arguments
+        for arguments, _ in WRONG
+    ]
+    changes = {
+        "model": [workdir, "--config.model.layers=3"],
+        "optimizer": [workdir, "--config.optimizer.name=adamw", "--config.train.steps=30"],
+        "float64": [f"--workdir={new}", "--config.model.dtype=float64"],
+        "steps": [workdir, "--config.train.steps=2"],
+    }
+    before = [(undisturbed[0] / name).read_text() for name in ("config.json", "metrics.jsonl")]
+    ended = forked.run(*commands, *([*TRAIN, *corpus, *arguments] for arguments in changes.values()))
+    assert before == [(undisturbed[0] / name).read_text() for name in ("config.json", "metrics.jsonl")]
+    assert not new.exists()
+    return dict(zip([message for _, message in WRONG] + list(changes), ended, strict=True))
+
+
+@pytest.mark.parametrize("message", [message for _, message in WRONG])
+def test_wrong_input_ends_in_one_line(refused, message):
+    code, _, err = refused[message]
     assert code == 1
     assert message in err and "Traceback" not in err
     assert len([line for line in err.splitlines() if line.startswith("error: ")]) == 1
 
 
-def test_changed_model_on_an_existing_work_dir_is_refused(undisturbed, corpus):
+def test_a_change_that_the_work_dir_does_not_allow_is_refused(undisturbed, refused):
     workdir, _ = undisturbed
-    before = (workdir / "config.json").read_text()
-    code, _, err = finish(command([*TRAIN, *corpus, f"--workdir={workdir}", "--config.model.layers=3"]))
-    assert code == 1
-    assert f"config.model.layers is 3, but {workdir} was begun with 2" in err
-    assert (workdir / "config.json").read_text() == before
-
-
-def test_changed_optimizer_on_an_existing_work_dir_is_refused(undisturbed, corpus):
-    workdir, _ = undisturbed
-    before = (workdir / "config.json").read_text()
-    changes = ["--config.optimizer.name=adamw", "--config.train.steps=30"]
-    code, _, err = finish(command([*TRAIN, *corpus, f"--workdir={workdir}", *changes]))
-    assert code == 1 and "Traceback" not in err
-    assert f"config.optimizer.name is 'adamw', but {workdir} was begun with 'muon'" in err
-    assert (workdir / "config.json").read_text() == before
-
-
-def test_float64_needs_x64_which_is_said_before_anything_is_made(corpus, tmp_path):
-    arguments = [*TRAIN, *corpus, f"--workdir={tmp_path / 'run'}", "--config.model.dtype=float64"]
-    code, _, err = finish(command(arguments))
-    assert code == 1 and "Traceback" not in err
-    assert "error: config.model.dtype is 'float64', and JAX computes in 32 bits here; set JAX_ENABLE_X64=1" in err
-    assert not (tmp_path / "run").exists()
-
-
-def test_fewer_steps_than_are_done_are_refused(undisturbed, corpus):
-    workdir, _ = undisturbed
-    before = (workdir / "config.json").read_text(), (workdir / "metrics.jsonl").read_text()
-    code, _, err = finish(command([*TRAIN, *corpus, f"--workdir={workdir}", "--config.train.steps=2"]))
-    assert code == 1 and "Traceback" not in err
-    assert f"error: config.train.steps is 2, but the run is at step {STEPS}; give {STEPS} or more, or go back" in err
-    assert ((workdir / "config.json").read_text(), (workdir / "metrics.jsonl").read_text()) == before
+    for change, message in (
+        ("model", f"config.model.layers is 3, but {workdir} was begun with 2"),
+        ("optimizer", f"config.optimizer.name is 'adamw', but {workdir} was begun with 'muon'"),
+        ("steps", f"error: config.train.steps is 2, but the run is at step {STEPS}; give {STEPS} or more, or go back"),
+        ("float64", "error: config.model.dtype is 'float64', and JAX computes in 32 bits here; set JAX_ENABLE_X64=1"),
+    ):
+        code, _, err = refused[change]
+        assert code == 1 and message in err and "Traceback" not in err
 
 
 def test_a_run_of_more_devices_is_used_on_fewer(undisturbed, tmp_path):

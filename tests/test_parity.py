@@ -20,20 +20,24 @@ def check(name: str, dtype: str, tolerance: float, **model) -> None:
     assert all(difference.error <= tolerance for difference in found), worst
 
 
+# Every file, and between them every kind of program; test_programs holds the kinds to each other.
+PROGRAMS = {
+    "lrt_s2": {"scan_layers": False, "remat": True},
+    "lrt_s2_full_context": {"scan_layers": True, "remat": True},
+    "lrt_s4_refresh": {"scan_layers": True},
+    "plain_baseline": {"scan_layers": False},
+}
+
+
 @pytest.mark.parametrize("name", FILES)
 def test_in_float64(name):
     with jax.enable_x64(True):
-        check(name, "float64", 1e-6, scan_layers=True)
+        check(name, "float64", 1e-6, **PROGRAMS[name])
 
 
 @pytest.mark.parametrize("name", ["lrt_s2", "plain_baseline"])
 def test_in_float32(name):
     check(name, "float32", 1e-5, scan_layers=True)
-
-
-def test_unrolled_and_rematerialized():
-    with jax.enable_x64(True):
-        check("lrt_s4_refresh", "float64", 1e-6, scan_layers=False, remat=True)
 
 
 def altered(tmp_path: Path, name: str, **changes) -> Path:

@@ -71,16 +71,12 @@ for sizes, expected in (((4, 1, 1, 1), (4, 4)), ((2, 1, 2, 1), (4, 4)), ((1, 1, 
     assert int(total(batch)) == (whole * whole).sum()
 processes.wait("the end")
 processes.say("said once")
-"""
+
 # Runs that end before they begin: in both processes with the same sentence.
-DIFFERENT = """
-import dataclasses, pathlib, sys
-import jax
-jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]), heartbeat_timeout_seconds=10)
+import dataclasses, pathlib
 from lrt_jax import main
 from lrt_jax.setup import workdir as workdirs
 from lrt_jax.setup.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
-from lrt_jax.setup.errors import UserError
 place, index = pathlib.Path(sys.argv[3]), jax.process_index()
 config = Config(ModelConfig(2, 16, 4, 2, 8, 40), TrainConfig(batch_size=4, steps=1), DataConfig(corpus="/nowhere"))
 rate = OptimizerConfig(muon_lr=0.1 * (1 + index))
@@ -109,12 +105,7 @@ def free_port() -> int:
 
 def together(*commands: list[str], devices: int) -> list[str]:
     """Runs commands at once on virtual devices, and returns what each printed."""
-    environment = {
-        **os.environ,
-        "JAX_PLATFORMS": "cpu",
-        "JAX_NUM_CPU_DEVICES": str(devices),
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-    }
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
     running = [
         subprocess.Popen(
             [sys.executable, *command],
@@ -186,18 +177,11 @@ def test_two_processes_of_two_devices_equal_one_of_four(corpus, tmp_path):
     np.testing.assert_allclose([losses[step] for step in (5, 6)], [expected[step] for step in (5, 6)], rtol=1e-5)
 
 
-def test_helpers_in_two_processes(tmp_path):
+def test_helpers_in_two_processes_and_runs_that_were_not_given_the_same(tmp_path):
     (tmp_path / "program.py").write_text(PROGRAM)
     where = f"localhost:{free_port()}"
-    outputs = together(*([str(tmp_path / "program.py"), where, str(process)] for process in range(2)), devices=2)
-    assert ["said once" in out for out in outputs] == [True, False]
-
-
-def test_processes_that_were_not_given_the_same_do_not_train(tmp_path):
-    (tmp_path / "program.py").write_text(DIFFERENT)
-    where = f"localhost:{free_port()}"
     commands = ([str(tmp_path / "program.py"), where, str(process), str(tmp_path)] for process in range(2))
-    together(*commands, devices=2)
+    assert ["said once" in out for out in together(*commands, devices=2)] == [True, False]
     for process in range(2):
         seed, two, folder, corpus = (tmp_path / f"said.{process}").read_text().splitlines()
         assert seed == "process 1 has config.seed 1, process 0 has 0; all processes must be given the same"
@@ -283,10 +267,3 @@ def test_a_tpu_vm_is_asked_by_its_metadata(workers, tpu_env, expected, monkeypat
         environment = {"GCE_METADATA_IP": f"localhost:{server.server_port}"}
         assert processes.asked_for(environment) == expected
         server.shutdown()
-
-
-def test_wrong_flags_end_in_one_line(tmp_path):
-    command = [sys.executable, "-m", *RUN, f"--workdir={tmp_path}", "--num_processes=2"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert "error: --coordinator_address and --process_id must be set too" in done.stderr

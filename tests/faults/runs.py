@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -42,7 +43,7 @@ TINY = {
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """Where runs are made: their corpus, and the compiled programs that they share."""
+    """Where runs are made, and their corpus."""
 
     folder: Path
 
@@ -54,15 +55,13 @@ class Place:
             (self.folder / "corpus" / f"{index:03}.txt").write_text(text)
 
     def workdir(self, name: str) -> Path:
-        """A new work dir, whose compiled programs are shared."""
-        workdir = self.folder / name
-        workdir.mkdir()
-        self.share_programs(workdir)
-        return workdir
+        """A new work dir."""
+        (self.folder / name).mkdir()
+        return self.folder / name
 
-    def share_programs(self, workdir: Path) -> None:
-        (self.folder / "programs").mkdir(exist_ok=True)
-        (workdir / "compilation_cache").symlink_to(self.folder / "programs")
+    def copy(self, other: str, name: str) -> Path:
+        """A work dir that begins as another one has ended."""
+        return Path(shutil.copytree(self.folder / other, self.folder / name))
 
     def command(self, workdir: Path, fault: str | None = None, flags: Sequence[str] = (), **fields) -> list[str]:
         """A command line; ``fields`` are config fields with ``__`` for the dot."""
@@ -99,8 +98,6 @@ class Run:
             "PYTHONPATH": str(ROOT),
             "JAX_PLATFORMS": "cpu",
             "JAX_NUM_CPU_DEVICES": str(devices),
-            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-            "JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES": "none",  # else programs are bound to the path of their cache
         }
         self.workdir = workdir
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}

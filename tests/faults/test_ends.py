@@ -146,7 +146,6 @@ def test_a_full_disk_damages_nothing_saved(place, tell, how):
         if mounted.returncode:
             tell("a full disk (tmpfs)", "one line", "NOT TRIED: this user may not mount one")
             return
-        place.share_programs(workdir)
     try:
         run = place.start(workdir, **LONG | {"train__save_every": 20})
         run.until(lambda: bool(inventory.steps(workdir)))
@@ -245,19 +244,19 @@ def test_bad_input_ends_in_one_line_or_is_left_out(place, tell):
     )
 
 
+@pytest.mark.usefixtures("undisturbed")
 def test_a_killed_save_and_metrics_that_end_in_half_a_line(place, tell):
-    workdir = place.workdir("half")
-    place.start(workdir, **SCHEDULE | {"train__steps": 8}).succeed()
+    workdir = place.copy("bad-never", "half")
     with (workdir / "metrics.jsonl").open("a") as stream:
-        stream.write('{"step": 9, "train/lo')
+        stream.write('{"step": 13, "train/lo')
     folder = workdir / "checkpoints"
-    shutil.copytree(folder / "8", folder / "9")
-    (folder / "9" / "manifest.json").unlink()
-    (folder / inventory.SAVING).write_text("9")
-    code, out, err = place.start(workdir, **SCHEDULE).end()
-    assert code == 0 and "going on from step 8" in out and "step 9 had not been completed" in err
-    assert sorted(json.loads(line)["step"] for line in (workdir / "metrics.jsonl").read_text().splitlines())[-1] == 12
-    tell("half a save, half a line of metrics", "neither counts", "went on from step 8")
+    shutil.copytree(folder / "12", folder / "13")
+    (folder / "13" / "manifest.json").unlink()
+    (folder / inventory.SAVING).write_text("13")
+    code, out, err = place.start(workdir, **SCHEDULE | {"train__steps": 16}).end()
+    assert code == 0 and "going on from step 12" in out and "step 13 had not been completed" in err
+    assert sorted(json.loads(line)["step"] for line in (workdir / "metrics.jsonl").read_text().splitlines())[-1] == 16
+    tell("half a save, half a line of metrics", "neither counts", "went on from step 12")
 
 
 @pytest.mark.faults

@@ -81,8 +81,7 @@ def test_killed_at_random_moments_it_ends_bitwise_equal(place, undisturbed, tell
 
 
 def test_any_checkpoint_goes_on_not_only_the_newest(place, undisturbed, tell):
-    workdir = place.workdir("rewound")
-    place.start(workdir, **SCHEDULE).succeed()
+    workdir = place.copy("undisturbed", "rewound")
     assert inventory.rewind(workdir, 30) == [40, 50, 60, 70, 80, 90]
     out = place.start(workdir, **SCHEDULE).succeed()
     assert "going on from step 30" in out
