@@ -224,6 +224,6 @@ def global_batch(mesh: Mesh, local: Any, rows: int | None = None) -> Any:
 
 def cache_compilations(workdir: Path) -> None:
     """Keeps compiled programs in the work dir, for a fast resumed start; or where JAX was told to keep them."""
-    if jax.config.read("jax_compilation_cache_dir") is None:
+    if jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
         jax.config.update("jax_compilation_cache_dir", str(workdir.absolute() / "compilation_cache"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
