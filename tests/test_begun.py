@@ -76,6 +76,15 @@ def test_other_files_are_refused_with_a_way_on(tmp_path):
         opened(tmp_path / "c", begun)
 
 
+def test_a_file_that_is_left_out_whole_is_not_one_more(tmp_path):
+    folder = write(tmp_path / "c")
+    (folder / "bad.parquet").write_text("no")
+    begun = begun_of(opened(folder, on_bad_record="skip"))
+    assert names_of(opened(folder, begun, on_bad_record="skip")) == list(NAMES)
+    with pytest.raises(DataError, match=r"bad\.parquet is not a Parquet file"):
+        opened(folder, begun)
+
+
 def test_tokens_of_before_are_gone_on_with_as_they_were_read(tmp_path):
     folder = write(tmp_path / "c", [*NAMES, "_temporary/d.txt", "e.json", "f.NDJSON", "_g.jsonl"])
     (folder / "latest").symlink_to("sub")

@@ -6,6 +6,7 @@ as it began.
 
 import dataclasses
 import os
+from collections.abc import Callable
 from typing import NoReturn
 
 from etils import epath
@@ -29,15 +30,20 @@ class Begun:
     as_before: bool = False
     binding: bool = True
 
-    def files_of(self, found: Found, source: str) -> tuple[File, ...]:
+    def files_of(self, found: Found, source: str, has_no_part: Callable[[File], bool]) -> tuple[File, ...]:
         """The files that ``found`` has of these, under the names of these.
+
+        Args:
+          found: what the corpus names now.
+          source: the corpus, for errors.
+          has_no_part: whether a file makes no shard, as one that is left out whole: then it was not noted.
 
         Raises:
           DataError: they are others, in number, name or size.
         """
-        now = {file.name: file.path for file in found.files}
+        now = {file.name: file.path for file in found.files if file.name in self.sizes or not has_no_part(file)}
         if now.keys() == self.sizes.keys():
-            return found.files
+            return tuple(file for file in found.files if file.name in now)
         same = self._as_before(now, found.root) if self.as_before else None
         same = same or self._renamed(now)
         if same is None and self.binding:

@@ -58,7 +58,11 @@ def open_corpus(config: DataConfig, begun: Begun | None = None) -> Corpus:
     bad = BadRecords(config.on_bad_record)
     as_before = begun is not None and begun.as_before
     found = _stdlib() if config.corpus == "stdlib" else _found(config, as_before)
-    chosen = begun.files_of(found, config.corpus) if begun else found.files
+
+    def has_no_part(file: File) -> bool:
+        return _kind(file, config, as_before) == "parquet" and not _shards(file, "parquet", bad, config)
+
+    chosen = begun.files_of(found, config.corpus, has_no_part) if begun else found.files
     if config.corpus == "stdlib":
         parts: list[Shard] = [shards.SourceShard(file.path, file.name, bad) for file in chosen]
         read_as = f"corpus: the Python standard library, {len(chosen):,} files"
