@@ -252,7 +252,7 @@ def export_weights(workdir: Path, out: Path, step: int | None = None, names: str
     kept = workdir / tokenizers.FILE
     checkpoint.check_kept_tokenizer(workdir, step)
     if kept.exists():
-        metadata[TOKENIZER_KEY] = base64.b64encode(kept.read_bytes()).decode()
+        metadata[TOKENIZER_KEY] = base64.b64encode(tokenizers.bytes_kept(workdir)).decode()
     files.write_safetensors(out, arrays, metadata)
     print(f"{out}: {len(arrays)} arrays of {workdir} at step {step:,}, {names} names")
 

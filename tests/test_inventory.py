@@ -326,6 +326,35 @@ def test_a_file_where_checkpoints_are_set_aside_is_named(saved, tmp_path, kind):
     assert sorted(inventory.steps(run.workdir)) == [1, 2] and (run.workdir / "checkpoints" / "3").is_dir()
 
 
+def test_what_may_not_be_read_is_not_called_damaged(saved, monkeypatch):
+    def refuse(path, **_):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    monkeypatch.setattr(manifest, "_digest", refuse)
+    says = r"/3/.* cannot be read \(Permission denied\), so that nobody knows whether the checkpoint of step 3 is good"
+    for read in (inventory.newest_good, inventory.recover):
+        with pytest.raises(inventory.CheckpointError, match=says):
+            read(saved.workdir, print)
+    assert inventory.steps(saved.workdir) == [1, 2, 3]  # none was set aside
+
+
+def test_a_tokenizer_that_cannot_be_read_is_named(saved, tmp_path):
+    (tmp_path / tokenizer.FILE).mkdir()
+    with pytest.raises(ConfigError, match=r"/tokenizer\.model cannot be read \(Is a directory\)"):
+        tokenizer.load(tmp_path, saved.config)
+
+
+def test_a_file_in_place_of_all_checkpoints_is_named(tmp_path):
+    (tmp_path / "checkpoints").write_text("")
+    for read in (inventory.steps, inventory.survey, lambda workdir: inventory.newest_good(workdir, print)):
+        with pytest.raises(
+            inventory.CheckpointError, match=r"/checkpoints cannot be listed \(Not a directory\); it must"
+        ):
+            read(tmp_path)
+    with pytest.raises(inventory.CheckpointError, match=r"/checkpoints cannot be put in order \(Not a directory\)"):
+        inventory.recover(tmp_path, print)
+
+
 def test_a_manifest_reads_files_in_pieces(tmp_path, monkeypatch):
     monkeypatch.setattr(manifest, "PIECE", 7)
     (tmp_path / "a").write_bytes(bytes(range(100)))

@@ -140,7 +140,7 @@ def load_or_train(config: Config, corpus: Corpus, workdir: epath.PathLike) -> To
     """
     kept = epath.Path(workdir) / FILE
     if kept.exists():
-        model = kept.read_bytes()
+        model = bytes_kept(workdir)
         if config.data.tokenizer and _bytes_given(config) not in (None, model):
             raise ConfigError(
                 f"config.data.tokenizer is {config.data.tokenizer!r}, another tokenizer than {kept}, which the work "
@@ -206,7 +206,22 @@ def load(workdir: epath.PathLike, config: Config) -> Tokenizer:
             f"--workdir is {str(workdir)!r}, which has no {FILE}; it must be the work dir of a run, or of an "
             "import with --tokenizer"
         )
-    return checked(kept.read_bytes(), str(kept), config)
+    return checked(bytes_kept(workdir), str(kept), config)
+
+
+def bytes_kept(workdir: epath.PathLike) -> bytes:
+    """The bytes of the tokenizer that a work dir keeps.
+
+    Raises:
+      ConfigError: they cannot be read.
+    """
+    kept = epath.Path(workdir) / FILE
+    try:
+        return kept.read_bytes()
+    except OSError as error:
+        raise ConfigError(
+            f"{kept} cannot be read ({error.strerror or error}); it must be the run's tokenizer"
+        ) from None
 
 
 def checked(model: bytes, path: str, config: Config) -> Tokenizer:

@@ -293,7 +293,7 @@ def check_kept_tokenizer(workdir: epath.PathLike, step: int) -> None:
         before = json.loads(noted.read_bytes()).get("tokenizer")
     except FileNotFoundError:  # the run beside this reader has removed it
         return
-    now = hashlib.sha256(kept.read_bytes()).hexdigest()
+    now = hashlib.sha256(tokenizer.bytes_kept(workdir)).hexdigest()
     if before not in (None, now):
         raise ConfigError(
             f"{kept} is not the tokenizer that the checkpoint of step {step:,} was trained with (its SHA-256 is {now}, "

@@ -69,8 +69,18 @@ def survey(workdir: epath.PathLike) -> list[Entry]:
 
 
 def faults(workdir: epath.PathLike, step: int, items: tuple[str, ...] = ()) -> list[str]:
-    """What is wrong with the checkpoint of ``step``, as :func:`manifest.faults` says it."""
-    return manifest.faults(folder_of(workdir, step), items)
+    """What is wrong with the checkpoint of ``step``, as :func:`manifest.faults` says it.
+
+    Raises:
+      CheckpointError: a file of it may not be read, which is no damage.
+    """
+    try:
+        return manifest.faults(folder_of(workdir, step), items)
+    except PermissionError as error:
+        raise CheckpointError(
+            f"{error.filename} cannot be read ({error.strerror}), so that nobody knows whether the checkpoint of step "
+            f"{step:,} is good; make it readable"
+        ) from None
 
 
 def aside(workdir: epath.PathLike) -> dict[str, list[str]]:
@@ -203,9 +213,16 @@ def named(found: Sequence[str]) -> str:
 
 
 def _all(workdir: epath.PathLike) -> list[int]:
-    """The steps that have a folder, whatever is in it, ascending."""
+    """The steps that have a folder, whatever is in it, ascending.
+
+    Raises:
+      CheckpointError: the folder of all of them cannot be listed.
+    """
     folder = folder_of(workdir)
-    return sorted(int(p.name) for p in folder.iterdir() if p.name.isdecimal()) if folder.exists() else []
+    try:
+        return sorted(int(p.name) for p in folder.iterdir() if p.name.isdecimal()) if folder.exists() else []
+    except OSError as error:
+        raise CheckpointError(f"{folder} cannot be listed ({error.strerror}); it must be a run's folder") from None
 
 
 def _examined(workdir: epath.PathLike, step: int) -> Entry | None:

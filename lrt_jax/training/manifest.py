@@ -61,11 +61,16 @@ def faults(folder: epath.Path, items: tuple[str, ...] = ()) -> list[str]:
     Args:
       folder: the checkpoint's.
       items: look only at these subfolders, and at the files beside them; none: at everything.
+
+    Raises:
+      PermissionError: a file may not be read, so that nothing is known of it.
     """
     try:
         files = _parsed((folder / FILE).read_bytes())
     except FileNotFoundError:
         return [f"{FILE} misses"]
+    except PermissionError:
+        raise
     except (ValueError, OSError) as error:
         return [f"{FILE} is damaged ({error})"]
     chosen = [name for name in files if not items or "/" not in name or name.split("/")[0] in items]
@@ -91,6 +96,8 @@ def _fault(folder: epath.Path, name: str, expected: dict[str, Any]) -> str:
         _, digest = _digest(path)
     except FileNotFoundError:
         return f"{name} misses"
+    except PermissionError:
+        raise
     except OSError as error:
         return f"{name} cannot be read ({error.strerror or error})"
     return "" if digest == expected["sha256"] else f"{name} is not what was saved (its checksum differs)"
