@@ -31,18 +31,17 @@ SWITCHES = (
     {"scan_layers": True, "value_embeddings": "alternate"},
     {"kv_heads": 1, "value_embeddings": "none", "gate_width": 4},
 )
+PAIRS = (
+    ("shared", "SL"),
+    ("layerwise", "SSL"),
+    ("plain", "SL"),
+    ("shared, no residual", "SSL"),
+    ("residual only", "SL"),
+    ("shared", "L"),
+)
 COMBINATIONS = {
     f"{memory}, {windows}": {**MEMORIES[memory], "window_pattern": windows, **SWITCHES[index % 3]}
-    for index, (memory, windows) in enumerate(
-        [
-            ("shared", "SL"),
-            ("layerwise", "SSL"),
-            ("plain", "SL"),
-            ("shared, no residual", "SSL"),
-            ("residual only", "SL"),
-        ]
-        + [("shared", "L")]
-    )
+    for index, (memory, windows) in enumerate(PAIRS)
 }
 PROMPTS = (1, 5, 9, 3, 12, 8, 2, 7)  # tokens; the short window is 8, so rings turn over
 NEW = 4

@@ -32,13 +32,15 @@ rows = np.random.default_rng(0).integers(0, V, (ROWS, T + 1), dtype=np.int32)
 MESHES = (((1, 1, 1, 1), "auto"), ((8, 1, 1, 1), "auto"), ((1, 8, 1, 1), "auto"), ((2, 4, 1, 1), "forward"),
           ((2, 2, 2, 1), "auto"), ((1, 2, 2, 2), "auto"), ((1, 1, 1, 8), "auto"))
 for name, schedule, config in (
-    ("interleaved", ScheduleConfig(subsets=2), model(scan_layers=True, remat=True)),
+    ("interleaved", ScheduleConfig(subsets=2, unroll=False), model(scan_layers=True, remat=True)),
     ("multi_refinement", ScheduleConfig(name="multi_refinement", refinements=1, unroll=False),
      model(scan_layers=True, remat=True)),
     ("unrolled", ScheduleConfig(subsets=2, kv_refresh=True), model(memory="layerwise", value_embeddings="alternate")),
 ):
     initial = None
     for sizes, gather in MESHES:
+        if name == "unrolled" and sizes in ((8, 1, 1, 1), (1, 8, 1, 1)):
+            continue  # those gather once: test_replicas has them unrolled
         mesh = meshes.make_mesh(MeshConfig(*sizes), jax.devices()[: int(np.prod(sizes))])
         decoder, sgd = Decoder(config, mesh), optax.sgd(0.1, momentum=0.9)
         once = meshes.gathers_once(MeshConfig(gather=gather), mesh.shape)
@@ -47,7 +49,7 @@ for name, schedule, config in (
         if initial is None:
             initial = jax.tree.map(np.asarray, state.create(decoder, sgd, mesh, seed=0))
         current, losses, score = jax.device_put(initial, state.state_shardings(decoder, sgd, mesh)), [], None
-        for i in range(10):
+        for i in range(4):
             batch = meshes.global_batch(mesh, (np.roll(rows, i, 0)[:, :-1], np.roll(rows, i, 0)[:, 1:]))
             current, metrics = train(current, *batch)
             losses.append(float(metrics["train/loss"]))
@@ -68,7 +70,7 @@ def test_7_losses_and_scores_are_the_same_on_every_mesh():
     )
     assert done.returncode == 0, done.stderr
     runs = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(runs) == 21
+    assert len(runs) == 7 + 7 + 5
     for name in ("interleaved", "multi_refinement", "unrolled"):
         single, *others = [run for run in runs if run["schedule"] == name]
         assert single["mesh"] == [1, 1, 1, 1] and single["losses"][-1] < single["losses"][0]
