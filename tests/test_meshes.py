@@ -32,7 +32,7 @@ rows = np.random.default_rng(0).integers(0, V, (ROWS, T + 1), dtype=np.int32)
 MESHES = (((1, 1, 1, 1), "auto"), ((8, 1, 1, 1), "auto"), ((1, 8, 1, 1), "auto"), ((2, 4, 1, 1), "forward"),
           ((2, 2, 2, 1), "auto"), ((1, 2, 2, 2), "auto"), ((1, 1, 1, 8), "auto"))
 for name, schedule, config in (
-    ("interleaved", ScheduleConfig(subsets=2, unroll=False), model(scan_layers=True, remat=True)),
+    ("interleaved", ScheduleConfig(subsets=2), model(scan_layers=True, remat=True)),
     ("multi_refinement", ScheduleConfig(name="multi_refinement", refinements=1, unroll=False),
      model(scan_layers=True, remat=True)),
     ("unrolled", ScheduleConfig(subsets=2, kv_refresh=True), model(memory="layerwise", value_embeddings="alternate")),
