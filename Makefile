@@ -14,7 +14,7 @@ RUN := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := train
-.PHONY: install train test test-faults lint types format clean
+.PHONY: install train check test test-faults lint types format clean
 
 install: $(INSTALLED)
 
@@ -23,6 +23,10 @@ train: $(INSTALLED)
 
 test: $(INSTALLED)
 	$(RUN) -m pytest -n 2 --dist loadfile $(ARGS)
+
+# Lint, types and the tests that take no time: what to run between two edits.
+check: lint types
+	$(RUN) -m pytest -n 2 --dist loadfile -m "not slow and not faults" $(ARGS)
 
 # Every fault that is known to kill runs, done to small ones; the default tests do a part of it.
 test-faults: $(INSTALLED)

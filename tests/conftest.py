@@ -4,6 +4,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,12 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES", "none")  # else programs are bound to its path
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1")
+# jaxlib 0.11 has one way to emit fusions, and ends a process that names the choice.
+os.environ.setdefault(
+    "XLA_FLAGS",
+    ("--xla_cpu_use_fusion_emitters=false " if version("jaxlib").startswith("0.10.") else "")
+    + "--xla_cpu_parallel_codegen_split_count=1",
+)
 
 import jax
 import numpy as np
@@ -77,3 +83,35 @@ def random_batch() -> Callable[..., tuple[np.ndarray, np.ndarray]]:
         return tokens[:, :-1], tokens[:, 1:]
 
     return draw
+
+
+# Files that compile much or start processes: ``make check`` leaves them out.
+SLOW = {
+    "test_attention",
+    "test_causality",
+    "test_costs",
+    "test_decoding",
+    "test_equalities",
+    "test_generate",
+    "test_gpu_programs",
+    "test_host_memory",
+    "test_main",
+    "test_meshes",
+    "test_notebook",
+    "test_orthogonalization",
+    "test_parity",
+    "test_processes",
+    "test_programs",
+    "test_recomputed",
+    "test_replicas",
+    "test_schedules",
+    "test_topology",
+    "test_watchdog",
+}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks what is slow."""
+    for item in items:
+        if item.path.stem in SLOW or item.path.parent.name == "faults":
+            item.add_marker("slow")
