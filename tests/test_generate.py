@@ -3,8 +3,10 @@
 import functools
 import math
 import os
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 from absl import flags
@@ -69,7 +71,6 @@ def test_a_prompt_is_utf_8_in_every_locale():
 
 def test_ctrl_c_while_xla_compiles_crashes_nothing():
     program = """
-import signal, threading
 import jax, jax.numpy as jnp
 from lrt_jax.setup import flags
 
@@ -80,7 +81,7 @@ def many(x):
 
 def command():
     lowered = jax.jit(many).lower(jnp.ones((64, 64)))
-    threading.Timer(0.3, signal.raise_signal, [signal.SIGINT]).start()
+    print("compiling", flush=True)
     lowered.compile()
     print("compiled before the signal came")
 
@@ -88,9 +89,17 @@ flags.run(command)
 """
     # Compiled as users have it, and not found in a cache.
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("JAX_", "XLA_"))}
-    environment |= {"JAX_PLATFORMS": "cpu"}
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
-    assert (done.returncode, done.stdout, done.stderr) == (1, "", "stopped; nothing was changed\n")
+    process = subprocess.Popen(
+        [sys.executable, "-c", program],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment | {"JAX_PLATFORMS": "cpu"},
+    )
+    assert process.stdout.readline() == "compiling\n"
+    time.sleep(0.5)  # of some seconds that it compiles
+    process.send_signal(signal.SIGINT)
+    assert process.communicate() == ("", "stopped; nothing was changed\n") and process.returncode == 1
 
 
 # Commands that print, each in a fork whose reader is gone, and one that fails by itself.

@@ -27,7 +27,7 @@ PEAK_FLOPS = {
     "Tesla T4": 65e12,
 }
 PROBE_SIZE = 1024
-PROBE_SECONDS = 0.5  # so long that a moment in which another process has the cores does not count
+PROBE_SECONDS = 0.1  # so long that a moment in which another process has the cores does not count
 
 
 def peak_flops(device: jax.Device) -> float:
