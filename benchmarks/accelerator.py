@@ -11,6 +11,7 @@ takes too long is ended, and its rows so far count. On a CPU everything is shrun
 import argparse
 import dataclasses
 import json
+import math
 import os
 import re
 import signal
@@ -76,7 +77,7 @@ def sections(platform: str) -> Iterator[Section]:
         yield benchmark("decode, batch 64", 30, 90, "decode", *depth(12), *rate, "--batch=64")
     if platform == "gpu":  # splash attention takes whole blocks only
         yield benchmark("attention, odd lengths", 40, 120, "attention", "--sweep", "--subsets=1,2,3", "--rows=2")
-    yield Section("equal compute", 60, 1e9, lambda out, end: equal_compute(out, end, on_cpu))
+    yield Section("equal compute", 60, math.inf, lambda out, end: equal_compute(out, end, on_cpu))
 
 
 def benchmark(name: str, least: float, most: float, module: str, *arguments: str) -> Section:
@@ -302,7 +303,8 @@ def main() -> None:
         raise SystemExit(f"error: --only matches no section; sections are: {names}")
     if options.list:
         for section in chosen:
-            print(f"{section.name}: {section.least:.0f} to {section.most:.0f} s")
+            most = f"to {section.most:.0f} s" if math.isfinite(section.most) else "s and all that is left"
+            print(f"{section.name}: {section.least:.0f} {most}")
         return
     options.out.mkdir(parents=True, exist_ok=True)
     out, said = options.out.resolve(), dict[str, str]()
