@@ -19,8 +19,8 @@ def softcapped(raw: jax.Array, softcap: float) -> jax.Array:
 def cross_entropy(raw: jax.Array, targets: jax.Array, softcap: float) -> jax.Array:
     """Cross entropy in nats of int targets [...] under the logits that :func:`softcapped` makes of raw [..., V].
 
-    Of all that is as large as the logits, the largest array there is, just ``raw`` is kept for the backward pass, in
-    the dtype that the product left it in; the rest is computed again as it is read.
+    Of all that is as large as the logits, the largest array there is, one is kept for the backward pass: ``raw``, in
+    the dtype that the product left it in, or, where that is no narrower, the logits; the rest is computed again.
 
     As far as the cap allows, exponentials are taken as they are. Subtracting the largest logit first would mean to
     look for it: a pass of its own over all logits (docs/LOG.md).
@@ -41,21 +41,27 @@ def _forward(
     chosen = jnp.sum(jnp.where(_is_target(raw, targets), logits, 0), axis=-1)
     shifted = softcap > UNSHIFTED
     logsumexp = jax.nn.logsumexp(logits, axis=-1) if shifted else jnp.log(jnp.sum(jnp.exp(logits), axis=-1))
-    return logsumexp - chosen, (raw, targets, logsumexp)
+    kept = raw if _narrower(raw) else logits
+    return logsumexp - chosen, (kept, targets, logsumexp)
 
 
 def _backward(
     softcap: float, kept: tuple[jax.Array, jax.Array, jax.Array], d_losses: jax.Array
 ) -> tuple[jax.Array, None]:
-    raw, targets, logsumexp = kept
-    logits = softcapped(raw, softcap)
-    d_logits = d_losses[..., None] * (jnp.exp(logits - logsumexp[..., None]) - _is_target(raw, targets))
-    return (d_logits * (1 - jnp.square(logits / softcap))).astype(raw.dtype), None
+    kept_array, targets, logsumexp = kept
+    logits = softcapped(kept_array, softcap) if _narrower(kept_array) else kept_array
+    d_logits = d_losses[..., None] * (jnp.exp(logits - logsumexp[..., None]) - _is_target(logits, targets))
+    return (d_logits * (1 - jnp.square(logits / softcap))).astype(kept_array.dtype), None
 
 
 cross_entropy.defvjp(_forward, _backward)
 
 
-def _is_target(raw: jax.Array, targets: jax.Array) -> jax.Array:
-    vocabulary_V = jnp.arange(raw.shape[-1]).reshape((1,) * targets.ndim + (-1,))
+def _narrower(raw: jax.Array) -> bool:
+    """Whether it is narrower than logits are: they are float32 at least."""
+    return raw.dtype.itemsize < 4
+
+
+def _is_target(logits: jax.Array, targets: jax.Array) -> jax.Array:
+    vocabulary_V = jnp.arange(logits.shape[-1]).reshape((1,) * targets.ndim + (-1,))
     return vocabulary_V == targets[..., None]
