@@ -85,7 +85,6 @@ def _run(run: plan.Run, out: Path, sweep: plan.Sweep) -> bool:
     parameters = costs.count_parameters(config.model).total
     steps = train_steps(config.train, config.model.sequence_length, parameters)
     results.write(folder, results.result_of(run, scores, seconds, parameters, steps))
-    shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # of dozens of runs the numbers are what is wanted
     return True
 
 
@@ -94,9 +93,11 @@ def _share_tokens(folder: Path, others: list[Path]) -> None:
     ready = [other for other in others if (other / tokenizer.FILE).exists() and (other / records.FOLDER).exists()]
     if folder.exists() or not ready:
         return
-    folder.mkdir(parents=True)
-    shutil.copytree(ready[0] / records.FOLDER, folder / records.FOLDER, copy_function=_linked)
-    shutil.copy2(ready[0] / tokenizer.FILE, folder / tokenizer.FILE)
+    unfinished = folder.with_name(f"{folder.name}.new")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    shutil.copytree(ready[0] / records.FOLDER, unfinished / records.FOLDER, copy_function=_linked)
+    shutil.copy2(ready[0] / tokenizer.FILE, unfinished / tokenizer.FILE)
+    unfinished.rename(folder)
 
 
 def _linked(source: str, target: str) -> None:

@@ -143,9 +143,9 @@ def test_a_sweep_goes_on_where_it_was_stopped_and_reports_what_is_done(tmp_path,
     printed = capsys.readouterr()
     assert ran[2:] == ["other_3200_0", "bad_3200_0", "plain_6400_0"]
     assert "3 of 4 runs are done" in printed.out and "bad_3200_0 is left out: the loss is not finite" in printed.err
-    # All have the first run's tokens, and nobody keeps checkpoints.
-    assert {path.read_text() for path in out.glob("*/tokens/part")} == {"1"}
-    assert [path.parent.name for path in out.glob("*/checkpoints")] == ["bad_3200_0"]
+    # All have the first run's tokens, and keep their own checkpoints.
+    assert {path.read_text() for path in out.glob("*/tokens/part")} == {"1"} and not list(out.glob("*.new"))
+    assert len(list(out.glob("*/checkpoints"))) == 4
     found = json.loads((out / "results.json").read_text())
     assert [(one["variant"], one["tokens"]) for one in found["runs"]] == [
         ("plain", 3200),

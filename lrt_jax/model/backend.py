@@ -100,7 +100,7 @@ def attention_kind(
     elif kernel:
         why = f"config.model.attention is {asked!r}" if asked != "auto" else _refusal(kernel, config, platform, whole)
     if kernel and not why:
-        why = _misfit(kernel, length, subsets, traced)
+        why = _misfit(kernel, length, subsets, traced, asked)
         if not why:
             return Attention(kernel)
     tiles = asked == "blocked" or (asked != "dense" and (platform == "cpu" or (platform == "gpu" and whole)))
@@ -142,16 +142,16 @@ def _refusal(kind: str, config: ModelConfig, platform: str, whole: bool) -> str:
     return ""
 
 
-def _misfit(kind: str, length: int, subsets: int | None, traced: bool) -> str:
-    """Why a kernel is not for these queries; empty if it is."""
+def _misfit(kind: str, length: int, subsets: int | None, traced: bool, asked: str) -> str:
+    """Why a kernel is not for these queries; empty if it is. ``asked``: what the config says."""
     if subsets is None:
         return f"{kind} is for strided subsets of positions, and these are in another order"
     if traced:
         return f"{kind} must know the subset when it is compiled; set config.schedule.unroll = True"
     if kind == "splash" and splash_block(length) is None:
         return f"no block of splash attention divides {length} positions; the smallest is {min(SPLASH_BLOCKS)}"
-    if kind == "cudnn" and subsets > MOST_PIECES:
-        return f"{subsets} subsets would be {subsets} calls of cuDNN each; up to {MOST_PIECES} are made"
+    if kind == "cudnn" and asked == "auto" and subsets > MOST_PIECES:
+        return f"{subsets} subsets would be {subsets} calls of cuDNN each; auto makes up to {MOST_PIECES}"
     return ""
 
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
+from lrt_jax.model.backend import compute_dtype
 from lrt_jax.model.decoder import Decoder
 from lrt_jax.setup import mesh as meshes
 from lrt_jax.training import guard, replicas
@@ -106,8 +107,10 @@ def _gradient_of(decoder: Decoder, schedule: Schedule, forward_names: list[str],
         if accumulation == 1:
             return gradient(params, tokens_BxT, targets_BxT)
         split = [rows.reshape(accumulation, -1, rows.shape[1]) for rows in (tokens_BxT, targets_BxT)]
-        total = jax.eval_shape(lambda: gradient(params, split[0][0], split[1][0]))
-        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), total)
+        # Asked of the gradient itself, its shapes would cost a trace of the whole schedule.
+        zero = jnp.zeros((), jnp.promote_types(jnp.float32, compute_dtype(decoder.config)))
+        names = ["train/loss", *(f"train/loss_{name}" for name in forward_names)]
+        zeros = dict.fromkeys(names, zero), jax.tree.map(jnp.zeros_like, params)
         add = lambda total, rows: (jax.tree.map(jnp.add, total, gradient(params, *rows)), None)  # noqa: E731
         total, _ = lax.scan(add, zeros, tuple(split))
         return jax.tree.map(lambda leaf: leaf / accumulation, total)
