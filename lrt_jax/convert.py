@@ -32,7 +32,7 @@ from lrt_jax.setup import flags as command_line
 from lrt_jax.setup import workdir as workdirs
 from lrt_jax.setup.config import Config, ConfigError, ModelConfig
 from lrt_jax.setup.errors import UserError
-from lrt_jax.training import checkpoint
+from lrt_jax.training import binding, checkpoint
 
 __all__ = ["export_weights", "from_reference", "import_weights", "to_reference", "verify"]
 
@@ -112,7 +112,7 @@ def import_weights(
     inexact = [name for name, array in wide.items() if np.any(array.astype(np.float32) != array)]
     if found is not None:
         tokenizers.keep(found, workdir)
-    checkpoint.write_config(run, workdir)
+    binding.write_config(run, workdir)
     checkpoints = checkpoint.Checkpoints(workdir)
     checkpoints.save_params({name: jnp.asarray(array, jnp.float32) for name, array in params.items()}, run)
     checkpoints.wait()
@@ -238,8 +238,8 @@ def export_weights(workdir: Path, out: Path, step: int | None = None, names: str
     Raises:
       UserError: there is no such checkpoint, the file is there already, or the reference has no such model.
     """
-    if not (workdir / checkpoint.CONFIG_FILE).exists():
-        raise ConfigError(f"{str(workdir)!r} has no {checkpoint.CONFIG_FILE}; export takes a run's work dir")
+    if not (workdir / binding.CONFIG_FILE).exists():
+        raise ConfigError(f"{str(workdir)!r} has no {binding.CONFIG_FILE}; export takes a run's work dir")
     config, params, step = load.load_params(workdir, step)
     arrays = {name: np.asarray(array) for name, array in params.items()}
     metadata: dict[str, Any] = {"format": "np", "step": str(step)}
@@ -250,7 +250,7 @@ def export_weights(workdir: Path, out: Path, step: int | None = None, names: str
     else:
         metadata[CONFIG_KEY] = config.to_json()
     kept = workdir / tokenizers.FILE
-    checkpoint.check_kept_tokenizer(workdir, step)
+    binding.check_kept_tokenizer(workdir, step)
     if kept.exists():
         metadata[TOKENIZER_KEY] = base64.b64encode(tokenizers.bytes_kept(workdir)).decode()
     files.write_safetensors(out, arrays, metadata)

@@ -15,7 +15,7 @@ from lrt_jax.setup import mesh as meshes
 from lrt_jax.setup import processes
 from lrt_jax.setup import workdir as workdirs
 from lrt_jax.setup.config import ConfigError, Prefill
-from lrt_jax.training import checkpoint
+from lrt_jax.training import binding
 
 
 def define_flags() -> None:
@@ -75,7 +75,7 @@ def evaluate(
         decode=dataclasses.replace(config.decode, **decode),
     )
     data = dataclasses.replace(config.data, corpus=source or config.data.corpus)
-    begun = records.begun(workdir, checkpoint.records_of(workdir, trained.step), binding=False)
+    begun = records.begun(workdir, binding.records_of(workdir, trained.step), binding=False)
     texts = corpus.open_corpus(data, begun)
     held_out = pipeline.held_out_rows(config, texts, trained.tokenizer, rows or config.eval.final_rows)
     token_bytes = trained.tokenizer.token_bytes

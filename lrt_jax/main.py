@@ -30,6 +30,7 @@ from lrt_jax.setup import workdir as workdirs
 from lrt_jax.setup.durations import require_ahead, train_steps
 from lrt_jax.setup.errors import one_line
 from lrt_jax.training import (
+    binding,
     checkpoint,
     inventory,
     lock,
@@ -136,16 +137,16 @@ def _run(
     compute_dtype(config.model)
     _attention(config, mesh)
     start = _recover(workdir)
-    changes = checkpoint.check_config(config, workdir)
+    changes = binding.check_config(config, workdir)
     counts = costs.count_parameters(config.model)
     steps = train_steps(config.train, config.model.sequence_length, counts.total)
     require_ahead(config.train, steps, start or 0)
     meshes.cache_compilations(workdir)
     startup.lap("devices and checkpoints")
 
-    texts = corpus.open_corpus(config.data, records.begun(workdir, checkpoint.records_of(workdir, start)))
+    texts = corpus.open_corpus(config.data, records.begun(workdir, binding.records_of(workdir, start)))
     processes.say(one_line(texts.read_as))
-    checkpoint.check_tokenizer(config, workdir)
+    binding.check_tokenizer(config, workdir)
     with watchdog.phase("making tokens", "none", 0.0):  # of a corpus of any size: no limit suits all
         tokens = tokenizer.Tokenizer(
             processes.from_first(lambda: tokenizer.load_or_train(config, texts, workdir).model)
@@ -164,7 +165,7 @@ def _run(
     evaluator = Evaluator(decoder, config, mesh, held_out, tokens.token_bytes)
 
     checkpoints = checkpoint.Checkpoints(workdir, config.train.keep)
-    imported = checkpoint.holds_parameters_only(workdir)
+    imported = binding.holds_parameters_only(workdir)
     if start is not None and not imported:
         train_state = checkpoints.restore(state.abstract(decoder, transformation, mesh), batches, start)
     else:
@@ -175,7 +176,7 @@ def _run(
     # Only now, so that a mistake in the config leaves nothing behind that binds the work dir to it.
     if processes.is_first():
         tokenizer.keep(tokens, workdir)
-        checkpoint.write_config(config, workdir)
+        binding.write_config(config, workdir)
     writer = metrics.Writer(workdir, start or 0, steps) if processes.is_first() else metrics.Silent()
     begins = f"going on from step {start:,}" if start is not None else "beginning at step 0"
     begins = "beginning at step 0 with the parameters imported into it" if imported else begins

@@ -22,7 +22,7 @@ from lrt_jax.inference import load
 from lrt_jax.model.parameters import table
 from lrt_jax.setup.config import Config, ConfigError, DataConfig, ScheduleConfig, TrainConfig
 from lrt_jax.setup.errors import UserError
-from lrt_jax.training import checkpoint
+from lrt_jax.training import binding
 
 GOLDEN = Path(__file__).parent / "golden"
 MODELS = {
@@ -192,7 +192,7 @@ def test_import_reads_our_names_from_any_file_and_compares_models(tmp_path, tiny
     with pytest.raises(ConversionError, match="does not say which model"):
         convert.import_weights(tmp_path / "ours.npz", tmp_path / "other")
     with pytest.raises(ConfigError, match="imported parameters without their tokenizer"):
-        checkpoint.check_tokenizer(run, tmp_path / "run")
+        binding.check_tokenizer(run, tmp_path / "run")
     with pytest.raises(ConversionError, match=r"sequence_length 8 instead of 24"):
         convert.import_weights(GOLDEN / "lrt_s2.npz", tmp_path / "other", config)
     assert not (tmp_path / "other").exists()

@@ -1,9 +1,7 @@
 """Which checkpoints count, on real ones: any damage is found, told by name, and survived."""
 
 import asyncio
-import dataclasses
 import errno
-import hashlib
 import json
 import os
 import pwd
@@ -12,78 +10,25 @@ import sys
 import threading
 from pathlib import Path
 
-import grain
 import jax
 import numpy as np
 import pytest
+import saved_runs
 import tensorstore
 from etils import epath
+from saved_runs import Run, assert_same
 
 from lrt_jax import checkpoints as command
 from lrt_jax.data import tokenizer
 from lrt_jax.inference import load
-from lrt_jax.model.decoder import Decoder
-from lrt_jax.model.parameters import table
-from lrt_jax.setup import mesh as meshes
-from lrt_jax.setup.config import Config, ConfigError, MeshConfig, OptimizerConfig, TrainConfig
+from lrt_jax.setup.config import ConfigError
 from lrt_jax.setup.paths import LocalPath
-from lrt_jax.training import checkpoint, inventory, manifest, optimizer, readback, state
-
-
-@dataclasses.dataclass
-class Run:
-    """A work dir with the checkpoints 1, 2 and 3, the state that each holds, and what restoring needs."""
-
-    workdir: Path
-    config: Config
-    states: dict[int, dict[str, np.ndarray]]
-    abstract: state.TrainState
-
-    def restored(self, step: int) -> dict[str, np.ndarray]:
-        opened = checkpoint.Checkpoints(self.workdir, keep=3)
-        iterator = numbers()
-        found = arrays(opened.restore(self.abstract, iterator, step))
-        opened.close()
-        assert next(iterator) == step
-        return found
-
-    def copy(self, place: Path) -> "Run":
-        shutil.copytree(self.workdir, place)
-        return dataclasses.replace(self, workdir=place)
-
-
-def numbers():
-    return iter(grain.MapDataset.range(100).to_iter_dataset())
-
-
-def arrays(train_state) -> dict[str, np.ndarray]:
-    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree.leaves_with_path(train_state)}
-
-
-def assert_same(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
-    assert found.keys() == expected.keys()
-    for name, array in expected.items():
-        np.testing.assert_array_equal(found[name], array, err_msg=name)
+from lrt_jax.training import binding, checkpoint, inventory, manifest, readback
 
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory, tiny) -> Run:
-    model = tiny()
-    config = Config(model, TrainConfig(batch_size=2, steps=3, keep=3))
-    decoder, mesh = Decoder(model), meshes.make_mesh(MeshConfig(), jax.devices()[:1])
-    adamw = optimizer.build(OptimizerConfig(name="adamw"), table(model), 10)
-    workdir = tmp_path_factory.mktemp("run") / "[run] *?"  # a name that would be a pattern
-    run = Run(workdir, config, {}, state.abstract(decoder, adamw, mesh))
-    opened, iterator = checkpoint.Checkpoints(run.workdir, keep=3), numbers()
-    for step in (1, 2, 3):
-        next(iterator)
-        current = state.create(decoder, adamw, mesh, seed=step)
-        current = current.replace(step=current.step + step)
-        opened.save(current, iterator, config)
-        run.states[step] = arrays(current)
-    opened.wait()
-    opened.close()
-    return run
+    return saved_runs.make(tmp_path_factory.mktemp("run") / "[run] *?", tiny())  # a name that would be a pattern
 
 
 def files_of(workdir: Path, step: int) -> list[Path]:
@@ -238,7 +183,7 @@ def test_readers_move_nothing(saved, tmp_path):
 def moving(saved, tmp_path, monkeypatch):
     """A run that goes on while it is read: ``before(module, name)`` does it before the next call of a function."""
     run = saved.copy(tmp_path / "run")
-    checkpoint.write_config(run.config, run.workdir)
+    binding.write_config(run.config, run.workdir)
 
     def go_on():
         (run.workdir / "checkpoints" / "3").rename(run.workdir / "checkpoints" / "4")
@@ -391,101 +336,3 @@ def test_a_write_that_ends_after_a_save_failed_prints_no_traceback(tmp_path, mon
     future.add_done_callback(lambda _: 1 / 0)  # anything else is told, once
     later(promise)
     assert [str(error) for error in told] == ["division by zero"]
-
-
-@pytest.mark.parametrize("content", [None, b'{"na', b"\xff", b"[1]"])
-def test_a_run_is_bound_by_its_newest_checkpoint_whatever_its_config_file_says(saved, tmp_path, content):
-    run = saved.copy(tmp_path / "run")
-    if content is not None:
-        (run.workdir / checkpoint.CONFIG_FILE).write_bytes(content)
-    assert checkpoint.check_config(run.config, run.workdir) == []
-    longer = dataclasses.replace(run.config, train=dataclasses.replace(run.config.train, steps=9))
-    assert checkpoint.check_config(longer, run.workdir) == ["config.train.steps: 3 → 9"]
-    wider = dataclasses.replace(run.config, model=dataclasses.replace(run.config.model, width=32))
-    for changed, name in ((dataclasses.replace(run.config, seed=5), "seed"), (wider, "model.width")):
-        with pytest.raises(ConfigError, match=rf"config\.{name} is \d+, but {run.workdir} was begun with \d+"):
-            checkpoint.check_config(changed, run.workdir)
-
-
-def test_how_a_corpus_is_spelled_binds_no_run(saved, tmp_path, monkeypatch):
-    run = saved.copy(tmp_path / "run")
-    monkeypatch.chdir(tmp_path)
-
-    def spelled(**data):
-        return dataclasses.replace(run.config, data=dataclasses.replace(run.config.data, **data))
-
-    checkpoint.write_config(spelled(corpus="c"), tmp_path / "fresh")  # without a checkpoint, which knows the files
-    for corpus in ("./c", "c/", str(tmp_path / "c")):
-        assert len(checkpoint.check_config(spelled(corpus=corpus), tmp_path / "fresh")) == 1
-    for corpus in ("d", "stdlib"):
-        with pytest.raises(ConfigError, match=rf"config\.data\.corpus is '{corpus}', but .* was begun with 'c'"):
-            checkpoint.check_config(spelled(corpus=corpus), tmp_path / "fresh")
-    changes = checkpoint.check_config(spelled(corpus="elsewhere", tokenizer="a.model"), run.workdir)
-    assert changes == [
-        "config.data.corpus: 'stdlib' → 'elsewhere'",
-        "config.data.tokenizer: '' → 'a.model'",
-    ]
-    with pytest.raises(ConfigError, match=r"config\.data\.text_field is 'x'"):
-        checkpoint.check_config(spelled(text_field="x"), run.workdir)
-
-
-def test_which_records_a_checkpoint_was_trained_on_is_read_from_it(saved, tmp_path):
-    run = saved.copy(tmp_path / "run")
-    assert checkpoint.records_of(run.workdir, None) is checkpoint.records_of(run.workdir, 3) is None
-    folder = run.workdir / "checkpoints" / "3"
-    (folder / "data" / "metadata").write_text(json.dumps({"records": "abc"}))
-    assert checkpoint.records_of(run.workdir, 3) is None  # damaged
-    manifest.write(epath.Path(folder))
-    assert checkpoint.records_of(run.workdir, 3) == "abc"
-
-
-def test_a_tokenizer_that_was_replaced_is_told(saved, tmp_path):
-    run = saved.copy(tmp_path / "run")
-    kept = run.workdir / tokenizer.FILE
-    kept.write_bytes(b"another")
-    checkpoint.check_tokenizer(run.config, run.workdir)  # the checkpoints are of before it was noted
-    folder = run.workdir / "checkpoints" / "3"
-    (folder / "data" / "metadata").write_text(json.dumps({"tokenizer": hashlib.sha256(b"model").hexdigest()}))
-    checkpoint.check_kept_tokenizer(run.workdir, 3)  # damaged, so it says nothing
-    manifest.write(epath.Path(folder))
-    for check in (
-        lambda: checkpoint.check_tokenizer(run.config, run.workdir),
-        lambda: checkpoint.check_kept_tokenizer(run.workdir, 3),
-    ):
-        kept.write_bytes(b"another")
-        with pytest.raises(ConfigError, match=rf"^{kept} is not the tokenizer that the checkpoint of step 3 was"):
-            check()
-        kept.write_bytes(b"model")
-        check()
-    checkpoint.check_kept_tokenizer(run.workdir, 2)
-
-
-@pytest.mark.parametrize(
-    ("content", "says"),
-    [
-        (b'{"na', r"the config is not valid JSON \(Unterminated"),
-        (b"\xff", r"it is not UTF-8: "),
-        (b"[1]", r"config is \[1\]; it must be a group of fields"),
-        (None, r"Is a directory"),
-    ],
-)
-def test_a_config_file_that_cannot_be_read_is_named(saved, tmp_path, content, says):
-    path = tmp_path / checkpoint.CONFIG_FILE
-    path.mkdir() if content is None else path.write_bytes(content)
-    for read in (checkpoint.read_config, lambda workdir: checkpoint.check_config(saved.config, workdir)):
-        with pytest.raises(ConfigError, match=rf"^{path} cannot be used \({says}.*\); it must be the config as"):
-            read(tmp_path)
-
-
-def test_the_config_is_on_the_disk_before_it_has_its_name(saved, tmp_path, monkeypatch):
-    flushed = []
-
-    def flush(descriptor):
-        path = Path(f"/proc/self/fd/{descriptor}").readlink()
-        flushed.append((path.name, path.read_text() if path.is_file() else sorted(p.name for p in path.iterdir())))
-
-    monkeypatch.setattr(os, "fsync", flush)
-    workdir = tmp_path / "run"
-    checkpoint.write_config(saved.config, workdir)
-    assert flushed == [("config.json.tmp", saved.config.to_json()), ("run", ["config.json"])]
-    assert checkpoint.read_config(workdir) == saved.config

@@ -16,7 +16,7 @@ from lrt_jax.model.decoder import Decoder
 from lrt_jax.setup import mesh as meshes
 from lrt_jax.setup import processes
 from lrt_jax.setup.config import Config, ConfigError, MeshConfig
-from lrt_jax.training import checkpoint, inventory, readback, state
+from lrt_jax.training import binding, inventory, readback, state
 
 # How often another checkpoint is chosen, where a run has removed the last one while it was read.
 TRIES = 10
@@ -56,7 +56,7 @@ def load(workdir: Path, step: int | None = None) -> Trained:
       CheckpointError: the checkpoint is damaged.
     """
     config, params, step = load_params(workdir, step)
-    checkpoint.check_kept_tokenizer(workdir, step)
+    binding.check_kept_tokenizer(workdir, step)
     mesh = _mesh(config)
     return Trained(config, Decoder(config.model, mesh), params, tokenizer.load(workdir, config), mesh, step)
 
@@ -68,7 +68,7 @@ def load_params(workdir: Path, step: int | None = None) -> tuple[Config, dict[st
       ConfigError: ``workdir`` is no run's work dir, or has no such checkpoint.
       CheckpointError: the checkpoint is damaged; without ``step``, all of them are.
     """
-    config = checkpoint.read_config(workdir)
+    config = binding.read_config(workdir)
     abstract = state.abstract_params(Decoder(config.model), _mesh(config))
     for _ in range(TRIES):
         chosen = int(processes.from_first(lambda: str(_chosen(workdir, step)).encode()))
