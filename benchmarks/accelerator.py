@@ -3,13 +3,14 @@
     python -m benchmarks.accelerator --minutes=9 --out=DIR [--only=REGEX] [--list]
 
 It runs the other benchmarks, and a training run on real text that is killed and goes on, each in a process of its own,
-most valuable first. What one has measured is on disk before the next begins: DIR/results.json and DIR/table.md, whose
-tables are for docs/LOG.md. A benchmark that does not fit the time that is left is left out, and said to be; one that
-takes too long is ended, and its rows so far count. On a CPU everything is shrunk, to see that it works.
+most valuable first. DIR gets three files: results.json, table.md, whose tables are for docs/LOG.md, and log.txt. They
+have every row seconds after it was measured. A benchmark that does not fit the time that is left is left out, and said
+to be; one that takes too long is ended, and its rows so far count. On a CPU everything is shrunk, to see that it works.
 """
 
 import argparse
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -17,11 +18,13 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from benchmarks import reports
 from benchmarks.arguments import pattern
 
 ROOT = Path(__file__).parents[1]
@@ -30,10 +33,27 @@ RESERVE = 5.0
 TRAINING = "training on text, killed and resumed"
 # Seconds that a process that is told to end has to do so.
 GRACE = 5.0
+# Seconds between reports while something runs.
+INTERVAL = 2.0
 
 
 class OutOfTimeError(Exception):
     """A process was ended at its limit."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """Where sections run.
+
+    Attributes:
+      folder: for their files, which nobody needs afterwards.
+      log: what they print goes here.
+      report: called every few seconds while something runs.
+    """
+
+    folder: Path
+    log: Path
+    report: Callable[[], None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,13 +64,13 @@ class Section:
       name: in the report.
       least: seconds without which it is not worth beginning.
       most: seconds after which it is ended.
-      run: given the folder for its files, and the time at which it must be done, leaves rows in ``<name>.json`` there.
+      run: given the time at which it must be done, leaves rows in ``file`` of the work's folder.
     """
 
     name: str
     least: float
     most: float
-    run: Callable[[Path, float], None]
+    run: Callable[[Work, float], None]
 
     @property
     def file(self) -> str:
@@ -71,33 +91,33 @@ def sections(platform: str) -> Iterator[Section]:
     yield benchmark("step, depth 12", 60, 200, "step", *depth(12), *step)
     yield benchmark("step, depth 20", 90, 240, "step", *depth(20), *step)
     yield benchmark("decode, batch 1", 30, 90, "decode", *depth(12), *rate)
-    yield Section(TRAINING, 100, 220, lambda out, end: trained_and_killed(out, end, on_cpu))
-    yield Section("prefill", 25, 90, lambda out, end: prefill(out, end, on_cpu))
+    yield Section(TRAINING, 100, 220, lambda work, end: trained_and_killed(work, end, on_cpu))
+    yield Section("prefill", 25, 90, lambda work, end: prefill(work, end, on_cpu))
     if not on_cpu:
         yield benchmark("decode, batch 64", 30, 90, "decode", *depth(12), *rate, "--batch=64")
     if platform == "gpu":  # splash attention takes whole blocks only
         yield benchmark("attention, odd lengths", 40, 120, "attention", "--sweep", "--subsets=1,2,3", "--rows=2")
-    yield Section("equal compute", 60, math.inf, lambda out, end: equal_compute(out, end, on_cpu))
+    yield Section("equal compute", 60, math.inf, lambda work, end: equal_compute(work, end, on_cpu))
 
 
 def benchmark(name: str, least: float, most: float, module: str, *arguments: str) -> Section:
     """A section that is one of the other benchmarks."""
 
-    def run(out: Path, end: float) -> None:
-        path = out / Section(name, 0, 0, run).file
-        execute([f"benchmarks.{module}", *arguments, f"--json={path}"], out / "log.txt", end)
+    def run(work: Work, end: float) -> None:
+        path = work.folder / Section(name, 0, 0, run).file
+        execute([f"benchmarks.{module}", *arguments, f"--json={path}"], work, end)
 
     return Section(name, least, most, run)
 
 
-def execute(arguments: list[str], log: Path, end: float, until: Callable[[], bool] | None = None) -> None:
+def execute(arguments: list[str], work: Work, end: float, until: Callable[[], bool] | None = None) -> None:
     """Runs a module of this checkout to its end; or, once ``until`` says so, kills it.
 
     Args:
       arguments: the module and its arguments.
-      log: what it prints is appended here.
+      work: where.
       end: when it must be done, by ``time.monotonic``.
-      until: asked twice a second.
+      until: asked again and again.
 
     Raises:
       OutOfTimeError: it took too long, and was ended.
@@ -105,7 +125,8 @@ def execute(arguments: list[str], log: Path, end: float, until: Callable[[], boo
     """
     environment = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.92", **os.environ, "PYTHONUNBUFFERED": "1"}
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    with log.open("ab") as stream:
+    told = time.monotonic()
+    with work.log.open("ab") as stream:
         stream.write(f"\n$ python -m {' '.join(arguments)}\n".encode())
         stream.flush()
         child = subprocess.Popen(
@@ -125,6 +146,9 @@ def execute(arguments: list[str], log: Path, end: float, until: Callable[[], boo
                     return
                 if time.monotonic() > end:
                     raise OutOfTimeError
+                if time.monotonic() > told + INTERVAL:
+                    work.report()
+                    told = time.monotonic()
                 time.sleep(0.1)
         finally:
             if child.poll() is None:
@@ -135,13 +159,13 @@ def execute(arguments: list[str], log: Path, end: float, until: Callable[[], boo
                     os.killpg(child.pid, signal.SIGKILL)
                     child.wait()
     if child.returncode:
-        last = log.read_text(errors="replace").strip().splitlines()[-1]
+        last = work.log.read_text(errors="replace").strip().splitlines()[-1]
         raise RuntimeError(f"exit {child.returncode}: {last}")
 
 
-def training(out: Path, name: str, on_cpu: bool, *changes: str) -> tuple[list[str], Path]:
+def training(work: Work, name: str, on_cpu: bool, *changes: str) -> tuple[list[str], Path]:
     """The command of a training run on the standard library's source, and its work dir."""
-    workdir = out / "runs" / name
+    workdir = work.folder / "runs" / name
     config = "configs/base.py:debug" if on_cpu else "configs/nanochat.py:depth=12"
     settings = ["train.tokens_per_parameter=0.0", "eval.batch_size=8", "eval.rows=8", "eval.final_rows=16"]
     if not on_cpu:
@@ -157,20 +181,20 @@ def metrics(workdir: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
-def trained_and_killed(out: Path, end: float, on_cpu: bool) -> None:
+def trained_and_killed(work: Work, end: float, on_cpu: bool) -> None:
     """Trains, kills the process without a word after its first checkpoint, and lets the same command end the run."""
     steps, save = (40, 10) if on_cpu else (300, 100)
-    command, workdir = training(out, "killed", on_cpu, f"train.steps={steps}", f"train.save_every={save}")
+    command, workdir = training(work, "killed", on_cpu, f"train.steps={steps}", f"train.save_every={save}")
 
     def saved_and_gone_on() -> bool:
         saved = any((workdir / "checkpoints").glob("*/manifest.json"))
         return saved and max((line["step"] for line in metrics(workdir)), default=0) > save
 
     began = time.monotonic()
-    execute(command, out / "log.txt", end, until=saved_and_gone_on)
+    execute(command, work, end, until=saved_and_gone_on)
     killed = max(line["step"] for line in metrics(workdir))
     before = len(metrics(workdir))
-    execute(command, out / "log.txt", end)
+    execute(command, work, end)
     lines = metrics(workdir)
     first = [line["perf/seconds_to_first_step"] for line in lines if "perf/seconds_to_first_step" in line]
     rates = [line for line in lines if "perf/tokens_per_second" in line]
@@ -184,21 +208,21 @@ def trained_and_killed(out: Path, end: float, on_cpu: bool) -> None:
         "seconds": time.monotonic() - began,
         **{name: lines[-1][name] for name in ("val/bpb", "val/bpb_sequential", "val/bpb_init")},
     }
-    write(out, TRAINING, [row])
+    write(work, TRAINING, [row])
 
 
-def prefill(out: Path, end: float, on_cpu: bool) -> None:
+def prefill(work: Work, end: float, on_cpu: bool) -> None:
     """Fixed-point prefill of the model that the training run left."""
-    workdir = out / "runs" / "killed"
+    workdir = work.folder / "runs" / "killed"
     if not workdir.exists():
         raise RuntimeError("there is no trained model: its run was left out")
     lengths = "--lengths=16" if on_cpu else "--lengths=512,1024"
-    path = out / Section("prefill", 0, 0, prefill).file
+    path = work.folder / Section("prefill", 0, 0, prefill).file
     options = [lengths, "--tolerances=0.1,0.01", "--rows=8", f"--json={path}"]
-    execute(["benchmarks.prefill", str(workdir), *options], out / "log.txt", end)
+    execute(["benchmarks.prefill", str(workdir), *options], work, end)
 
 
-def equal_compute(out: Path, end: float, on_cpu: bool) -> None:
+def equal_compute(work: Work, end: float, on_cpu: bool) -> None:
     """Plain, interleaved and staged training of a small model, each for as many effective tokens; as many as fit."""
     steps = 40 if on_cpu else 600
     small = [] if on_cpu else ["model.layers=6", "model.width=384", "model.heads=3", "model.kv_heads=3"]
@@ -211,52 +235,20 @@ def equal_compute(out: Path, end: float, on_cpu: bool) -> None:
         began = time.monotonic()
         if began + longest > end:
             return
-        command, workdir = training(out, name, on_cpu, *small, f"train.steps={round(share * steps)}", *changes)
-        execute(command, out / "log.txt", end)
+        command, workdir = training(work, name, on_cpu, *small, f"train.steps={round(share * steps)}", *changes)
+        execute(command, work, end)
         seconds = time.monotonic() - began
         longest = max(longest, seconds)
         last = metrics(workdir)[-1]
         effective = [line["compute/effective"] for line in metrics(workdir) if "compute/effective" in line]
         bpb = "val/bpb_sequential"
         rows.append({"schedule": name, "effective_tokens": effective[-1], bpb: last[bpb], "seconds": seconds})
-        write(out, "equal compute", rows)
+        write(work, "equal compute", rows)
 
 
-def write(out: Path, name: str, rows: list[dict[str, Any]]) -> None:
+def write(work: Work, name: str, rows: list[dict[str, Any]]) -> None:
     """Leaves a section's rows where the report reads them."""
-    (out / Section(name, 0, 0, prefill).file).write_text(json.dumps({"rows": rows}, indent=2) + "\n")
-
-
-def report(out: Path, chosen: list[Section], said: dict[str, str], about: dict[str, Any]) -> None:
-    """Writes ``results.json`` and ``table.md`` of what there is so far."""
-    found: dict[str, Any] = {"about": about, "sections": {}}
-    lines = [f"{about['device']}, jax {about['jax']}, commit {about['commit']}, {about['date']}"]
-    for section in chosen:
-        path = out / section.file
-        content = json.loads(path.read_text()) if path.exists() else {"rows": []}
-        found["sections"][section.name] = content | {"outcome": said.get(section.name, "not reached")}
-        lines += ["", f"**{section.name}**: {said.get(section.name, 'not reached')}", "", *table(content["rows"])]
-    for name, text in (("results.json", json.dumps(found, indent=2)), ("table.md", "\n".join(lines))):
-        new = out / f"{name}.new"
-        new.write_text(text + "\n")
-        new.replace(out / name)
-
-
-def table(rows: list[dict[str, Any]]) -> list[str]:
-    """Rows as a markdown table; what is the same as the default of every row is left out."""
-    names = [name for name in dict.fromkeys(name for row in rows for name in row) if any(row.get(name) for row in rows)]
-    if not names:
-        return []
-
-    def cell(value: Any) -> str:
-        if isinstance(value, list):
-            return ", ".join(map(cell, value))
-        if isinstance(value, float):
-            return f"{value:.4g}" if abs(value) < 1e5 else f"{value:,.0f}"
-        return f"{value:,}" if isinstance(value, int) else str(value or "")
-
-    head = ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
-    return head + ["| " + " | ".join(cell(row.get(name)) for name in names) + " |" for row in rows]
+    (work.folder / Section(name, 0, 0, prefill).file).write_text(json.dumps({"rows": rows}, indent=2) + "\n")
 
 
 def machine(limit: float) -> dict[str, Any]:
@@ -266,13 +258,25 @@ def machine(limit: float) -> dict[str, Any]:
       SystemExit: JAX finds no device it can use.
     """
     ask = "import jax, json; d = jax.devices()[0]; print(json.dumps([d.platform, d.device_kind, jax.__version__]))"
-    found = subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True, timeout=limit)
+    try:
+        found = subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True, timeout=limit)
+    except subprocess.TimeoutExpired:
+        raise SystemExit(f"error: JAX finds no device within {limit:.0f} s") from None
     if found.returncode:
-        raise SystemExit(f"error: JAX finds no device: {found.stderr.strip().splitlines()[-1]}")
+        raise SystemExit(f"error: JAX finds no device: {found.stderr.strip().rpartition(chr(10))[2]}")
     platform, kind, version = json.loads(found.stdout.splitlines()[-1])
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
     about = {"platform": platform, "device": kind, "jax": version, "date": time.strftime("%Y-%m-%d")}
-    return about | {"commit": commit.stdout.strip() or "unknown"}
+    return about | {"commit": commit()}
+
+
+def commit() -> str:
+    """Of this checkout; "unknown" where there is no git, or no repository."""
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    try:
+        found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    except OSError:
+        found = ""
+    return found or "unknown"
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -309,21 +313,30 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     out, said = options.out.resolve(), dict[str, str]()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what runs is ended, too
+    with tempfile.TemporaryDirectory(prefix="lrt-jax-") as folder:
+        files = {section.name: Path(folder) / section.file for section in chosen}
+        reported = functools.partial(reports.write, out, files, said, about)
+        run_all(chosen, Work(Path(folder), out / "log.txt", reported), said, end)
+    print((out / "table.md").read_text())
+
+
+def run_all(chosen: list[Section], work: Work, said: dict[str, str], end: float) -> None:
+    """Runs what fits the time, and notes in ``said`` how each ended."""
     for section in chosen:
         began = time.monotonic()
         if end - began < section.least:
             said[section.name] = f"left out: {max(end - began, 0):.0f} s are left, and it needs {section.least:.0f}"
         else:
             try:
-                section.run(out, min(end, began + section.most))
+                said[section.name] = "under way"
+                section.run(work, min(end, began + section.most))
                 said[section.name] = f"{time.monotonic() - began:.0f} s"
             except OutOfTimeError:
                 said[section.name] = f"ended after {time.monotonic() - began:.0f} s"
             except (RuntimeError, ValueError, KeyError) as error:
                 said[section.name] = f"failed after {time.monotonic() - began:.0f} s: {error}"
         print(f"{section.name}: {said[section.name]}", flush=True)
-        report(out, chosen, said, about)
-    print((out / "table.md").read_text())
+        work.report()
 
 
 if __name__ == "__main__":

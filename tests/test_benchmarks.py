@@ -162,8 +162,10 @@ def test_turns_that_meet_fresh_memory_do_not_count(faults, expected, monkeypatch
 
 
 def section(name, least, outcome):
-    def run(out, end):
-        (out / f"{name}.json").write_text(json.dumps({"rows": [{"name": name, "seconds": 1234567.0, "none": None}]}))
+    def run(work, end):
+        (work.folder / f"{name}.json").write_text(
+            json.dumps({"rows": [{"name": name, "seconds": 1234567.0, "none": None}]})
+        )
         if isinstance(outcome, Exception):
             raise outcome
 
@@ -178,13 +180,13 @@ def test_a_report_is_whole_after_every_section_whatever_happens_to_one(tmp_path,
     about = {"platform": "cpu", "device": "x", "jax": "1", "date": "today", "commit": "abc"}
     monkeypatch.setattr(accelerator, "machine", lambda _: about)
     seen = []
-    report = accelerator.report
+    report = accelerator.reports.write
 
     def heard(*given):
         report(*given)
         seen.append((tmp_path / "table.md").read_text())
 
-    monkeypatch.setattr(accelerator, "report", heard)
+    monkeypatch.setattr(accelerator.reports, "write", heard)
     monkeypatch.setattr(accelerator.signal, "signal", lambda *_: None)
     monkeypatch.setattr("sys.argv", ["accelerator", "--minutes=1", f"--out={tmp_path}"])
     accelerator.main()
@@ -196,12 +198,16 @@ def test_a_report_is_whole_after_every_section_whatever_happens_to_one(tmp_path,
     assert found["late"]["rows"][0]["name"] == "late"  # what it had until then
     assert "**good**: 0 s" in seen[0] and "**late**: not reached" in seen[0] and len(seen) == 5
     assert "| good | 1,234,567 |" in seen[0] and "none" not in seen[0]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["results.json", "table.md"]  # and a log, of processes
 
 
-def test_a_process_is_ended_at_its_limit_killed_when_told_and_heard_when_it_fails(tmp_path):
+def test_a_process_is_ended_at_its_limit_killed_when_told_and_heard_when_it_fails(tmp_path, monkeypatch):
     (tmp_path / "endless.py").write_text("import time\nprint('begun', flush=True)\ntime.sleep(60)\n")
     (tmp_path / "broken.py").write_text("raise SystemExit('error: it cannot')\n")
-    run = functools.partial(accelerator.execute, log=tmp_path / "log.txt")
+    told = []
+    monkeypatch.setattr(accelerator, "INTERVAL", 0.2)
+    work = accelerator.Work(tmp_path, tmp_path / "log.txt", lambda: told.append((tmp_path / "log.txt").read_text()))
+    run = functools.partial(accelerator.execute, work=work)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(tmp_path))
         with pytest.raises(accelerator.OutOfTimeError):
@@ -210,6 +216,7 @@ def test_a_process_is_ended_at_its_limit_killed_when_told_and_heard_when_it_fail
         run(["endless"], end=time.monotonic() + 60, until=twice)
         with pytest.raises(RuntimeError, match="exit 1: error: it cannot"):
             run(["broken"], end=time.monotonic() + 60)
+    assert told and "$ python -m endless" in told[0]  # a report while it ran
 
 
 def test_a_batch_is_halved_until_it_fits(tiny, monkeypatch, capsys):

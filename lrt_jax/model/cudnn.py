@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jax._src.cudnn import fused_attention_stablehlo as fused  # no public function takes a logsumexp (docs/DESIGN.md)
 
 Pieces = tuple[jax.Array, ...]
+Three = tuple[jax.Array, jax.Array, jax.Array]
 
 
 def attend_by_cudnn(
@@ -97,7 +98,7 @@ def _attend_backward(plan: Plan, interpret: bool, kept: Any, d_out: jax.Array) -
             first, count = how
             q_r, out_r, d_out_r = (array[:, :, first:] for array in (q, out, d_out))
             k_r, v_r = _before_last(k[piece], first), _before_last(v[piece], first)
-            d_q_r, *d_kv_r = backward(q_r, k_r, v_r, logsumexp[:, :, first:], out_r, d_out_r, count)
+            d_q_r, *d_kv_r = backward((q_r, k_r, v_r), (logsumexp[:, :, first:], out_r, d_out_r), count)
             d_q.append(jnp.pad(d_q_r, ((0, 0), (0, 0), (first, 0), (0, 0))))
             behind = ((0, 0), (0, 0), (0, first), (0, 0))
             d_k[piece], d_v[piece] = (jnp.pad(gradient, behind) for gradient in d_kv_r)
@@ -122,18 +123,11 @@ def _forward(q: jax.Array, k: jax.Array, v: jax.Array, count: int | None) -> tup
     return out, logsumexp
 
 
-def _backward(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    logsumexp: jax.Array,
-    out: jax.Array,
-    d_out: jax.Array,
-    count: int | None,
-) -> tuple[jax.Array, ...]:
-    """Gradients of q, k and v."""
-    inputs, options = _call(q, k, v, count)
-    return tuple(fused._dot_product_attention_bwd_p_wrapper.bind(*inputs, logsumexp, out, d_out, **options))
+def _backward(qkv: Three, known: Three, count: int | None) -> Three:
+    """Gradients of q, k and v, where logsumexp, output and the output's gradient are known."""
+    inputs, options = _call(*qkv, count)
+    d_q, d_k, d_v = fused._dot_product_attention_bwd_p_wrapper.bind(*inputs, *known, **options)
+    return d_q, d_k, d_v
 
 
 def _call(q: jax.Array, k: jax.Array, v: jax.Array, count: int | None) -> tuple[tuple[jax.Array, ...], dict[str, Any]]:
@@ -171,16 +165,9 @@ def _forward_by_xla(q: jax.Array, k: jax.Array, v: jax.Array, count: int | None)
     return jnp.einsum("bhqn,bhnc->bhqc", weights.astype(q.dtype), _repeated(v, q)), logsumexp
 
 
-def _backward_by_xla(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    logsumexp: jax.Array,
-    out: jax.Array,
-    d_out: jax.Array,
-    count: int | None,
-) -> tuple[jax.Array, ...]:
+def _backward_by_xla(qkv: Three, known: Three, count: int | None) -> Three:
     """What ``_backward`` computes."""
+    (q, k, v), (logsumexp, out, d_out) = qkv, known
     weights, _ = _weights(q, k, count, logsumexp)
     common = jnp.sum(d_out * out, axis=-1, keepdims=True)
     d_scores = weights * (jnp.einsum("bhqc,bhnc->bhqn", d_out, _repeated(v, q)) - common) * q.shape[-1] ** -0.5
