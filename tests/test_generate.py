@@ -71,6 +71,8 @@ def test_a_prompt_is_utf_8_in_every_locale():
 
 def test_ctrl_c_while_xla_compiles_crashes_nothing():
     program = """
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background of a shell
 import jax, jax.numpy as jnp
 from lrt_jax.setup import flags
 
