@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 from absl import flags
@@ -14,6 +15,7 @@ from jax.sharding import Mesh
 from ml_collections import config_flags
 
 from lrt_jax.data import corpus, pipeline, records, tokenizer
+from lrt_jax.evaluation import health
 from lrt_jax.evaluation.bits_per_byte import Evaluator
 from lrt_jax.inference import load, text
 from lrt_jax.inference.generate import Method, check_lengths
@@ -189,13 +191,19 @@ def _run(
         watchdog.beat()
         stop.check(mesh)
 
+    def score(params: Any, rows: int | None = None) -> dict[str, float]:
+        scores = evaluator(params, rows, between)
+        if warning := health.warning(scores, config.eval.gap):
+            writer.line(warning)
+        return scores
+
     parts = loop.Parts(
         stages=tuple(stages.build(config, decoder, mesh, transformation, steps)),
         batches=batches,
         mesh=mesh,
         checkpoints=checkpoints,
         writer=writer,
-        evaluate=lambda params: evaluator(params, config.eval.rows, between),
+        evaluate=lambda params: score(params, config.eval.rows),
         peak_flops=hardware.peak_flops(mesh.local_devices[0]) * mesh.size,
         stop=stop,
         watchdog=watchdog,
@@ -211,7 +219,7 @@ def _run(
             writer.line(f"stopped at step {int(train_state.step):,}; run the same command to go on from there")
             return {}
         with stop.deferred():
-            scores = evaluator(train_state.params, between=between)
+            scores = score(train_state.params)
         writer.write(steps, scores)
     finally:
         writer.close()
@@ -296,6 +304,7 @@ def _closing(
     yield f"\nbits per byte of {len(evaluator.held_out.text):,} held-out bytes"
     for name, value in rows.items():
         yield f"  {name:<46}{value:8.4f}"
+    yield from health.lines(scores)
     if evaluator.scoring != "sequential":
         yield f"val/bpb_sequential was computed by {evaluator.scoring}"
 

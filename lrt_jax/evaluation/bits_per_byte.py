@@ -16,6 +16,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from lrt_jax.data.pipeline import HeldOut
+from lrt_jax.evaluation import health
 from lrt_jax.inference import scoring
 from lrt_jax.model.decoder import Decoder
 from lrt_jax.setup import mesh as meshes
@@ -52,7 +53,9 @@ class Evaluator:
         self._decode = dataclasses.replace(config.decode, prefill=config.eval.scoring)
         self._token_bytes = token_bytes
         self.rows = len(held_out.tokens_NxT)
-        self._parallel, self._sequential = programs(decoder, config, mesh)
+        self._programs = [
+            one for one in (*programs(decoder, config, mesh), health.program(decoder, config, mesh)) if one
+        ]
 
     def __call__(
         self, params: Any, rows: int | None = None, between: Callable[[], None] = lambda: None
@@ -69,18 +72,22 @@ class Evaluator:
           ``val/bpb_sequential`` (true recurrence, as in decoding), and the latter by position, from A to B
           exclusive, as ``val/bpb_sequential/A_to_B``. Where that was scored by fixed point also ``val/refinements``,
           mean of the rows, and ``val/fallbacks``, the share of chunks that did not converge and were scored exactly.
+          ``val/gap`` is sequential less merged; the rest is of ``health.metrics``.
         """
         rows = self.rows if rows is None else min(rows, self.rows)
         sums: dict[str, np.ndarray] = {}
         for batch in self._batches(rows):
             between()
-            # Both are dispatched before either is fetched.
-            for part in (self._parallel(params, *batch), self._sequential(params, *batch)):
+            # All are dispatched before any is fetched.
+            for part in [program(params, *batch) for program in self._programs]:
                 for name, array in part.items():
                     sums[name] = sums.get(name, 0.0) + np.asarray(array, np.float64)
         bytes_T = self._token_bytes[self.held_out.targets_NxT[:rows]].sum(axis=0)
         names = {"merged": "val/bpb", "init": "val/bpb_init", "sequential": "val/bpb_sequential"}
         metrics = {names[name]: _bits_per_byte(sums[name].sum(), bytes_T.sum()) for name in names}
+        metrics["val/gap"] = metrics["val/bpb_sequential"] - metrics["val/bpb"]
+        if "after" in sums:
+            metrics |= health.metrics(sums, lambda nats: _bits_per_byte(nats, bytes_T.sum()))
         if self._decode.prefill == "fixed_point":
             chunks = -(-len(bytes_T) // self._decode.chunk)
             metrics["val/refinements"] = float(sums["refinements"] / rows)

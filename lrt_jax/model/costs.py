@@ -80,7 +80,7 @@ def forward_flops(config: ModelConfig, *, memory: bool) -> int:
 
 
 def train_flops(config: ModelConfig, schedule: ScheduleConfig) -> int:
-    """FLOPs of one training step per row of T tokens: every forward, and the backward pass through it.
+    """FLOPs of one training step per row of T tokens: every forward, and the backward pass through those that learn.
 
     Raises:
       ValueError: the schedule is staged; ask for each of its kinds.
@@ -91,9 +91,13 @@ def train_flops(config: ModelConfig, schedule: ScheduleConfig) -> int:
         * config.sequence_length
         * sum(parameter.size for name, parameter in table(config).items() if name in ("memory_key", "memory_value"))
     )
+    head = 2 * config.sequence_length * table(config)["head"].size
     total = Fraction(0)
     for one in schedule.description.passes(schedule):
         reads = one.reads_memory and config.recurrent
+        if not one.learns:
+            total += one.share * (forward_flops(config, memory=reads) - head)
+            continue
         total += (1 + BACKWARD) * (one.share * forward_flops(config, memory=reads) + one.refreshes * projections)
         if reads and not one.learns_memory:  # the projections' backward pass has no product with the weights
             total -= one.share * projections

@@ -167,6 +167,8 @@ class EvalConfig:
     rows: int = 64  # rows scored at intervals
     final_rows: int = 256  # rows scored at the end and by ``lrt_jax.evaluate``
     scoring: Prefill = "sequential"  # how val/bpb_sequential is computed
+    passes: int = 4  # full forwards that show how memory settles (evaluation.health); 0 = not measured
+    gap: float = 0.01  # a warning is due where sequential BPB is above merged by more than this share of it
     prompt: str = "def "
     sample_tokens: int = 128  # 0 = no sample
     temperature: float = 0.8

@@ -27,10 +27,15 @@ class ScheduleConfig:
     partition: Literal["strided", "contiguous", "random"] = "strided"  # which positions a subset holds
     kv_refresh: bool = False  # interleaved: bring unvisited keys and values up to date between the forwards
     refinements: int = 2  # K, of multi_refinement
+    # Interleaved, multi_refinement: so many forwards without gradient take the place of the initialization forward. The
+    # first has zero memory, each other one reads the source states of the one before: memory near its fixed point.
+    settle: int = 0
+    init_weight: float = 1.0  # the same: of the initialization forward's loss, where others' is 1
     detach: bool = False  # multi_refinement: no gradient from one forward to the one before
     chunks: int = 2  # N, of chunked; divides the sequence length
     # Of staged: schedules with their shares of the steps, "plain:0.8, interleaved(2):0.2". A stage may be a mixture,
-    # "mix(plain 0.25, interleaved(2) 0.75):0.2": each of its steps draws one of them.
+    # "mix(plain 0.25, interleaved(2) 0.75):0.2": each of its steps draws one of them. Brackets may set any of the
+    # schedule's own fields, "interleaved(2, settle=1)"; the others are as here.
     stages: str = ""
     loss_weights: tuple[float, ...] = ()  # one per forward; () = equal
     unroll: bool = True  # unroll the scan over forwards: faster steps, slower compilation
@@ -51,15 +56,21 @@ class ScheduleConfig:
 
     @property
     def label(self) -> str:
-        """As a stage names it: ``interleaved(2)``."""
-        number = self.description.number
-        return f"{self.name}({getattr(self, number)})" if number else self.name
+        """As a stage names it: ``interleaved(2, settle=1)``."""
+        description = self.description
+        said = [str(getattr(self, description.number))] if description.number else []
+        said += [
+            f"{field}={getattr(self, field)}"
+            for field, neutral in description.own.items()
+            if getattr(self, field) != neutral
+        ]
+        return f"{self.name}({', '.join(said)})" if said else self.name
 
     @property
     def passes(self) -> "list[Pass]":
         """The forwards of a step whose losses are averaged; of the last stage, if staged."""
         last = self.in_stages[-1].schedule
-        return last.description.passes(last)
+        return [one for one in last.description.passes(last) if one.learns]
 
     @property
     def forwards(self) -> int:
@@ -71,7 +82,7 @@ class ScheduleConfig:
         """Full-length forwards that a step costs: the factor of effective compute. If staged, the mean over the run."""
         if self.name == STAGED:
             return sum(stage.share * stage.forwards_equivalent for stage in self.in_stages)
-        return float(sum(one.share for one in self.passes))
+        return float(sum(one.share * (1 if one.learns else FORWARD) for one in self.description.passes(self)))
 
     @functools.cached_property
     def in_stages(self) -> "tuple[Stage, ...]":
@@ -88,13 +99,18 @@ class ScheduleConfig:
         return list(dict.fromkeys(drawn.schedule for stage in self.in_stages for drawn in stage.mixture))
 
 
+# A forward without a backward pass costs a third of one with it.
+FORWARD = Fraction(1, 3)
+
+
 @dataclasses.dataclass(frozen=True)
 class Pass:
-    """One forward of a schedule, whose loss counts.
+    """One forward of a schedule.
 
     Attributes:
       name: of its loss in the metrics, behind ``train/loss_``.
       share: of the T positions that it computes.
+      learns: whether its loss counts and it has a backward pass; else nothing but its states is computed.
       reads_memory: whether it reads recurrent memory; else it is zero, and costs nothing.
       learns_memory: whether a gradient flows into the source states that its memory is made of.
       refreshes: how often before it keys and values at T positions are brought up to date (KV refresh).
@@ -102,6 +118,7 @@ class Pass:
 
     name: str
     share: Fraction = Fraction(1)
+    learns: bool = True
     reads_memory: bool = True
     learns_memory: bool = True
     refreshes: int = 0
@@ -115,7 +132,7 @@ class Description:
       passes: its forwards, in order.
       number: the field of the config that a number in brackets sets, as in ``interleaved(4)``; empty: it takes none.
       divides: whether that number must divide the sequence length: so many parts are its forwards' positions.
-      own: fields of the config that are for this schedule only, each with the value that others have.
+      own: fields of the config that not all schedules have, each with the value that it has for the others.
       recurrent: whether it needs a model with memory.
       strided: S, where each forward computes all positions or a strided subset of S; None where one does neither.
     """
@@ -131,14 +148,31 @@ class Description:
 FIRST = Pass("init", reads_memory=False)
 
 
+def _before(schedule: ScheduleConfig) -> list[Pass]:
+    """What comes before the refinements: the initialization forward, or forwards without gradient."""
+    return [Pass(f"settle_{i}", learns=False, reads_memory=i > 0) for i in range(schedule.settle)] or [FIRST]
+
+
 def _interleaved(schedule: ScheduleConfig) -> list[Pass]:
     share, refreshes = Fraction(1, schedule.subsets), int(schedule.kv_refresh)
-    return [FIRST, *(Pass(f"subset_{i}", share, refreshes=refreshes) for i in range(schedule.subsets))]
+    return [
+        *_before(schedule),
+        *(
+            # The first subset's memory is made of nothing but the forwards before it.
+            Pass(f"subset_{i}", share, learns_memory=i > 0 or not schedule.settle, refreshes=refreshes)
+            for i in range(schedule.subsets)
+        ),
+    ]
 
 
 def _multi_refinement(schedule: ScheduleConfig) -> list[Pass]:
-    learns = not schedule.detach
-    return [FIRST, *(Pass(f"refinement_{i}", learns_memory=learns) for i in range(1, schedule.refinements + 1))]
+    return [
+        *_before(schedule),
+        *(
+            Pass(f"refinement_{i}", learns_memory=not schedule.detach and (i > 1 or not schedule.settle))
+            for i in range(1, schedule.refinements + 1)
+        ),
+    ]
 
 
 def _chunked(schedule: ScheduleConfig) -> list[Pass]:
@@ -154,10 +188,12 @@ SCHEDULES: dict[str, Description] = {
         _interleaved,
         number="subsets",
         divides=True,
-        own={"partition": "strided", "kv_refresh": False},
+        own={"partition": "strided", "kv_refresh": False, "settle": 0, "init_weight": 1.0},
         strided=lambda schedule: schedule.subsets if schedule.partition == "strided" else None,
     ),
-    "multi_refinement": Description(_multi_refinement, number="refinements", own={"detach": False}),
+    "multi_refinement": Description(
+        _multi_refinement, number="refinements", own={"detach": False, "settle": 0, "init_weight": 1.0}
+    ),
     "chunked": Description(_chunked, number="chunks", divides=True, strided=lambda _: None),
     "sequential": Description(lambda _: [Pass("sequential")], strided=lambda _: None),
 }
@@ -203,7 +239,7 @@ class Stage:
         return int(random.choice(len(probabilities), p=probabilities / probabilities.sum()))
 
 
-NAME = r"\s*(\w+)\s*(?:\(\s*(\d+)\s*\))?\s*?"
+NAME = r"\s*(\w+)\s*(?:\(([^()]*)\))?\s*?"
 SHARE = r"(\d*\.?\d+)\s*"
 
 
@@ -217,16 +253,15 @@ def parse_stages(schedule: ScheduleConfig) -> tuple[Stage, ...]:
 
     def schedule_of(text: str, pattern: str) -> tuple[ScheduleConfig, float]:
         match = re.fullmatch(pattern, text)
-        name, number, share = match.groups() if match else ("", None, "")
-        if name not in SCHEDULES or (number and not SCHEDULES[name].number):
+        name, settings, share = match.groups() if match else ("", None, "")
+        changes = _settings(SCHEDULES[name], settings) if name in SCHEDULES else None
+        if changes is None:
             raise ConfigError(
-                f"{said}, in which {text.strip()!r} is no stage; write name:share or name(number):share, separated by "
-                f"commas, or mix(name share, …):share, with the names: {', '.join(SCHEDULES)}"
+                f"{said}, in which {text.strip()!r} is no stage; write name:share, name(number):share or "
+                "name(number, field=value):share, separated by commas, or mix(name share, …):share, with the names: "
+                + ", ".join(SCHEDULES)
             )
-        changes: dict[str, Any] = {"name": name, "stages": ""}
-        if number:
-            changes[SCHEDULES[name].number] = int(number)
-        return dataclasses.replace(schedule, **changes), float(share)
+        return dataclasses.replace(schedule, name=name, stages="", **changes), float(share)
 
     stages = []
     for text in _separated(schedule.stages):
@@ -240,6 +275,23 @@ def parse_stages(schedule: ScheduleConfig) -> tuple[Stage, ...]:
             stages.append(Stage((Drawn(alone, 1.0),), share))
     _require_whole(said, "shares", [stage.share for stage in stages])
     return tuple(stages)
+
+
+def _settings(description: Description, text: str | None) -> dict[str, Any] | None:
+    """What brackets set, as in ``2, settle=1``; None where they cannot be read."""
+    found: dict[str, Any] = {}
+    for index, part in enumerate(text.split(",") if text is not None else ()):
+        field, equals, value = (piece.strip() for piece in part.rpartition("="))
+        if not equals and index == 0:
+            field = description.number
+        if not (field == description.number or field in description.own) or not field or field in found:
+            return None
+        kind = type(description.own.get(field, 0))
+        try:
+            found[field] = {"True": True, "False": False}[value] if kind is bool else kind(value)
+        except (KeyError, ValueError):
+            return None
+    return found
 
 
 def _separated(text: str) -> Iterator[str]:

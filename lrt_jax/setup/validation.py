@@ -61,7 +61,7 @@ def _validate_ranges(config: "Config") -> None:
             "step_timeout",
             "phase_timeout",
         ),
-        "eval": ("sample_tokens", "temperature"),
+        "eval": ("sample_tokens", "temperature", "passes", "gap"),
         "decode": ("tolerance", "max_refinements"),
     }
     shares = {"optimizer": ("warmup", "warmdown", "final_lr")}
@@ -171,11 +171,11 @@ def _validate_schedule(config: "Config") -> None:
         schedule.stages,
         "it must list the stages of schedule.name = 'staged', as in 'plain:0.8, interleaved(2):0.2', and else be empty",
     )
-    names = {kind.name for kind in schedule.kinds if kind.description}
-    for owner, description in SCHEDULES.items():
-        for field, neutral in description.own.items():
-            value = getattr(schedule, field)
-            _require(value == neutral or owner in names, f"schedule.{field}", value, f"it is for {owner} training only")
+    owned = {field for kind in schedule.kinds for field in kind.description.own}
+    for field, neutral in {field: value for one in SCHEDULES.values() for field, value in one.own.items()}.items():
+        value = getattr(schedule, field)
+        owners = " and ".join(name for name, description in SCHEDULES.items() if field in description.own)
+        _require(value == neutral or field in owned, f"schedule.{field}", value, f"it is for {owners} training only")
     for description in SCHEDULES.values():
         if description.number:
             value = getattr(schedule, description.number)
@@ -199,6 +199,14 @@ def _validate_kind(model: "ModelConfig", schedule: ScheduleConfig) -> None:
         _require(number > 0, f"schedule.{description.number}", number, "it must be above 0")
         if description.divides:
             _divides(number, length, f"schedule.{description.number}", "model.sequence_length")
+    _require(schedule.settle >= 0, "schedule.settle", schedule.settle, "it must be 0 or more")
+    _require(schedule.init_weight >= 0, "schedule.init_weight", schedule.init_weight, "it must be 0 or more")
+    _require(
+        not (schedule.settle and schedule.kv_refresh),
+        "schedule.kv_refresh",
+        schedule.kv_refresh,
+        "it must be off with schedule.settle: it starts from an initialization forward",
+    )
     plain = [name for name, other in SCHEDULES.items() if not other.recurrent]
     _require(
         model.recurrent or not description.recurrent,

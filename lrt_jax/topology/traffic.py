@@ -81,8 +81,8 @@ class Step:
 
 
 def forwards_of(schedule: ScheduleConfig) -> list[float]:
-    """The share of all positions that each forward of one step computes."""
-    return [float(one.share) for one in schedule.description.passes(schedule)]
+    """The share of all positions that each forward of one step computes; half of it where no backward pass follows."""
+    return [float(one.share) * (1 if one.learns else 0.5) for one in schedule.description.passes(schedule)]
 
 
 def weights_of(model: ModelConfig) -> int:
@@ -114,6 +114,7 @@ def of_step(config: Config, sizes: Mapping[str, int], schedule: ScheduleConfig) 
     model, train = config.model, config.train
     ways = math.prod(sizes[axis] for axis in ("data", "fsdp", "tensor", "sequence"))
     forwards, passes = forwards_of(schedule), train.accumulation
+    learning, all_forwards = schedule.forwards, len(forwards)
     tokens = train.batch_size * model.sequence_length / (sizes["data"] * sizes["fsdp"] * sizes["sequence"])
     gathered = weights_of(model) / sizes["tensor"]
     total = sum(parameter.size for parameter in table(model).values())
@@ -122,7 +123,7 @@ def of_step(config: Config, sizes: Mapping[str, int], schedule: ScheduleConfig) 
     else:
         # Gathered for the forward pass, and again where the backward pass computes anew and multiplies with them; the
         # partitioner sums the gradients of a product where it ends, in the dtype of activations.
-        gathers, sums, gradient = passes * len(forwards) * 2, passes * len(forwards), ACTIVATION
+        gathers, sums, gradient = passes * (all_forwards + learning), passes * learning, ACTIVATION
     summed, rest = sums * gathered * gradient, (total / sizes["tensor"] - gathered) * GRADIENT
     flops = costs.train_flops(model, schedule) * train.batch_size / ways
     muon = _muon(config, sizes)

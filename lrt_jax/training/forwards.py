@@ -12,6 +12,7 @@ from lrt_jax.model import parameters
 from lrt_jax.model.backend import compute_dtype
 from lrt_jax.model.decoder import Buffer, Decoder, Forward, empty_buffer
 from lrt_jax.model.embedding import Embedded, each_alone
+from lrt_jax.model.memory import shift_right
 from lrt_jax.model.pieces import SLOTS
 from lrt_jax.training.partitions import Partition, Strided
 
@@ -118,6 +119,22 @@ def initialization(decoder: Decoder, params: Any, embedded: Embedded, *, keep_re
     """The full forward with zero memory."""
     positions_T = np.arange(embedded.x0_BxPxD.shape[1], dtype=np.int32)
     return forward(decoder, params, embedded, positions_T, None, None, 0, subsets=1, keep_refreshable=keep_refreshable)
+
+
+def settled(decoder: Decoder, params: Any, embedded: Embedded, count: int) -> Forward:
+    """The last of ``count`` full forwards in turn, all without gradient: memory near its fixed point.
+
+    The first has zero memory; each other one reads the source states of the one before.
+    """
+    params, embedded = lax.stop_gradient((params, embedded))
+    positions_T = np.arange(embedded.x0_BxPxD.shape[1], dtype=np.int32)
+
+    def again(_: jax.Array, before: Forward) -> Forward:
+        memory_BxTxD = shift_right(before.source_BxPxD)
+        return forward(decoder, params, embedded, positions_T, memory_BxTxD, None, 0, subsets=1)._replace(params=None)
+
+    first = initialization(decoder, params, embedded)._replace(params=None)
+    return lax.stop_gradient(lax.fori_loop(1, count, again, first))
 
 
 def in_pieces(piece: Any, count: int) -> tuple[Any, ...]:

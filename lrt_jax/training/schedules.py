@@ -92,6 +92,7 @@ def interleaved(
     *,
     partition: partitions.Partition,
     kv_refresh: bool = False,
+    settle: int = 0,
     unroll: bool = True,
     weights: tuple[float, ...] = (),
 ) -> Outcome:
@@ -109,13 +110,19 @@ def interleaved(
       partition: the disjoint subsets.
       kv_refresh: before each subset forward, bring keys and values at positions that no subset has
         visited up to date with the latest memory.
+      settle: so many forwards without gradient (``forwards.settled``) fill the buffer, and no initialization forward
+        with one; their losses do not count.
       unroll: unroll the scan over subsets; the same numbers, compiled longer and run faster.
-      weights: of the 1 + S forwards' losses; empty for equal.
+      weights: of the forwards' losses, 1 + S or, with ``settle``, S; empty for equal.
     """
     params = forwards.by_layer(decoder, params)
     natural, *in_subsets = forwards.embed_subsets(decoder, params, tokens_BxT, partition, unroll=unroll, natural=True)
-    first = forwards.initialization(decoder, params, natural, keep_refreshable=kv_refresh)
-    init_losses_BxT = forwards.token_losses(decoder, params, first.hidden_BxPxD, targets_BxT)
+    if settle:
+        first = forwards.settled(decoder, params, natural, settle)
+    else:
+        first = forwards.initialization(decoder, params, natural, keep_refreshable=kv_refresh)
+        init_losses_BxT = forwards.token_losses(decoder, params, first.hidden_BxPxD, targets_BxT)
+        params = first.params
 
     (computed,) = first.buffer.pieces
     whole = jax.tree.map(lambda x: partition.in_slots(x, SLOTS), computed)
@@ -127,7 +134,7 @@ def interleaved(
     refreshable = jax.tree.map(lambda x: partition.in_slots(x, -3), first.refreshable)
     losses_BxT, sources_BxTxD = forwards.subset_forwards(
         decoder,
-        first.params,
+        params,
         in_subsets,
         targets_BxT,
         partition,
@@ -136,9 +143,11 @@ def interleaved(
         refreshable=refreshable if kv_refresh else None,
         unroll=unroll,
     )
-    masks_SxT = jnp.asarray(partition.masks_SxT)
-    losses_FxBxT = jnp.concatenate([init_losses_BxT[None], jnp.where(masks_SxT[:, None], losses_BxT[None], 0.0)])
-    masks_FxT = jnp.concatenate([jnp.ones_like(masks_SxT[:1]), masks_SxT])
+    masks_FxT = jnp.asarray(partition.masks_SxT)
+    losses_FxBxT = jnp.where(masks_FxT[:, None], losses_BxT[None], 0.0)
+    if not settle:
+        losses_FxBxT = jnp.concatenate([init_losses_BxT[None], losses_FxBxT])
+        masks_FxT = jnp.concatenate([jnp.ones_like(masks_FxT[:1]), masks_FxT])
     return outcome(losses_FxBxT, masks_FxT, sources_BxTxD, weights)
 
 
@@ -150,6 +159,7 @@ def multi_refinement(
     *,
     refinements: int,
     detach: bool = False,
+    settle: int = 0,
     unroll: bool = True,
     weights: tuple[float, ...] = (),
 ) -> Outcome:
@@ -164,14 +174,20 @@ def multi_refinement(
       targets_BxT: int targets.
       refinements: K.
       detach: no gradient flows from a forward into the source states it reads.
+      settle: so many forwards without gradient (``forwards.settled``) take the place of the initialization forward;
+        their losses do not count.
       unroll: unroll the scan over forwards.
-      weights: of the K + 1 forwards' losses; empty for equal.
+      weights: of the forwards' losses, 1 + K or, with ``settle``, K; empty for equal.
     """
     positions_T = np.arange(tokens_BxT.shape[1], dtype=np.int32)
     params = forwards.by_layer(decoder, params)
     (embedded,) = forwards.embed(decoder, params, tokens_BxT)
-    first = forwards.initialization(decoder, params, embedded)
-    init_losses_BxT = forwards.token_losses(decoder, params, first.hidden_BxPxD, targets_BxT)
+    if settle:
+        first = forwards.settled(decoder, params, embedded, settle)
+    else:
+        first = forwards.initialization(decoder, params, embedded)
+        init_losses_BxT = forwards.token_losses(decoder, params, first.hidden_BxPxD, targets_BxT)
+        params = first.params
 
     def refine(params: Any, sources_BxTxD: jax.Array, _: jax.Array) -> tuple[Any, jax.Array, jax.Array]:
         memory_BxTxD = shift_right(lax.stop_gradient(sources_BxTxD) if detach else sources_BxTxD)
@@ -179,11 +195,12 @@ def multi_refinement(
         losses_BxT = forwards.token_losses(decoder, params, out.hidden_BxPxD, targets_BxT)
         return out.params, out.source_BxPxD, losses_BxT
 
-    sources_BxTxD, losses_KxBxT = forwards.in_turn(
-        refine, first.params, first.source_BxPxD, list(range(refinements)), unroll=unroll
+    sources_BxTxD, losses_FxBxT = forwards.in_turn(
+        refine, params, first.source_BxPxD, list(range(refinements)), unroll=unroll
     )
-    losses_FxBxT = jnp.concatenate([init_losses_BxT[None], losses_KxBxT])
-    masks_FxT = jnp.ones((refinements + 1, len(positions_T)), bool)
+    if not settle:
+        losses_FxBxT = jnp.concatenate([init_losses_BxT[None], losses_FxBxT])
+    masks_FxT = jnp.ones((len(losses_FxBxT), len(positions_T)), bool)
     return outcome(losses_FxBxT, masks_FxT, sources_BxTxD, weights)
 
 
@@ -251,9 +268,17 @@ def _build_interleaved(config: ScheduleConfig, sequence_length: int) -> Schedule
         interleaved,
         partition=partitions.PARTITIONS[config.partition](sequence_length, config.subsets),
         kv_refresh=config.kv_refresh,
+        settle=config.settle,
         unroll=config.unroll,
-        weights=config.loss_weights,
+        weights=_weights(config),
     )
+
+
+def _weights(config: ScheduleConfig) -> tuple[float, ...]:
+    """Of the losses of a schedule that may begin with an initialization forward."""
+    if config.loss_weights or config.settle or config.init_weight == 1:
+        return config.loss_weights
+    return (config.init_weight, *(1.0,) * (config.forwards - 1))
 
 
 # What makes a schedule's function of its config and T, by the names of ``setup.schedule.SCHEDULES``.
@@ -264,8 +289,9 @@ RUN: dict[str, Callable[[ScheduleConfig, int], Schedule]] = {
         multi_refinement,
         refinements=config.refinements,
         detach=config.detach,
+        settle=config.settle,
         unroll=config.unroll,
-        weights=config.loss_weights,
+        weights=_weights(config),
     ),
     "chunked": lambda config, _: functools.partial(
         chunked, chunks=config.chunks, unroll=config.unroll, weights=config.loss_weights
