@@ -42,6 +42,17 @@ ALL = {
         4.0,
         ["init", "refinement_1", "refinement_2", "refinement_3"],
     ),
+    "interleaved, settled": (ScheduleConfig(settle=2), 1 + 2 / 3, ["subset_0", "subset_1"]),
+    "interleaved, twice": (
+        ScheduleConfig(sweeps=2),
+        3.0,
+        ["init", "subset_0", "subset_1", "sweep_1_subset_0", "sweep_1_subset_1"],
+    ),
+    "multi_refinement, settled": (
+        ScheduleConfig(name="multi_refinement", refinements=1, settle=1),
+        1 + 1 / 3,
+        ["refinement_1"],
+    ),
     "chunked": (ScheduleConfig(name="chunked", chunks=2), 1.0, ["chunk_0", "chunk_1"]),
     "sequential": (ScheduleConfig(name="sequential"), 1.0, ["sequential"]),
 }
@@ -53,7 +64,7 @@ def test_forwards_masks_and_compute_of_every_schedule(tiny, name):
     config = tiny()
     assert schedules.forward_names(schedule) == names
     assert schedule.forwards == len(names)
-    assert schedule.forwards_equivalent == equivalent
+    assert schedule.forwards_equivalent == pytest.approx(equivalent)
     tokens = jax.ShapeDtypeStruct((2, 8), jnp.int32)
     params = {name: jax.ShapeDtypeStruct(spec.shape, jnp.float32) for name, spec in table(config).items()}
     built = schedules.build(schedule, 8)
@@ -86,6 +97,80 @@ def test_detached_forwards_learn_nothing_from_later_ones(tiny, random_params, ra
     expected = jax.jit(jax.grad(second))(params)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), gradient(detach=True), expected)
     assert any(np.abs(a - b).max() > 1e-3 for a, b in zip(*map(jax.tree.leaves, (gradient(), expected)), strict=True))
+
+
+@pytest.mark.parametrize("scan", [False, True])
+def test_settled_memory_is_that_of_forwards_without_gradient(tiny, random_params, random_batch, scan):
+    """A settled schedule is a detached one whose earlier losses weigh nothing, at a third of the cost of each."""
+    with jax.enable_x64(True):
+        config = tiny(dtype="float64", scan_layers=scan)
+        params, batch = random_params(config), random_batch(config)
+
+        def of(name, **schedule):
+            schedule = ScheduleConfig(name=name, unroll=not scan, **schedule)
+            built = schedules.build(schedule, 8)
+            return lambda params: built(Decoder(config), params, *batch).loss
+
+        last = {1: (0.0, 1.0), 3: (0.0, 0.0, 0.0, 1.0)}
+        refined = {
+            count: (
+                of("multi_refinement", refinements=1, settle=count),
+                of("multi_refinement", refinements=count, detach=True, loss_weights=last[count]),
+            )
+            for count in last
+        }
+        # From memory at its fixed point every forward computes what sequential decoding does, and so does any sweep.
+        exact = [
+            of("sequential"),
+            of("multi_refinement", refinements=1, settle=8),
+            of("interleaved", settle=8),
+            of("interleaved", settle=1, sweeps=4, loss_weights=(0.0,) * 6 + (1.0, 1.0)),
+        ]
+        pairs, values = jax.jit(
+            lambda params: (
+                jax.tree.map(lambda one: jax.value_and_grad(one)(params), refined),
+                [one(params) for one in exact],
+            )
+        )(params)
+        for found, expected in pairs.values():
+            jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-12), found, expected)
+        np.testing.assert_allclose(values, values[0], rtol=1e-12)
+
+
+def test_an_interleaved_schedule_may_begin_without_gradient(tiny, random_params, random_batch):
+    config = tiny(scan_layers=True)
+    params, batch = random_params(config), random_batch(config)
+    late, whole, light = (
+        run(config, params, batch, **schedule) for schedule in ({"settle": 1}, {}, {"init_weight": 0.5})
+    )
+    np.testing.assert_allclose(late.forward_losses_F, whole.forward_losses_F[1:], rtol=1e-6)
+    np.testing.assert_allclose(late.merged_losses_BxT, whole.merged_losses_BxT, rtol=1e-5)
+    init, *subsets = np.asarray(whole.forward_losses_F)
+    np.testing.assert_allclose(light.loss, (0.5 * init + sum(subsets)) / 2.5, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "schedule", [{"partition": "random"}, {"name": "multi_refinement", "refinements": 1}], ids=["subsets", "full"]
+)
+def test_noise_is_drawn_from_the_tokens(tiny, random_params, random_batch, schedule):
+    config = tiny(scan_layers=True)
+    params, (tokens, targets) = random_params(config), random_batch(config, rows=4)
+    plain, jitter, prefix = (
+        run(config, params, (tokens, targets), **schedule, **noisy)
+        for noisy in ({}, {"jitter": 0.1}, {"plain_prefix": True})
+    )
+    assert 1e-5 < np.abs(plain.merged_losses_BxT - jitter.merged_losses_BxT)[:, 1:].max() < 0.5
+    np.testing.assert_array_equal(plain.token_losses_FxBxT[0], jitter.token_losses_FxBxT[0])  # it reads no memory
+    # The first row's first token has no memory, whatever is drawn.
+    np.testing.assert_allclose(jitter.merged_losses_BxT[:, 0], plain.token_losses_FxBxT[0][:, 0], rtol=1e-6)
+    # Rows in another order have the same noise each, as have rows that another process or microbatch holds.
+    order = np.array([2, 0, 3, 1])
+    again = run(config, params, (tokens[order], targets[order]), **schedule, jitter=0.1)
+    np.testing.assert_allclose(again.merged_losses_BxT, jitter.merged_losses_BxT[order], rtol=1e-5)
+    # Up to its prefix a row is computed as by the initialization forward, and not all prefixes are the same.
+    same_BxT = np.isclose(prefix.merged_losses_BxT, prefix.token_losses_FxBxT[0], rtol=1e-5)
+    lengths = same_BxT.argmin(axis=1)
+    assert len(set(lengths.tolist())) > 1 and not same_BxT.all()
 
 
 def test_stages_are_read(tiny):
@@ -123,9 +208,31 @@ def test_a_mixture_draws_each_steps_schedule_by_seed_and_step():
     assert {plain.draw(5, step) for step in range(10)} == {0}
 
 
+def test_brackets_set_what_a_schedule_has_of_its_own():
+    text = "plain:0.5, mix(interleaved(2, settle=1) 0.5, multi_refinement(1, detach=True, jitter=0.02) 0.5):0.5"
+    schedule = ScheduleConfig(name="staged", stages=text, settle=3, partition="random")
+    _, one, other = schedule.kinds
+    assert (one.subsets, one.settle, one.partition, other.settle) == (2, 1, "random", 3)
+    assert other.detach and other.jitter == 0.02
+    assert one.label == "interleaved(2, partition=random, settle=1)"
+    assert other.label == "multi_refinement(1, detach=True, settle=3, jitter=0.02)"
+    assert schedule.forwards_equivalent == pytest.approx(0.5 + 0.25 * (1 + 1 / 3) + 0.25 * 2)
+
+
 @pytest.mark.parametrize(
     ("stages", "message"),
     [
+        ("plain(settle=1):1", "'plain(settle=1):1' is no stage"),
+        ("interleaved(2, 3):1", "is no stage"),
+        ("interleaved(2, settle=x):1", "is no stage"),
+        ("interleaved(2, subsets=2):1", "is no stage"),
+        ("interleaved(2, detach=True):1", "is no stage"),
+        ("multi_refinement(1, detach=1):1", "is no stage"),
+        ("interleaved(2, settle=-1):1", "schedule.settle is -1; it must be 0 or more"),
+        ("interleaved(2, sweeps=0):1", "schedule.sweeps is 0; it must be above 0"),
+        ("interleaved(2, jitter=inf):1", "schedule.jitter is inf; it must be 0 or more"),
+        ("interleaved(2, settle=1, kv_refresh=True):1", "kv_refresh is True; it must be off with schedule.settle"),
+        ("interleaved(2, partition=odd):1", "schedule.partition is 'odd'"),
         ("", "must list the stages"),
         ("plain", "'plain' is no stage"),
         ("plain:0.5, staged:0.5", "'staged:0.5' is no stage"),
@@ -159,6 +266,7 @@ def test_stages_that_cannot_be_are_explained(tiny, stages, message):
         ({"name": "plain", "kv_refresh": True}, {}, "kv_refresh is True; it is for interleaved training only"),
         ({"name": "chunked", "partition": "random"}, {}, "partition is 'random'; it is for interleaved training only"),
         ({"detach": True}, {}, "detach is True; it is for multi_refinement training only"),
+        ({"name": "plain", "settle": 1}, {}, "settle is 1; it is for interleaved and multi_refinement training only"),
         ({"name": "multi_refinement", "loss_weights": (1.0, 2.0)}, {}, "hold 3 numbers"),
     ],
 )

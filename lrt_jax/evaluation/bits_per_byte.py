@@ -103,7 +103,9 @@ class Evaluator:
         """How ``val/bpb_sequential`` is computed, in words."""
         if self._decode.prefill == "sequential":
             return "sequential"
-        return f"fixed_point(tolerance={self._decode.tolerance:g}, max_refinements={self._decode.max_refinements})"
+        how = self._decode
+        subsets = f", subsets={how.subsets}" if how.subsets > 1 else ""
+        return f"fixed_point(tolerance={how.tolerance:g}, max_refinements={how.max_refinements}{subsets})"
 
     def gzip_bits_per_byte(self) -> float:
         """What ``gzip -9`` needs for the UTF-8 bytes of all rows' targets: a yardstick anyone can check."""
@@ -127,7 +129,7 @@ def programs(decoder: Decoder, config: Config, mesh: Mesh) -> tuple[Any, Any]:
     The first scores the forwards of the schedule in parallel, the second true recurrence.
     """
     how = dataclasses.replace(config.decode, prefill=config.eval.scoring)
-    last = config.schedule.in_stages[-1].schedule
+    last = dataclasses.replace(config.schedule.in_stages[-1].schedule, jitter=0.0, plain_prefix=False)
     forwards = schedules.build(last, decoder.config.sequence_length)
     begins_with_init = schedules.forward_names(last)[0] == "init"
 

@@ -86,7 +86,7 @@ def _gates(refreshable: Any, counted_BxT: jax.Array) -> jax.Array:
         return jnp.zeros((0,))
     gates_LxBxTxKx1 = [layer.gate.reshape(-1, *layer.gate.shape[-4:]) for layer in layers]
     gates_LxBxT = jnp.mean(jnp.concatenate(gates_LxBxTxKx1), axis=(-2, -1))
-    return jnp.sum(gates_LxBxT * counted_BxT, axis=(1, 2))
+    return jnp.sum(gates_LxBxT * counted_BxT[None], axis=(1, 2))
 
 
 def metrics(sums: dict[str, np.ndarray], bits_per_byte: Callable[[float], float]) -> dict[str, float]:

@@ -15,7 +15,7 @@ from lrt_jax.model import cache as caches
 from lrt_jax.model.attention import EMPTY
 from lrt_jax.model.backend import compute_dtype
 from lrt_jax.model.cache import Cache
-from lrt_jax.model.decoder import Decoder, Forward
+from lrt_jax.model.decoder import Buffer, Decoder, Forward
 from lrt_jax.model.parameters import by_layer
 from lrt_jax.setup.config import ModelConfig
 
@@ -65,16 +65,26 @@ def prepared(config: ModelConfig, params: Any) -> Any:
     return jax.jit(lambda params: by_layer(config, params, compute_dtype(config)))(params)
 
 
+def positions_of(state: DecodeState, tokens_BxP: jax.Array) -> jax.Array:
+    """The positions of each row's next tokens, EMPTY for PAD: int32 [B, P]."""
+    begun_BxP = tokens_BxP != PAD
+    places_BxP = state.position_B[:, None] + jnp.cumsum(begun_BxP, axis=1, dtype=jnp.int32) - 1
+    return jnp.where(begun_BxP, places_BxP, EMPTY)
+
+
 def forward(
     decoder: Decoder,
     params: Any,
     state: DecodeState,
     tokens_BxP: jax.Array,
     memory_BxPxD: jax.Array | None,
+    positions_BxP: jax.Array,
+    buffer: Buffer | None = None,
+    subset: int = 0,
     *,
     fresh: bool = False,
-) -> tuple[Forward, jax.Array]:
-    """One forward for each row's next P tokens, PAD among them only before others; the state stays as it was.
+) -> Forward:
+    """One forward for each row's next tokens, PAD among them only before others; the state stays as it was.
 
     Args:
       decoder: the model.
@@ -82,25 +92,28 @@ def forward(
       state: after the tokens before.
       tokens_BxP: int32.
       memory_BxPxD: m_{t-1} of each token; None is zero memory.
+      positions_BxP: of :func:`positions_of`.
+      buffer: keys and values of all the next tokens, of which these are one strided subset; None: these are all.
+      subset: which one.
       fresh: the state is that of :func:`start`, so there is nothing in its cache.
 
     Returns:
-      The forward, whose buffer holds just these tokens' keys and values, and their positions, [B, P].
+      The forward, whose buffer holds the next tokens' keys and values.
     """
-    begun_BxP = tokens_BxP != PAD
-    places_BxP = state.position_B[:, None] + jnp.cumsum(begun_BxP, axis=1, dtype=jnp.int32) - 1
-    positions_BxP = jnp.where(begun_BxP, places_BxP, EMPTY)
-    out = unrolled(decoder).apply(
+    length = tokens_BxP.shape[1]
+    subsets = 1 if buffer is None else buffer.positions_BxN.shape[1] // length
+    return unrolled(decoder).apply(
         {"params": params},
-        jnp.where(begun_BxP, tokens_BxP, 0),
+        jnp.where(tokens_BxP != PAD, tokens_BxP, 0),
         positions_BxP,
         memory_BxPxD,
+        buffer,
+        subset * length,
         past=None if fresh else state.cache,
         # Where PAD is only before other tokens, columns are apart as far as positions are.
-        subsets=1 if fresh else None,
+        subsets=subsets if fresh else None,
         ragged=True,
     )
-    return out, positions_BxP
 
 
 def absorb(state: DecodeState, out: Forward, positions_BxP: jax.Array) -> DecodeState:
@@ -123,7 +136,8 @@ def advance(
 ) -> tuple[DecodeState, jax.Array]:
     """:func:`step` up to the head: the state after one token per row, and its hidden state, [B, D]."""
     memory_Bx1xD = state.memory_BxD[:, None] if use_memory else None
-    out, positions_Bx1 = forward(decoder, params, state, tokens_B[:, None], memory_Bx1xD)
+    positions_Bx1 = positions_of(state, tokens_B[:, None])
+    out = forward(decoder, params, state, tokens_B[:, None], memory_Bx1xD, positions_Bx1)
     return absorb(state, out, positions_Bx1), out.hidden_BxPxD[:, 0]
 
 

@@ -11,10 +11,12 @@ import numpy as np
 from flax import struct
 from jax import lax
 
-from lrt_jax.inference import decode
+from lrt_jax.inference import decode, refinement
 from lrt_jax.inference.decode import PAD, DecodeState
+from lrt_jax.inference.refinement import Chunk, Guess
 from lrt_jax.model.decoder import Decoder
 from lrt_jax.setup.config import DecodeConfig
+from lrt_jax.training import partitions
 
 
 class Prefilled(struct.PyTreeNode):
@@ -23,7 +25,8 @@ class Prefilled(struct.PyTreeNode):
     Attributes:
       state: after the prompt.
       hidden_BxNxD: h_final of its tokens, or of the last alone (N = 1) where no more was asked for.
-      refinements_B: int32, full forwards fed source states, the most of any chunk; 0 where all was sequential.
+      refinements_B: int32, full forwards fed source states, or sweeps, the most of any chunk; 0 where all was
+        sequential.
       residual_B: largest change of any source state in the last of them, the largest of any chunk.
       fallbacks_B: int32, chunks that did not converge and were computed sequentially instead.
     """
@@ -80,6 +83,7 @@ def run(
 
     chunks = -(-length // config.chunk)
     size = -(-length // chunks)  # of equal chunks, so that little is padded
+    size += -size % config.subsets
     padded_BxN = jnp.pad(tokens_BxN, ((0, 0), (chunks * size - length, 0)), constant_values=PAD)
     chunks_MxBxP = padded_BxN.reshape(rows, chunks, size).swapaxes(0, 1)
 
@@ -141,16 +145,6 @@ def sequential(
     return state, hidden_BxD[:, None]
 
 
-class _Guess(struct.PyTreeNode):
-    """One iterate of the fixed point: a forward's results, and what the next one needs to know."""
-
-    kv: Any
-    source_BxPxD: jax.Array
-    hidden_BxPxD: jax.Array
-    refinements_B: jax.Array
-    residual_B: jax.Array
-
-
 def fixed_point(
     decoder: Decoder,
     params: Any,
@@ -164,67 +158,51 @@ def fixed_point(
 ) -> Prefilled:
     """Prefill of one chunk by fixed-point refinement (method.md, "Decoding and evaluation").
 
-    A forward with zero memory, then full forwards fed the shifted source states, until no entry of any source state
-    changes by more than ``config.tolerance``. After k refinements the first k + 1 tokens are exact, so that at
-    tolerance 0 it ends, after at most P - 1, with what :func:`sequential` computes. A row that has converged stays
-    as it is while others go on, so its result does not depend on them. A row that has not converged after
-    ``config.max_refinements`` (0: P - 1) is computed sequentially.
+    A forward with zero memory, then refinements (``refinement.refined``) until no entry of any source state changes by
+    more than ``config.tolerance``. Each makes one more token exact, or with S subsets S more, so that at tolerance 0 it
+    ends, after at most P / S, with what :func:`sequential` computes. A row that has converged stays as it is while
+    others go on, so its result does not depend on them. A row that has not converged after ``config.max_refinements``
+    (0: no limit) is computed sequentially.
 
     Args:
       decoder: the model.
       params: its parameters.
       state: before the chunk.
-      tokens_BxP: int32, PAD only on the left.
-      config: tolerance and most refinements.
+      tokens_BxP: int32, PAD only on the left; P is a multiple of ``config.subsets``.
+      config: tolerance, subsets and most refinements.
       use_memory: False zeroes the memory, so that one forward is exact.
       keep_hidden: see :func:`run`, as the next.
       fresh: there is nothing in the state's cache.
     """
-    rows, length = tokens_BxP.shape
-    begun_BxP = tokens_BxP != PAD
-    # The memory of a row's first token here is known; a column's own is the source state of the column before.
-    first_BxP = begun_BxP & (jnp.cumsum(begun_BxP, axis=1) == 1)
-    wide = jnp.promote_types(state.memory_BxD.dtype, jnp.float32)
+    length, recurrent = tokens_BxP.shape[1], decoder.config.recurrent and use_memory
+    chunk = Chunk(
+        decoder=decoder,
+        params=params,
+        state=state,
+        tokens_BxP=tokens_BxP,
+        positions_BxP=decode.positions_of(state, tokens_BxP),
+        partition=partitions.strided(length, config.subsets),
+        fresh=fresh,
+    )
+    needed_B = chunk.needed_B * recurrent
+    most = chunk.needed_by(length)
+    limit = min(config.max_refinements or most, most)
 
-    def run(memory_BxPxD: jax.Array | None) -> tuple[Any, jax.Array]:
-        return decode.forward(decoder, params, state, tokens_BxP, memory_BxPxD, fresh=fresh)
-
-    def shifted(source_BxPxD: jax.Array | None) -> jax.Array:
-        known_BxPxD = jnp.broadcast_to(state.memory_BxD[:, None], (rows, length, state.memory_BxD.shape[1]))
-        shape = ((0, 0), (1, 0), (0, 0))
-        guess_BxPxD = jnp.zeros_like(known_BxPxD) if source_BxPxD is None else jnp.pad(source_BxPxD[:, :-1], shape)
-        return jnp.where(first_BxP[:, :, None], known_BxPxD, guess_BxPxD)
-
-    recurrent = decoder.config.recurrent and use_memory
-    limit = min(config.max_refinements or length, max(length - 1, 0))
-    # In a fresh state the first memory is zero too.
-    out, positions_BxP = run(None if fresh or not recurrent else shifted(None))
-    none_B = jnp.zeros((rows,), jnp.int32)
-    # After as many refinements as a row has tokens here, less one, every token is exact, whatever changed last.
-    needed_B = (jnp.sum(begun_BxP, axis=1, dtype=jnp.int32) - 1) * recurrent
-    residual_B = jnp.where(needed_B > 0, jnp.inf, 0.0).astype(wide)
-    guess = _Guess(out.buffer.pieces[0], out.source_BxPxD, out.hidden_BxPxD, none_B, residual_B)
-
-    def unfinished(guess: _Guess) -> jax.Array:
+    def unfinished(guess: Guess) -> jax.Array:
         return ~(guess.residual_B <= config.tolerance) & (guess.refinements_B < needed_B)  # NaN has not converged
 
-    def refine(guess: _Guess) -> _Guess:
-        out, _ = run(shifted(guess.source_BxPxD))
-        change_BxPxD = jnp.abs(out.source_BxPxD.astype(wide) - guess.source_BxPxD.astype(wide))
-        change_B = jnp.max(jnp.where(begun_BxP[:, :, None], change_BxPxD, 0.0), axis=(1, 2))
-        better = _Guess(out.buffer.pieces[0], out.source_BxPxD, out.hidden_BxPxD, guess.refinements_B + 1, change_B)
-        return _choose(unfinished(guess), better, guess)
-
+    guess = refinement.first(chunk, needed_B, zero_memory=not recurrent)
     if limit and recurrent:
-        more = lambda guess: jnp.any(unfinished(guess) & (guess.refinements_B < limit))  # noqa: E731
-        guess = lax.while_loop(more, refine, guess)
+        guess = lax.while_loop(
+            lambda guess: jnp.any(unfinished(guess) & (guess.refinements_B < limit)),
+            lambda guess: _choose(unfinished(guess), refinement.refined(chunk, guess), guess),
+            guess,
+        )
     diverged_B = unfinished(guess)
-    out = out._replace(
-        buffer=out.buffer.replace(pieces=(guess.kv,)), source_BxPxD=guess.source_BxPxD, hidden_BxPxD=guess.hidden_BxPxD
-    )
-    after = decode.absorb(state, out, positions_BxP)
-    hidden_BxNxD = guess.hidden_BxPxD if keep_hidden else guess.hidden_BxPxD[:, -1:]
-    if limit < length - 1 and recurrent:
+    out = refinement.in_order(chunk, guess)
+    after = decode.absorb(state, out, chunk.positions_BxP)
+    hidden_BxNxD = out.hidden_BxPxD if keep_hidden else out.hidden_BxPxD[:, -1:]
+    if limit < most and recurrent:
 
         def exact() -> tuple[DecodeState, jax.Array]:
             found = sequential(decoder, params, state, tokens_BxP, use_memory, keep_hidden)

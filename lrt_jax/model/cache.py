@@ -47,14 +47,16 @@ class Held(NamedTuple):
     Attributes:
       kv: keys and values, [B, K, N, C] each.
       positions_BxN: int32, the position in each slot, EMPTY where there is none.
+      beside: pieces of a buffer, with keys and values of later positions; none where a forward has none.
     """
 
     kv: KV
     positions_BxN: jax.Array
+    beside: tuple[KV, ...] = ()
 
 
-def held(cache: Cache) -> list[Held]:
-    """The cache, layer by layer."""
+def held(cache: Cache, pieces: tuple[tuple[KV, ...], ...] = ()) -> list[Held]:
+    """The cache, layer by layer, beside the pieces of a buffer."""
     newest_Bx1 = cache.position_B[:, None] - 1
 
     def positions(slots: int) -> jax.Array:
@@ -63,7 +65,8 @@ def held(cache: Cache) -> list[Held]:
 
     sizes = [ring.k.shape[2] for ring in cache.kv]
     by_size = {size: positions(size) for size in set(sizes)}
-    return [Held(ring, by_size[size]) for ring, size in zip(cache.kv, sizes, strict=True)]
+    beside = list(zip(*pieces, strict=True)) or [()] * len(sizes)
+    return [Held(ring, by_size[size], own) for ring, size, own in zip(cache.kv, sizes, beside, strict=True)]
 
 
 def write(cache: Cache, fresh: tuple[KV, ...], positions_BxP: jax.Array) -> Cache:
@@ -95,22 +98,22 @@ def write(cache: Cache, fresh: tuple[KV, ...], positions_BxP: jax.Array) -> Cach
 
 def attend(
     q_BxPxHxC: jax.Array,
-    k_BxKxPxC: jax.Array,
-    v_BxKxPxC: jax.Array,
+    k_BxKxNxC: jax.Array,
+    v_BxKxNxC: jax.Array,
     queries_BxP: jax.Array,
-    keys_BxP: jax.Array,
+    keys_BxN: jax.Array,
     window: jax.Array | int,
     *,
     held: Held,
 ) -> jax.Array:
-    """Softmax attention of P new positions over a cache and over each other; softmax in float32 or wider.
+    """Softmax attention of P new positions over a cache and over N newer ones; softmax in float32 or wider.
 
     Args:
       q_BxPxHxC: queries, H heads.
-      k_BxKxPxC: their own keys.
-      v_BxKxPxC: their own values.
+      k_BxKxNxC: keys of what the cache does not have: their own, and those of the buffer beside it.
+      v_BxKxNxC: likewise.
       queries_BxP: int32 positions; EMPTY where a row rests, whose result means nothing.
-      keys_BxP: the same.
+      keys_BxN: the same, of keys.
       window: how many positions before itself a query sees.
       held: the cache.
 
@@ -128,9 +131,9 @@ def attend(
 
     past, own = (
         scores("bpkgc,bknc->bkgpn", held.kv.k, held.positions_BxN),
-        scores("bpkgc,bknc->bkgpn", k_BxKxPxC, keys_BxP),
+        scores("bpkgc,bknc->bkgpn", k_BxKxNxC, keys_BxN),
     )
     weights = jax.nn.softmax(jnp.concatenate([past, own], axis=-1), axis=-1).astype(q.dtype)
     mixed = jnp.einsum("bkgpn,bknc->bpkgc", weights[..., :slots], held.kv.v)
-    mixed += jnp.einsum("bkgpn,bknc->bpkgc", weights[..., slots:], v_BxKxPxC)
+    mixed += jnp.einsum("bkgpn,bknc->bpkgc", weights[..., slots:], v_BxKxNxC)
     return mixed.reshape(rows, length, heads, width)

@@ -122,8 +122,8 @@ class Decoder(nn.Module):
             layer, before its queries attend; None: the queries see just this forward's positions.
           slot: where in the buffer, of N slots, the P positions are written: slots ``slot`` to ``slot + P``. In a
             buffer of several pieces it is a plain int, the first slot of one of them.
-          past: instead of a buffer, the KV cache of the positions before these. The queries see it and each other;
-            nothing is written. Its layers differ in size, so it needs ``scan_layers`` off.
+          past: the KV cache of the positions before these, and before the buffer's if there is one. The queries see
+            it, too; it stays as it is. Its layers differ in size, so it needs ``scan_layers`` off.
           subsets: S, where the positions are one strided subset of S, ascending, and the buffer's slots
             hold all S in order; 1: they are all positions. None: nothing is known of their order. Attention
             may then leave out what cannot be seen; the numbers are the same.
@@ -141,8 +141,8 @@ class Decoder(nn.Module):
         embedded = tokens_BxP if isinstance(tokens_BxP, Embedded) else self.embed(tokens_BxP)[0]
         x0_BxPxD = embedded.x0_BxPxD
         _check_shapes(x0_BxPxD.shape[:2], positions_BxP, memory_BxPxD, buffer)
-        if past is not None and (buffer is not None or config.scan_layers or len(past.position_B) != len(x0_BxPxD)):
-            raise ValueError("a cache needs as many rows as there are tokens, no buffer, and scan_layers off")
+        if past is not None and (config.scan_layers or len(past.position_B) != len(x0_BxPxD)):
+            raise ValueError("a cache needs as many rows as there are tokens, and scan_layers off")
         sharded = functools.partial(meshes.constrain, self.mesh)
         x0_BxPxD = sharded(x0_BxPxD, "batch", "sequence", None)
         if memory_BxPxD is not None:
@@ -171,7 +171,7 @@ class Decoder(nn.Module):
         own = stack.per_layer(config, arrays, values)
         before: Any = None if buffer is None else buffer.pieces  # by layer, or stacked where layers are scanned
         if past is not None:
-            before = cache.held(past)
+            before = cache.held(past, () if buffer is None else buffer.pieces)
         elif buffer is not None and not config.scan_layers:
             before = list(zip(*buffer.pieces, strict=True))
         weights = [name for name, array in own.items() if array is arrays.get(name)]

@@ -11,7 +11,7 @@ from jax import lax
 from lrt_jax.model import cache, layers, memory, recomputed
 from lrt_jax.model.memory import KV, Refreshable
 from lrt_jax.model.parameters import cut, table, unstack
-from lrt_jax.model.pieces import write
+from lrt_jax.model.pieces import SLOTS, write
 from lrt_jax.setup.config import ModelConfig
 
 # An array, and its dimensions' logical axes: ``setup.mesh.constrain`` on the decoder's mesh.
@@ -108,7 +108,8 @@ def _layer(
     fresh = KV(layers.rms_norm(layers.rope(fresh.k, *places.rope)), fresh.v).heads_first
     fresh = KV(*(sharded(leaf, "batch", "kv_heads", "sequence", None) for leaf in fresh))
     held = before if isinstance(before, cache.Held) else None
-    seen = (fresh,) if before is None or held is not None else write(before, fresh, places.slot)
+    pieces = before.beside if isinstance(before, cache.Held) else before
+    seen = write(pieces, fresh, places.slot) if pieces else (fresh,)
     # Queries stay where their positions are; keys and values of all positions come to them.
     k, v = (
         tuple(sharded(leaf, "batch", "kv_heads", None, None) for leaf in leaves) for leaves in zip(*seen, strict=True)
@@ -117,13 +118,18 @@ def _layer(
     farthest = max(config.windows) if farthest is None else farthest
     where = (places.queries_BxP, places.keys_BxN, own["window"])
     if held is not None:
-        mixed_BxPxHxC = cache.attend(q_BxPxHxC, fresh.k, fresh.v, *where, held=held)
+        mixed_BxPxHxC = cache.attend(q_BxPxHxC, _whole(k), _whole(v), *where, held=held)
     else:
         mixed_BxPxHxC = context.attend(q_BxPxHxC, k, v, *where, farthest=farthest)
     mixed_BxPxHxC = sharded(mixed_BxPxHxC, "batch", "sequence", "heads", None)
     x_BxPxD = sharded(x_BxPxD + layers.linear(mixed_BxPxHxC, own["output"], inputs=2), "batch", "sequence", None)
     x_BxPxD = x_BxPxD + layers.mlp(layers.rms_norm(x_BxPxD), own["mlp_in"], own["mlp_out"])
     return sharded(x_BxPxD, "batch", "sequence", None), fresh, refreshable
+
+
+def _whole(pieces: tuple[jax.Array, ...]) -> jax.Array:
+    """Pieces as one array."""
+    return jnp.concatenate(pieces, axis=SLOTS) if len(pieces) > 1 else pieces[0]
 
 
 def _queries_keys_values(h_BxPxD: jax.Array, own: dict[str, jax.Array]) -> tuple[jax.Array, KV]:

@@ -138,6 +138,9 @@ def define_decode_flags(name: str, about: str) -> None:
         lower_bound=0,
     )
     flags.DEFINE_integer("chunk", None, "Tokens read at once; default: config.decode.chunk.", lower_bound=1)
+    flags.DEFINE_integer(
+        "subsets", None, "fixed_point goes over so many subsets in turn; default: config.decode.subsets.", lower_bound=1
+    )
 
 
 def decode_flags() -> dict[str, Any]:
@@ -146,7 +149,7 @@ def decode_flags() -> dict[str, Any]:
     Raises:
       ConfigError: ``--tolerance`` is not finite.
     """
-    given = {name: getattr(flags.FLAGS, name) for name in ("tolerance", "max_refinements", "chunk")}
+    given = {name: getattr(flags.FLAGS, name) for name in ("tolerance", "max_refinements", "chunk", "subsets")}
     found = {name: value for name, value in given.items() if value is not None}
     if not 0 <= found.get("tolerance", 0.0) < math.inf:  # absl lets NaN through every bound
         raise ConfigError(f"--tolerance is {found['tolerance']}; it must be a finite number, 0 or more")

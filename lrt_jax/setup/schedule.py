@@ -17,6 +17,9 @@ import numpy as np
 from lrt_jax.setup.schema import ConfigError
 
 
+Partition = Literal["strided", "contiguous", "random"]
+
+
 @dataclasses.dataclass(frozen=True)
 class ScheduleConfig:
     """The training schedule (method.md, "Training schedules")."""
@@ -24,13 +27,16 @@ class ScheduleConfig:
     # One of SCHEDULES, or "staged": several, one after the other.
     name: str = "interleaved"
     subsets: int = 2  # S, of interleaved; divides the sequence length
-    partition: Literal["strided", "contiguous", "random"] = "strided"  # which positions a subset holds
+    partition: Partition = "strided"  # which positions a subset holds
+    sweeps: int = 1  # interleaved: how often it goes through all subsets
     kv_refresh: bool = False  # interleaved: bring unvisited keys and values up to date between the forwards
     refinements: int = 2  # K, of multi_refinement
     # Interleaved, multi_refinement: so many forwards without gradient take the place of the initialization forward. The
     # first has zero memory, each other one reads the source states of the one before: memory near its fixed point.
     settle: int = 0
     init_weight: float = 1.0  # the same: of the initialization forward's loss, where others' is 1
+    jitter: float = 0.0  # the same: each entry of the memory read moves by a uniform draw from -jitter to jitter
+    plain_prefix: bool = False  # the same: each row's memory is zero up to a random position
     detach: bool = False  # multi_refinement: no gradient from one forward to the one before
     chunks: int = 2  # N, of chunked; divides the sequence length
     # Of staged: schedules with their shares of the steps, "plain:0.8, interleaved(2):0.2". A stage may be a mixture,
@@ -146,6 +152,8 @@ class Description:
 
 
 FIRST = Pass("init", reads_memory=False)
+# Fields of the schedules that refine what an initialization forward began.
+REFINING = {"settle": 0, "init_weight": 1.0, "jitter": 0.0, "plain_prefix": False}
 
 
 def _before(schedule: ScheduleConfig) -> list[Pass]:
@@ -159,7 +167,13 @@ def _interleaved(schedule: ScheduleConfig) -> list[Pass]:
         *_before(schedule),
         *(
             # The first subset's memory is made of nothing but the forwards before it.
-            Pass(f"subset_{i}", share, learns_memory=i > 0 or not schedule.settle, refreshes=refreshes)
+            Pass(
+                f"sweep_{sweep}_subset_{i}" if sweep else f"subset_{i}",
+                share,
+                learns_memory=sweep + i > 0 or not schedule.settle,
+                refreshes=refreshes,
+            )
+            for sweep in range(schedule.sweeps)
             for i in range(schedule.subsets)
         ),
     ]
@@ -188,12 +202,10 @@ SCHEDULES: dict[str, Description] = {
         _interleaved,
         number="subsets",
         divides=True,
-        own={"partition": "strided", "kv_refresh": False, "settle": 0, "init_weight": 1.0},
+        own={"partition": "strided", "sweeps": 1, "kv_refresh": False, **REFINING},
         strided=lambda schedule: schedule.subsets if schedule.partition == "strided" else None,
     ),
-    "multi_refinement": Description(
-        _multi_refinement, number="refinements", own={"detach": False, "settle": 0, "init_weight": 1.0}
-    ),
+    "multi_refinement": Description(_multi_refinement, number="refinements", own={"detach": False, **REFINING}),
     "chunked": Description(_chunked, number="chunks", divides=True, strided=lambda _: None),
     "sequential": Description(lambda _: [Pass("sequential")], strided=lambda _: None),
 }

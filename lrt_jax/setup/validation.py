@@ -2,10 +2,10 @@
 
 import dataclasses
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from lrt_jax.setup.durations import MOST_STEPS, UNITS
-from lrt_jax.setup.schedule import SCHEDULES, STAGED, ScheduleConfig
+from lrt_jax.setup.schedule import SCHEDULES, STAGED, Partition, ScheduleConfig
 from lrt_jax.setup.schema import ConfigError
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ def _validate_ranges(config: "Config") -> None:
         "optimizer": ("eps",),
         "train": ("batch_size", "accumulation", "log_every", "keep", "bad_steps"),
         "eval": ("batch_size", "rows", "final_rows"),
-        "decode": ("chunk",),
+        "decode": ("chunk", "subsets"),
     }
     not_negative = {
         "optimizer": (
@@ -199,13 +199,19 @@ def _validate_kind(model: "ModelConfig", schedule: ScheduleConfig) -> None:
         _require(number > 0, f"schedule.{description.number}", number, "it must be above 0")
         if description.divides:
             _divides(number, length, f"schedule.{description.number}", "model.sequence_length")
-    _require(schedule.settle >= 0, "schedule.settle", schedule.settle, "it must be 0 or more")
-    _require(schedule.init_weight >= 0, "schedule.init_weight", schedule.init_weight, "it must be 0 or more")
+    partitions = get_args(Partition)  # brackets may say anything
+    allowed = f"allowed are: {', '.join(partitions)}"
+    _require(schedule.partition in partitions, "schedule.partition", schedule.partition, allowed)
+    for field in ("settle", "init_weight", "jitter"):
+        value = getattr(schedule, field)
+        _require(0 <= value < math.inf, f"schedule.{field}", value, "it must be 0 or more")
+    _require(schedule.sweeps > 0, "schedule.sweeps", schedule.sweeps, "it must be above 0")
     _require(
-        not (schedule.settle and schedule.kv_refresh),
+        not (schedule.kv_refresh and (schedule.settle or schedule.sweeps > 1)),
         "schedule.kv_refresh",
         schedule.kv_refresh,
-        "it must be off with schedule.settle: it starts from an initialization forward",
+        "it must be off with schedule.settle or several schedule.sweeps: "
+        "it is for positions that only an initialization forward has computed",
     )
     plain = [name for name, other in SCHEDULES.items() if not other.recurrent]
     _require(

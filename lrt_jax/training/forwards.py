@@ -20,6 +20,10 @@ from lrt_jax.training.partitions import Partition, Strided
 LOGITS = 2**27
 
 
+# (memory_BxPxD, positions_P, number of the forward) → the memory that it reads.
+Disturbed = Callable[[jax.Array, Any, Any], jax.Array]
+
+
 def token_losses(decoder: Decoder, params: Any, hidden_BxPxD: jax.Array, targets_BxP: jax.Array) -> jax.Array:
     """Cross entropy of each target, in nats: [B, P], float32 or wider.
 
@@ -148,6 +152,7 @@ class Subset(NamedTuple):
     """What one subset forward computes; in a scan all have a leading S axis.
 
     Attributes:
+      number: how many subset forwards were before it.
       embedded: its inputs.
       targets_BxP: int targets.
       positions_P: its positions, ascending.
@@ -155,6 +160,7 @@ class Subset(NamedTuple):
       slot: its own first slot.
     """
 
+    number: Any
     embedded: Embedded
     targets_BxP: jax.Array
     positions_P: Any
@@ -198,7 +204,9 @@ def subset_forwards(
     shared: Buffer,
     sources_BxTxD: jax.Array,
     *,
+    sweeps: int = 1,
     refreshable: Any = None,
+    disturbed: Disturbed | None = None,
     unroll: bool = True,
 ) -> tuple[jax.Array, jax.Array]:
     """One forward per subset, in turn, on a shared buffer: a scan over disjoint positions.
@@ -211,11 +219,13 @@ def subset_forwards(
       partition: the subsets.
       shared: the buffer, in slot order, in one piece or one for each subset; it may be empty.
       sources_BxTxD: source states, in slot order; 0 where there is none yet.
+      sweeps: W, how often all subsets have their turn.
       refreshable: for KV refresh, in slot order.
+      disturbed: what to do to the memory that a forward reads.
       unroll: unroll the scan.
 
     Returns:
-      Each position's loss [B, T] and source state [B, T, D], in natural order.
+      Each position's losses [W, B, T] and last source state [B, T, D], in natural order.
     """
     subset_length = partition.positions_SxP.shape[1]
 
@@ -251,6 +261,8 @@ def subset_forwards(
             buffer = up_to_date(params, buffer, sources_BxTxD, subset.slot)
         positions_P, previous_slots_P = subset.positions_P, subset.previous_slots_P
         memory_BxPxD = memory_of(sources_BxTxD, positions_P, previous_slots_P)
+        if disturbed is not None:
+            memory_BxPxD = disturbed(memory_BxPxD, positions_P, subset.number)
         out = forward(
             decoder,
             params,
@@ -265,23 +277,22 @@ def subset_forwards(
         losses_BxP = token_losses(decoder, params, out.hidden_BxPxD, subset.targets_BxP)
         return out.params, (out.buffer, sources_BxTxD), losses_BxP
 
+    targets_SxBxP = jnp.split(partition.in_slots(targets_BxT, 1), partition.subsets, axis=1)
     subsets = [
-        Subset(mine, targets_BxP, *known)
-        for mine, targets_BxP, known in zip(
-            embedded,
-            jnp.split(partition.in_slots(targets_BxT, 1), partition.subsets, axis=1),
-            zip(
-                partition.positions_SxP,
-                partition.previous_slots_SxP,
-                range(0, targets_BxT.shape[1], subset_length),
-                strict=True,
-            ),
-            strict=True,
+        Subset(
+            number,
+            embedded[index],
+            targets_SxBxP[index],
+            partition.positions_SxP[index],
+            partition.previous_slots_SxP[index],
+            index * subset_length,
         )
+        for number, index in enumerate(sweeps * list(range(partition.subsets)))
     ]
-    (_, sources_BxTxD), losses_SxBxP = in_turn(subset_forward, params, (shared, sources_BxTxD), subsets, unroll=unroll)
+    (_, sources_BxTxD), losses_WSxBxP = in_turn(subset_forward, params, (shared, sources_BxTxD), subsets, unroll=unroll)
+    losses_WxSxBxP = losses_WSxBxP.reshape(sweeps, partition.subsets, *losses_WSxBxP.shape[1:])
     split_sources = sources_BxTxD.reshape(sources_BxTxD.shape[0], partition.subsets, subset_length, -1)
-    return partition.merge(jnp.moveaxis(losses_SxBxP, 0, 1), 1), partition.merge(split_sources, 1)
+    return partition.merge(jnp.moveaxis(losses_WxSxBxP, 1, 2), 2), partition.merge(split_sources, 1)
 
 
 def subset_forwards_alone(
@@ -299,4 +310,7 @@ def subset_forwards_alone(
     sources_BxTxD = jnp.zeros((rows, length, config.width), compute_dtype(config))
     params = by_layer(decoder, params)
     embedded = embed_subsets(decoder, params, tokens_BxT, partition, unroll=unroll)
-    return subset_forwards(decoder, params, embedded, targets_BxT, partition, empty, sources_BxTxD, unroll=unroll)
+    losses_1xBxT, sources_BxTxD = subset_forwards(
+        decoder, params, embedded, targets_BxT, partition, empty, sources_BxTxD, unroll=unroll
+    )
+    return losses_1xBxT[0], sources_BxTxD

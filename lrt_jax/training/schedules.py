@@ -18,7 +18,7 @@ from lrt_jax.model.decoder import Buffer, Decoder
 from lrt_jax.model.memory import shift_right
 from lrt_jax.model.pieces import SLOTS
 from lrt_jax.setup.schedule import ScheduleConfig
-from lrt_jax.training import forwards, partitions
+from lrt_jax.training import forwards, noise, partitions
 
 
 class Outcome(struct.PyTreeNode):
@@ -91,8 +91,10 @@ def interleaved(
     targets_BxT: jax.Array,
     *,
     partition: partitions.Partition,
+    sweeps: int = 1,
     kv_refresh: bool = False,
     settle: int = 0,
+    noisy: noise.Noise | None = None,
     unroll: bool = True,
     weights: tuple[float, ...] = (),
 ) -> Outcome:
@@ -108,12 +110,14 @@ def interleaved(
       tokens_BxT: int inputs.
       targets_BxT: int targets.
       partition: the disjoint subsets.
+      sweeps: W, how often it goes through all of them.
       kv_refresh: before each subset forward, bring keys and values at positions that no subset has
         visited up to date with the latest memory.
       settle: so many forwards without gradient (``forwards.settled``) fill the buffer, and no initialization forward
         with one; their losses do not count.
+      noisy: what happens to the memory that subset forwards read.
       unroll: unroll the scan over subsets; the same numbers, compiled longer and run faster.
-      weights: of the forwards' losses, 1 + S or, with ``settle``, S; empty for equal.
+      weights: of the forwards' losses, 1 + W S or, with ``settle``, W S; empty for equal.
     """
     params = forwards.by_layer(decoder, params)
     natural, *in_subsets = forwards.embed_subsets(decoder, params, tokens_BxT, partition, unroll=unroll, natural=True)
@@ -132,7 +136,7 @@ def interleaved(
     pieces = lax.optimization_barrier(pieces)
     # Positions come before heads in what keys and values are refreshed from.
     refreshable = jax.tree.map(lambda x: partition.in_slots(x, -3), first.refreshable)
-    losses_BxT, sources_BxTxD = forwards.subset_forwards(
+    losses_WxBxT, sources_BxTxD = forwards.subset_forwards(
         decoder,
         params,
         in_subsets,
@@ -140,11 +144,13 @@ def interleaved(
         partition,
         Buffer(pieces, jnp.asarray(partition.positions_SxP.reshape(1, -1))),
         partition.in_slots(first.source_BxPxD, 1),
+        sweeps=sweeps,
         refreshable=refreshable if kv_refresh else None,
+        disturbed=_disturbed(noisy, tokens_BxT),
         unroll=unroll,
     )
-    masks_FxT = jnp.asarray(partition.masks_SxT)
-    losses_FxBxT = jnp.where(masks_FxT[:, None], losses_BxT[None], 0.0)
+    masks_FxT = jnp.tile(jnp.asarray(partition.masks_SxT), (sweeps, 1))
+    losses_FxBxT = jnp.where(masks_FxT[:, None], jnp.repeat(losses_WxBxT, partition.subsets, axis=0), 0.0)
     if not settle:
         losses_FxBxT = jnp.concatenate([init_losses_BxT[None], losses_FxBxT])
         masks_FxT = jnp.concatenate([jnp.ones_like(masks_FxT[:1]), masks_FxT])
@@ -160,6 +166,7 @@ def multi_refinement(
     refinements: int,
     detach: bool = False,
     settle: int = 0,
+    noisy: noise.Noise | None = None,
     unroll: bool = True,
     weights: tuple[float, ...] = (),
 ) -> Outcome:
@@ -176,6 +183,7 @@ def multi_refinement(
       detach: no gradient flows from a forward into the source states it reads.
       settle: so many forwards without gradient (``forwards.settled``) take the place of the initialization forward;
         their losses do not count.
+      noisy: what happens to the memory that refinements read.
       unroll: unroll the scan over forwards.
       weights: of the forwards' losses, 1 + K or, with ``settle``, K; empty for equal.
     """
@@ -189,8 +197,12 @@ def multi_refinement(
         init_losses_BxT = forwards.token_losses(decoder, params, first.hidden_BxPxD, targets_BxT)
         params = first.params
 
-    def refine(params: Any, sources_BxTxD: jax.Array, _: jax.Array) -> tuple[Any, jax.Array, jax.Array]:
+    disturbed = _disturbed(noisy, tokens_BxT)
+
+    def refine(params: Any, sources_BxTxD: jax.Array, number: jax.Array) -> tuple[Any, jax.Array, jax.Array]:
         memory_BxTxD = shift_right(lax.stop_gradient(sources_BxTxD) if detach else sources_BxTxD)
+        if disturbed is not None:
+            memory_BxTxD = disturbed(memory_BxTxD, positions_T, number)
         out = forwards.forward(decoder, params, embedded, positions_T, memory_BxTxD, None, 0, subsets=1)
         losses_BxT = forwards.token_losses(decoder, params, out.hidden_BxPxD, targets_BxT)
         return out.params, out.source_BxPxD, losses_BxT
@@ -202,6 +214,14 @@ def multi_refinement(
         losses_FxBxT = jnp.concatenate([init_losses_BxT[None], losses_FxBxT])
     masks_FxT = jnp.ones((len(losses_FxBxT), len(positions_T)), bool)
     return outcome(losses_FxBxT, masks_FxT, sources_BxTxD, weights)
+
+
+def _disturbed(noisy: noise.Noise | None, tokens_BxT: jax.Array) -> forwards.Disturbed | None:
+    """Noise as forwards apply it, with one draw for each row of tokens."""
+    if noisy is None:
+        return None
+    keys_B, length = noise.keys_of(tokens_BxT), tokens_BxT.shape[1]
+    return lambda memory, positions, number: noisy(memory, positions, keys_B, length, number)
 
 
 def chunked(
@@ -267,8 +287,10 @@ def _build_interleaved(config: ScheduleConfig, sequence_length: int) -> Schedule
     return functools.partial(
         interleaved,
         partition=partitions.PARTITIONS[config.partition](sequence_length, config.subsets),
+        sweeps=config.sweeps,
         kv_refresh=config.kv_refresh,
         settle=config.settle,
+        noisy=noise.of(config),
         unroll=config.unroll,
         weights=_weights(config),
     )
@@ -290,6 +312,7 @@ RUN: dict[str, Callable[[ScheduleConfig, int], Schedule]] = {
         refinements=config.refinements,
         detach=config.detach,
         settle=config.settle,
+        noisy=noise.of(config),
         unroll=config.unroll,
         weights=_weights(config),
     ),

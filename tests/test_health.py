@@ -1,0 +1,93 @@
+"""The health of the recurrence, against the schedules that compute the same."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lrt_jax.evaluation import health
+from lrt_jax.model.decoder import Decoder
+from lrt_jax.setup.config import Config, EvalConfig, MeshConfig, ScheduleConfig, TrainConfig
+from lrt_jax.setup.mesh import make_mesh
+from lrt_jax.training import forwards, schedules
+
+PASSES = 3
+
+
+def measured(config, params, batch, counted):
+    run = Config(config, TrainConfig(batch_size=2, steps=1), eval=EvalConfig(passes=PASSES))
+    program = health.program(Decoder(config), run, make_mesh(MeshConfig()))
+    sums = {name: np.asarray(array, np.float64) for name, array in program(params, *batch, counted).items()}
+    return health.metrics(sums, lambda nats: float(nats))
+
+
+@pytest.mark.parametrize("model", [{"scan_layers": True}, {"memory": "layerwise"}, {"memory": "none"}], ids=str)
+def test_metrics_are_those_of_repeated_forwards(tiny, random_params, random_batch, model):
+    config = tiny(**model)
+    params, batch = random_params(config), random_batch(config, rows=4)
+    counted = np.random.default_rng(0).random(batch[0].shape) < 0.7
+    found = measured(config, params, batch, counted)
+
+    decoder, positions = Decoder(config), np.arange(config.sequence_length)
+
+    read = jax.jit(lambda states: _outputs(decoder, params, batch, positions, states))
+    built = schedules.build(ScheduleConfig(name="multi_refinement", refinements=PASSES), config.sequence_length)
+    outcome = jax.jit(lambda params: built(decoder, params, *batch))(params)
+    for k in range(1, PASSES + 1):
+        expected = np.sum(np.asarray(outcome.token_losses_FxBxT[k]) * counted)
+        np.testing.assert_allclose(found[f"val/bpb_after/{k}"], expected, rtol=1e-5)
+
+    states = [np.zeros_like(outcome.sources_BxTxD)]
+    for _ in range(PASSES + 1):
+        states.append(np.asarray(read(states[-1])[0]))
+    last = states[-1]
+    changes = [np.sqrt(np.sum(((b - a) * counted[..., None]) ** 2)) for a, b in itertools.pairwise(states)]
+    np.testing.assert_allclose(found["val/contraction"], changes[-1] / changes[-2], rtol=1e-3)
+    shuffled = np.roll(last, 1, axis=0)
+    np.testing.assert_allclose(found["val/bpb_memory/shuffled"], np.sum(read(shuffled)[1] * counted), rtol=1e-5)
+    # No memory is so old within so short a context: what is read is zero.
+    assert config.sequence_length == health.OLD
+    np.testing.assert_allclose(
+        found["val/bpb_memory/old"], np.sum(np.asarray(outcome.token_losses_FxBxT[0]) * counted), rtol=1e-5
+    )
+    layers = [1, 2]
+    if config.projects_memory:
+        gates = [found[f"memory/gate/{layer}"] for layer in layers]
+        assert all(0 < gate < 2 for gate in gates) and gates[0] != gates[1]
+    else:
+        assert not any(name.startswith("memory/gate") for name in found)
+    np.testing.assert_allclose([found[f"memory/gamma/{layer}"] for layer in layers], params["gamma"], rtol=1e-5)
+
+
+def _outputs(decoder, params, batch, positions, states):
+    memory = jnp.pad(states[:, :-1], ((0, 0), (1, 0), (0, 0)))
+    (embedded,) = forwards.embed(decoder, params, batch[0])
+    out = forwards.forward(decoder, params, embedded, positions, memory, None, 0)
+    return out.source_BxPxD, forwards.token_losses(decoder, params, out.hidden_BxPxD, batch[1])
+
+
+def test_nothing_is_measured_where_there_is_no_memory_or_no_pass(tiny):
+    mesh = make_mesh(MeshConfig())
+    plain = tiny(memory="none", residual_injection=False)
+    schedule, train = ScheduleConfig(name="plain"), TrainConfig(batch_size=2, steps=1)
+    assert health.program(Decoder(plain), Config(plain, train, schedule=schedule), mesh) is None
+    assert health.program(Decoder(tiny()), Config(tiny(), train, eval=EvalConfig(passes=0)), mesh) is None
+    assert list(health.lines({"val/bpb_init": 2.0})) == []
+
+
+def test_decoding_that_is_worse_than_training_shows_is_said():
+    assert health.warning({"val/bpb_sequential": 1.51, "val/bpb": 1.5}, 0.01) is None
+    line = health.warning({"val/bpb_sequential": 1.53, "val/bpb": 1.5}, 0.01)
+    assert "2.0% above val/bpb (merged)" in line and "allows 1.0%" in line and "\n" not in line
+
+
+def test_the_table_shows_what_was_measured():
+    scores = {"val/bpb_init": 2.0, "val/bpb_after/1": 1.5, "val/bpb_after/2": 1.25, "val/contraction": 0.125}
+    scores |= {"val/bpb_memory/shuffled": 1.75, "val/bpb_memory/old": 1.875}
+    scores |= {f"memory/{name}/{layer}": layer / 8 for name in ("gate", "gamma") for layer in (1, 2)}
+    text = "\n".join(health.lines(scores))
+    for number in ("2.0000   1.5000   1.2500", "1.7500", "1.8750", "0.125"):
+        assert number in text
+    assert text.count("0.125    0.250") == 2
