@@ -16,7 +16,6 @@ import numpy as np
 
 from lrt_jax.setup.schema import ConfigError
 
-
 Partition = Literal["strided", "contiguous", "random"]
 
 
