@@ -10,6 +10,7 @@ import pytest
 from lrt_jax import sweep as command
 from lrt_jax.comparison import plan, results
 from lrt_jax.comparison.results import Result
+from lrt_jax.model import costs
 from lrt_jax.setup.config import ConfigError, default_config
 from lrt_jax.training.loop import TrainingError
 
@@ -37,7 +38,7 @@ def test_every_run_of_a_shipped_sweep_can_be_and_all_of_a_budget_cost_the_same(p
     for run in sweep.runs:
         config = run.complete
         assert config.seed == run.seed
-        effective = config.train.tokens * config.schedule.forwards_equivalent
+        effective = config.train.tokens * costs.forwards_equivalent(config.model, config.schedule)
         np.testing.assert_allclose(effective, run.effective_tokens, rtol=1e-6)
     assert len({(run.effective_tokens, run.seed) for run in sweep.runs}) >= 6
     # Machines that share a sweep run each of its runs once.

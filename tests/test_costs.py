@@ -1,3 +1,4 @@
+import dataclasses
 import math
 
 import jax
@@ -95,12 +96,19 @@ SCHEDULES = {
 
 @pytest.mark.parametrize(
     "model",
-    [{"memory": "shared"}, {"memory": "layerwise", "value_embeddings": "alternate", "layers": 3}],
-    ids=["shared", "layerwise"],
+    [
+        {"memory": "shared"},
+        {"memory": "layerwise", "value_embeddings": "alternate", "layers": 3},
+        # Layers count alike where their windows do.
+        {"memory": "layerwise", "memory_layers": "2-3", "source_layer": "2", "layers": 4, "window_pattern": "L"},
+    ],
+    ids=["shared", "layerwise", "band"],
 )
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_flops_of_a_step_are_those_of_its_program(tiny, random_params, random_batch, name, model):
     config, schedule = tiny(**model), SCHEDULES[name]
+    if schedule.kv_refresh:
+        config = dataclasses.replace(config, memory_layers="all")
     built = schedules.build(schedule, config.sequence_length)
     batch = random_batch(config, rows=1)
 
@@ -108,7 +116,7 @@ def test_flops_of_a_step_are_those_of_its_program(tiny, random_params, random_ba
         return built(Decoder(config), params, *batch).loss
 
     products = product_flops(jax.make_jaxpr(jax.grad(loss))(random_params(config)).jaxpr)
-    attended = round(3 * schedule.forwards_equivalent) * attention_flops(config)
+    attended = round(3 * costs.forwards_equivalent(config, schedule) * attention_flops(config))
     assert costs.train_flops(config, schedule) == products + attended
 
 

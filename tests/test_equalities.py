@@ -46,6 +46,8 @@ COMBINATIONS = {
     }
     for memory, windows, kv_heads, source, switches in CHOICES
 }
+COMBINATIONS["shared, upper layers"] = {"memory_layers": "2-3", "layers": 3, "scan_layers": True, "source_layer": "2"}
+COMBINATIONS["layerwise, middle layer"] = {"memory": "layerwise", "memory_layers": "2-2", "layers": 3}
 COMBINATIONS["shared, no residual"] = {"residual_injection": False, "kv_heads": 2, "scan_layers": True}
 
 
@@ -60,7 +62,7 @@ def test_every_two_choices_meet_in_a_combination():
     for one, other in itertools.combinations(range(len(every)), 2):
         met = {(choice[one], choice[other]) for choice in CHOICES}
         assert met == set(itertools.product(every[one], every[other]))
-    assert len(COMBINATIONS) == len(CHOICES) + 1
+    assert len(COMBINATIONS) == len(CHOICES) + 3
 
 
 def run(config, params, batch, **schedule):

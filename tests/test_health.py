@@ -20,10 +20,12 @@ def measured(config, params, batch, counted):
     run = Config(config, TrainConfig(batch_size=2, steps=1), eval=EvalConfig(passes=PASSES))
     program = health.program(Decoder(config), run, make_mesh(MeshConfig()))
     sums = {name: np.asarray(array, np.float64) for name, array in program(params, *batch, counted).items()}
-    return health.metrics(sums, lambda nats: float(nats))
+    return health.metrics(sums, config.memory_range, float)
 
 
-@pytest.mark.parametrize("model", [{"scan_layers": True}, {"memory": "layerwise"}, {"memory": "none"}], ids=str)
+@pytest.mark.parametrize(
+    "model", [{"scan_layers": True, "memory_layers": "2-2"}, {"memory": "layerwise"}, {"memory": "none"}], ids=str
+)
 def test_metrics_are_those_of_repeated_forwards(tiny, random_params, random_batch, model):
     config = tiny(**model)
     params, batch = random_params(config), random_batch(config, rows=4)
@@ -52,13 +54,11 @@ def test_metrics_are_those_of_repeated_forwards(tiny, random_params, random_batc
     np.testing.assert_allclose(
         found["val/bpb_memory/old"], np.sum(np.asarray(outcome.token_losses_FxBxT[0]) * counted), rtol=1e-5
     )
-    layers = [1, 2]
-    if config.projects_memory:
-        gates = [found[f"memory/gate/{layer}"] for layer in layers]
-        assert all(0 < gate < 2 for gate in gates) and gates[0] != gates[1]
-    else:
-        assert not any(name.startswith("memory/gate") for name in found)
-    np.testing.assert_allclose([found[f"memory/gamma/{layer}"] for layer in layers], params["gamma"], rtol=1e-5)
+    gates = [found[name] for name in sorted(found) if name.startswith("memory/gate/")]
+    assert len(gates) == len(set(gates)) == (len(config.memory_range) if config.projects_memory else 0)
+    assert all(0 < gate < 2 for gate in gates)
+    gammas = [found[f"memory/gamma/{layer + 1}"] for layer in config.memory_range]
+    np.testing.assert_allclose(gammas, params["gamma"][config.memory_range.start :], rtol=1e-5)
 
 
 def _outputs(decoder, params, batch, positions, states):

@@ -64,7 +64,7 @@ def test_forwards_masks_and_compute_of_every_schedule(tiny, name):
     config = tiny()
     assert schedules.forward_names(schedule) == names
     assert schedule.forwards == len(names)
-    assert schedule.forwards_equivalent == pytest.approx(equivalent)
+    assert costs.forwards_equivalent(config, schedule) == pytest.approx(equivalent)
     tokens = jax.ShapeDtypeStruct((2, 8), jnp.int32)
     params = {name: jax.ShapeDtypeStruct(spec.shape, jnp.float32) for name, spec in table(config).items()}
     built = schedules.build(schedule, 8)
@@ -97,6 +97,22 @@ def test_detached_forwards_learn_nothing_from_later_ones(tiny, random_params, ra
     expected = jax.jit(jax.grad(second))(params)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), gradient(detach=True), expected)
     assert any(np.abs(a - b).max() > 1e-3 for a, b in zip(*map(jax.tree.leaves, (gradient(), expected)), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("schedule", "equivalent"),
+    [
+        ({"name": "plain"}, 1.0),
+        ({}, 0.25 + 2 * 0.75),
+        ({"name": "multi_refinement", "refinements": 1, "settle": 1}, 0.25 + 0.5 / 3 + 0.75),
+        ({"settle": 2}, 0.25 + 0.5 / 3 + 0.75 / 3 + 0.75),
+    ],
+    ids=str,
+)
+def test_effective_compute_counts_layers(tiny, schedule, equivalent):
+    """Below the band layers are computed once; without gradient a layer counts a third, up to the source layer."""
+    config = tiny(layers=4, memory_layers="2-4", source_layer="3")
+    assert costs.forwards_equivalent(config, ScheduleConfig(**schedule)) == pytest.approx(equivalent)
 
 
 @pytest.mark.parametrize("scan", [False, True])
@@ -182,11 +198,11 @@ def test_stages_are_read(tiny):
     assert [stage.schedule.name for stage in stages] == ["plain", "interleaved", "multi_refinement"]
     assert stages[1].schedule.subsets == 4
     assert stages[2].schedule.refinements == 3 and stages[2].schedule.detach
-    assert schedule.forwards_equivalent == 0.5 * 1 + 0.25 * 2 + 0.25 * 4
+    assert costs.forwards_equivalent(tiny(), schedule) == 0.5 * 1 + 0.25 * 2 + 0.25 * 4
     assert schedule.forwards == 4
 
 
-def test_a_mixture_draws_each_steps_schedule_by_seed_and_step():
+def test_a_mixture_draws_each_steps_schedule_by_seed_and_step(tiny):
     schedule = ScheduleConfig(
         name="staged", stages="plain:0.7, mix(plain 0.2, interleaved(2) 0.7,multi_refinement( 2 )  0.1) : 0.3"
     )
@@ -199,8 +215,8 @@ def test_a_mixture_draws_each_steps_schedule_by_seed_and_step():
     ]
     assert [kind.label for kind in schedule.kinds] == ["plain", "interleaved(2)", "multi_refinement(2)"]
     assert mixed.schedule.name == "interleaved"  # what evaluations score in parallel
-    np.testing.assert_allclose(mixed.forwards_equivalent, 0.2 * 1 + 0.7 * 2 + 0.1 * 3)
-    np.testing.assert_allclose(schedule.forwards_equivalent, 0.7 + 0.3 * 1.9)
+    np.testing.assert_allclose(costs.stage_equivalent(tiny(), mixed), 0.2 * 1 + 0.7 * 2 + 0.1 * 3)
+    np.testing.assert_allclose(costs.forwards_equivalent(tiny(), schedule), 0.7 + 0.3 * 1.9)
     draws = [mixed.draw(5, step) for step in range(4000)]
     np.testing.assert_allclose(np.bincount(draws) / len(draws), [0.2, 0.7, 0.1], atol=0.03)
     assert draws[7:20] == [mixed.draw(5, step) for step in range(7, 20)]  # whatever was drawn before
@@ -208,7 +224,7 @@ def test_a_mixture_draws_each_steps_schedule_by_seed_and_step():
     assert {plain.draw(5, step) for step in range(10)} == {0}
 
 
-def test_brackets_set_what_a_schedule_has_of_its_own():
+def test_brackets_set_what_a_schedule_has_of_its_own(tiny):
     text = "plain:0.5, mix(interleaved(2, settle=1) 0.5, multi_refinement(1, detach=True, jitter=0.02) 0.5):0.5"
     schedule = ScheduleConfig(name="staged", stages=text, settle=3, partition="random")
     _, one, other = schedule.kinds
@@ -216,7 +232,7 @@ def test_brackets_set_what_a_schedule_has_of_its_own():
     assert other.detach and other.jitter == 0.02
     assert one.label == "interleaved(2, partition=random, settle=1)"
     assert other.label == "multi_refinement(1, detach=True, settle=3, jitter=0.02)"
-    assert schedule.forwards_equivalent == pytest.approx(0.5 + 0.25 * (1 + 1 / 3) + 0.25 * 2)
+    assert costs.forwards_equivalent(tiny(), schedule) == pytest.approx(0.5 + 0.25 * (1 + 1 / 3) + 0.25 * 2)
 
 
 @pytest.mark.parametrize(
@@ -310,7 +326,10 @@ def test_a_schedule_is_one_description_and_one_function(tiny, random_params, ran
         plain = tiny(memory="none", residual_injection=False)
         validate(dataclasses.replace(run_config, model=plain))
     staged = ScheduleConfig(name="staged", stages="plain:0.5, mix(twice 0.5, plain 0.5):0.5")
-    assert staged.forwards_equivalent == 0.5 + 0.5 * 1.5 and [kind.name for kind in staged.kinds] == ["plain", "twice"]
+    assert costs.forwards_equivalent(config, staged) == 0.5 + 0.5 * 1.5 and [kind.name for kind in staged.kinds] == [
+        "plain",
+        "twice",
+    ]
 
     # It is multi-refinement with K = 1 by another name: the same losses, FLOPs, traffic and program to compile.
     known = ScheduleConfig(name="multi_refinement", refinements=1)
@@ -330,7 +349,7 @@ def test_a_name_that_is_no_schedule_is_refused_everywhere(tiny):
     unknown = ScheduleConfig(name="thrice")
     for ask in (
         lambda: validate(Config(tiny(), TrainConfig(batch_size=2, steps=4), schedule=unknown)),
-        lambda: unknown.forwards_equivalent,
+        lambda: costs.forwards_equivalent(tiny(), unknown),
         lambda: costs.train_flops(tiny(), unknown),
         lambda: traffic.forwards_of(unknown),
         lambda: schedules.build(unknown, 8),

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
+from lrt_jax.model import costs
 from lrt_jax.setup.config import Config, ConfigError, from_config_dict
 from lrt_jax.setup.config_file import found, module, reason
 
@@ -41,7 +42,8 @@ class Run:
           ConfigError: the config cannot be.
         """
         config = self.config.copy_and_resolve_references()
-        forwards = from_config_dict(config).schedule.forwards_equivalent
+        whole = from_config_dict(config)
+        forwards = costs.forwards_equivalent(whole.model, whole.schedule)
         config.seed = self.seed
         config.train.update(steps=0, tokens_per_parameter=0.0, tokens=max(1, round(self.effective_tokens / forwards)))
         return from_config_dict(config)

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from lrt_jax.comparison.plan import Run, Sweep
+from lrt_jax.model import costs
 
 FILE = "result.json"  # in a run's folder, once it is done
 # The 97.5 % quantile of Student's t, by degrees of freedom from 1 on; then that of the normal distribution.
@@ -189,7 +190,7 @@ def result_of(run: Run, scores: dict[str, float], seconds: float, parameters: in
         budget=run.effective_tokens,
         seed=run.seed,
         tokens=tokens,
-        effective_tokens=tokens * config.schedule.forwards_equivalent,
+        effective_tokens=tokens * costs.forwards_equivalent(config.model, config.schedule),
         parameters=parameters,
         bpb=scores["val/bpb_sequential"],
         bpb_merged=scores["val/bpb"],

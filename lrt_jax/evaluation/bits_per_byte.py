@@ -4,6 +4,7 @@ BPB = nats of the targets / (ln 2 · UTF-8 bytes of the targets); special tokens
 """
 
 import dataclasses
+import functools
 import gzip
 import itertools
 import math
@@ -53,6 +54,7 @@ class Evaluator:
         self._decode = dataclasses.replace(config.decode, prefill=config.eval.scoring)
         self._token_bytes = token_bytes
         self.rows = len(held_out.tokens_NxT)
+        self._reading = decoder.config.memory_range
         self._programs = [
             one for one in (*programs(decoder, config, mesh), health.program(decoder, config, mesh)) if one
         ]
@@ -87,7 +89,8 @@ class Evaluator:
         metrics = {names[name]: _bits_per_byte(sums[name].sum(), bytes_T.sum()) for name in names}
         metrics["val/gap"] = metrics["val/bpb_sequential"] - metrics["val/bpb"]
         if "after" in sums:
-            metrics |= health.metrics(sums, lambda nats: _bits_per_byte(nats, bytes_T.sum()))
+            bits_per_byte = functools.partial(_bits_per_byte, count=bytes_T.sum())
+            metrics |= health.metrics(sums, self._reading, bits_per_byte)
         if self._decode.prefill == "fixed_point":
             chunks = -(-len(bytes_T) // self._decode.chunk)
             metrics["val/refinements"] = float(sums["refinements"] / rows)

@@ -40,15 +40,12 @@ def program(decoder: Decoder, config: Config, mesh: Mesh) -> Callable[..., dict[
     ) -> dict[str, jax.Array]:
         gamma_L = params["gamma"] if "gamma" in params else jnp.zeros((0,))
         params = forwards.by_layer(decoder, params)
-        (embedded,) = forwards.embed(decoder, params, tokens_BxT)
-        positions_T = np.arange(tokens_BxT.shape[1], dtype=np.int32)
+        embedded = forwards.begin(decoder, params, tokens_BxT)
         wide = jnp.promote_types(embedded.x0_BxPxD.dtype, jnp.float32)
 
         def read(memory_BxTxD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
             """A full forward's source states, its losses' sum, and its memory gates' sums, layer by layer."""
-            out = forwards.forward(
-                decoder, params, embedded, positions_T, memory_BxTxD, None, 0, subsets=1, keep_refreshable=True
-            )
+            out = forwards.full(decoder, params, embedded, memory_BxTxD, keep_refreshable=True)
             losses_BxT = forwards.token_losses(decoder, params, out.hidden_BxPxD, targets_BxT)
             return out.source_BxPxD, jnp.sum(losses_BxT * counted_BxT), _gates(out.refreshable, counted_BxT)
 
@@ -89,11 +86,12 @@ def _gates(refreshable: Any, counted_BxT: jax.Array) -> jax.Array:
     return jnp.sum(gates_LxBxT * counted_BxT[None], axis=(1, 2))
 
 
-def metrics(sums: dict[str, np.ndarray], bits_per_byte: Callable[[float], float]) -> dict[str, float]:
+def metrics(sums: dict[str, np.ndarray], reading: range, bits_per_byte: Callable[[float], float]) -> dict[str, float]:
     """The metrics of docs/DESIGN.md, "Health".
 
     Args:
       sums: of the function that :func:`program` made, added over batches.
+      reading: the layers that read memory (``ModelConfig.memory_range``).
       bits_per_byte: of a sum of losses in nats.
 
     Returns:
@@ -107,8 +105,10 @@ def metrics(sums: dict[str, np.ndarray], bits_per_byte: Callable[[float], float]
     if len(sums["changes"]) > 1:
         found["val/contraction"] = math.sqrt(last / before) if before > 0 else 0.0
     found["val/bpb_memory/shuffled"], found["val/bpb_memory/old"] = map(bits_per_byte, sums["others"])
-    for name in ("gate", "gamma"):
-        found |= {f"memory/{name}/{layer}": total / sums["positions"] for layer, total in enumerate(sums[name], 1)}
+    # Gates are of the layers from the first on that reads memory, γ of all.
+    for name, first in (("gate", reading.start), ("gamma", 0)):
+        for layer in reading if len(sums[name]) else ():
+            found[f"memory/{name}/{layer + 1}"] = sums[name][layer - first] / sums["positions"]
     return {name: float(value) for name, value in found.items()}
 
 
@@ -125,7 +125,7 @@ def warning(scores: dict[str, float], most: float) -> str | None:
 
 def lines(scores: dict[str, float]) -> Iterator[str]:
     """The part of the closing table that is about memory; nothing where it was not measured."""
-    after = _numbered(scores, "val/bpb_after/")
+    after = list(_numbered(scores, "val/bpb_after/").values())
     if not after:
         return
     yield "\nmemory: bits per byte where all positions read it in parallel, and what they read"
@@ -138,9 +138,10 @@ def lines(scores: dict[str, float]) -> Iterator[str]:
     for name, field in (("mean gate of memory projections", "memory/gate/"), ("γ", "memory/gamma/")):
         values = _numbered(scores, field)
         if values:
-            yield f"  {name + ', layer by layer':<46}" + " ".join(f"{value:8.3f}" for value in values)
+            which = f"{name}, layers {min(values)} to {max(values)}"
+            yield f"  {which:<46}" + " ".join(f"{value:8.3f}" for value in values.values())
 
 
-def _numbered(scores: dict[str, float], prefix: str) -> list[float]:
-    """The scores of 1, 2, … behind ``prefix``."""
-    return [scores[name] for number in range(1, len(scores) + 1) if (name := f"{prefix}{number}") in scores]
+def _numbered(scores: dict[str, float], prefix: str) -> dict[int, float]:
+    """The scores of 1, 2, … behind ``prefix``, by these numbers."""
+    return {int(name.removeprefix(prefix)): value for name, value in sorted(scores.items()) if name.startswith(prefix)}

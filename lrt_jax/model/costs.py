@@ -10,6 +10,7 @@ from fractions import Fraction
 
 from lrt_jax.model.parameters import table
 from lrt_jax.setup.config import ModelConfig, ScheduleConfig
+from lrt_jax.setup.schedule import STAGED, Pass, Stage
 
 # A backward pass multiplies with the weights once, and with the activations once.
 BACKWARD = 2
@@ -54,8 +55,38 @@ def count_parameters(config: ModelConfig) -> ParameterCounts:
     return ParameterCounts(size["embedding"], size["head"], values, backbone, memory)
 
 
-def forward_flops(config: ModelConfig, *, memory: bool) -> int:
-    """FLOPs of one forward over all T positions of one row, the head included.
+def forwards_equivalent(config: ModelConfig, schedule: ScheduleConfig) -> float:
+    """Full-length forwards with their backward pass that a step costs, in the mean of the run: of effective compute.
+
+    Layers count alike, lookups and the head not at all; a forward without a backward pass counts a third. Layers below
+    those that read memory are computed once a step.
+    """
+    if schedule.name == STAGED:
+        return sum(stage.share * stage_equivalent(config, stage) for stage in schedule.in_stages)
+    below, total = _below(config, schedule), Fraction(0)
+    for one in schedule.description.passes(schedule):
+        share = one.share * Fraction(len(_layers_of(config, one, below)), config.layers)
+        total += share if one.learns else share / (1 + BACKWARD)
+    return float(total + Fraction(below, config.layers))
+
+
+def stage_equivalent(config: ModelConfig, stage: Stage) -> float:
+    """:func:`forwards_equivalent` of a step of one stage, in the mean."""
+    return sum(drawn.probability * forwards_equivalent(config, drawn.schedule) for drawn in stage.mixture)
+
+
+def _below(config: ModelConfig, schedule: ScheduleConfig) -> int:
+    """How many layers a step computes once, whatever its forwards are."""
+    return config.memory_range.start if config.recurrent and schedule.description.recurrent else 0
+
+
+def _layers_of(config: ModelConfig, one: Pass, below: int) -> range:
+    """The layers that a forward computes."""
+    return range(below, config.source_index + 1 if one.states_only else config.layers)
+
+
+def forward_flops(config: ModelConfig, *, memory: bool, layers: range | None = None, head: bool = True) -> int:
+    """FLOPs of one forward over all T positions of one row.
 
     The S subset forwards of interleaved training together cost one such forward with memory: they visit
     every position once, and its queries see what causality and windows leave, whatever S is.
@@ -63,20 +94,33 @@ def forward_flops(config: ModelConfig, *, memory: bool) -> int:
     Args:
       config: the model.
       memory: whether memory is read; zero memory skips the projections.
+      layers: which layers; None: all.
+      head: whether it ends with logits.
     """
-    products = 0
-    for parameter in table(config).values():
-        if parameter.group not in ("matrix", "head"):
+    layers = range(config.layers) if layers is None else layers
+    products = _projections(config, layers) if memory else 0
+    for name, parameter in table(config).items():
+        if parameter.group != "matrix" or name in PROJECTIONS:
             continue
-        # Gates and projections of the memory: the gates always work, Uk and Uv only with memory.
-        if "gate_inputs" not in parameter.axes and parameter.memory and not memory:
-            continue
-        products += parameter.size
+        owners = config.value_embedding_layers if name == "value_gate" else range(config.layers)
+        products += parameter.size // len(owners) * len([layer for layer in owners if layer in layers])
+    products += table(config)["head"].size if head else 0
     visible = sum(
-        sum(min(position, window) + 1 for position in range(config.sequence_length)) for window in config.windows
+        sum(min(position, config.windows[layer]) + 1 for position in range(config.sequence_length)) for layer in layers
     )
     attention = 2 * config.heads * config.head_width * visible
     return 2 * (config.sequence_length * products + attention)
+
+
+PROJECTIONS = ("memory_key", "memory_value")
+
+
+def _projections(config: ModelConfig, layers: range) -> int:
+    """Multiply-adds of Uk m and Uv m at one position: once a forward, or in each of these layers that reads memory."""
+    size = sum(parameter.size for name, parameter in table(config).items() if name in PROJECTIONS)
+    if config.memory == "layerwise":
+        return size // config.layers * len([layer for layer in config.memory_range if layer in layers])
+    return size
 
 
 def train_flops(config: ModelConfig, schedule: ScheduleConfig) -> int:
@@ -85,20 +129,15 @@ def train_flops(config: ModelConfig, schedule: ScheduleConfig) -> int:
     Raises:
       ValueError: the schedule is staged; ask for each of its kinds.
     """
-    # Uk m and Uv m at all T positions.
-    projections = (
-        2
-        * config.sequence_length
-        * sum(parameter.size for name, parameter in table(config).items() if name in ("memory_key", "memory_value"))
-    )
-    head = 2 * config.sequence_length * table(config)["head"].size
-    total = Fraction(0)
-    for one in schedule.description.passes(schedule):
+    passes = schedule.description.passes(schedule)
+    below = _below(config, schedule)
+    total = Fraction((1 + BACKWARD) * forward_flops(config, memory=False, layers=range(below), head=False))
+    for one in passes:
         reads = one.reads_memory and config.recurrent
-        if not one.learns:
-            total += one.share * (forward_flops(config, memory=reads) - head)
-            continue
-        total += (1 + BACKWARD) * (one.share * forward_flops(config, memory=reads) + one.refreshes * projections)
-        if reads and not one.learns_memory:  # the projections' backward pass has no product with the weights
+        layers = _layers_of(config, one, below)
+        forward = one.share * forward_flops(config, memory=reads, layers=layers, head=one.learns)
+        projections = 2 * config.sequence_length * _projections(config, layers)  # Uk m and Uv m at all T positions
+        total += (1 + BACKWARD) * (forward + one.refreshes * projections) if one.learns else forward
+        if one.learns and reads and not one.learns_memory:  # their backward pass has no product with the weights
             total -= one.share * projections
     return int(total)

@@ -62,13 +62,17 @@ class Forward(NamedTuple):
 
 
 def empty_buffer(config: ModelConfig, rows: int, slots: int, pieces: int = 1) -> Buffer:
-    """A buffer with nothing in it: N = ``slots`` for each of B = ``rows`` sequences, in as many pieces of one size."""
+    """A buffer with nothing in it: N = ``slots`` for each of B = ``rows`` sequences, in as many pieces of one size.
+
+    It is of the layers from the first on that reads memory (:meth:`Decoder.below`).
+    """
     shape = (rows, config.kv_heads, slots // pieces, config.head_width)
 
     def zeros(*layers: int) -> KV:
         return KV(*(jnp.zeros((*layers, *shape), compute_dtype(config)) for _ in range(2)))
 
-    kv = zeros(config.layers) if config.scan_layers else tuple(zeros() for _ in range(config.layers))
+    layers = config.layers - config.memory_range.start
+    kv = zeros(layers) if config.scan_layers else tuple(zeros() for _ in range(layers))
     return Buffer((kv,) * pieces, jnp.full((1, slots), attention.EMPTY, jnp.int32))
 
 
@@ -110,12 +114,14 @@ class Decoder(nn.Module):
         subsets: int | None = None,
         ragged: bool = False,
         keep_refreshable: bool = False,
+        states_only: bool = False,
     ) -> Forward:
         """One forward over P positions.
 
         Args:
           tokens_BxP: int token ids, or what :meth:`embed` made of them: the gradient of a lookup writes a whole
-            table, so several forwards over the same tokens should share one.
+            table, so several forwards over the same tokens should share one. Or what :meth:`below` made of that: then
+            only layers from the first on that reads memory are computed, and the buffer is of these.
           positions_BxP: int32 position of each token; the first axis may be 1, for all rows alike.
           memory_BxPxD: m_{t-1} for each position; None is zero memory.
           buffer: keys and values of other positions. This forward's own are written into it, in every
@@ -129,6 +135,7 @@ class Decoder(nn.Module):
             may then leave out what cannot be seen; the numbers are the same.
           ragged: rows may begin with empty positions, which kernels know nothing of.
           keep_refreshable: also return what :meth:`refresh` needs; for a forward with zero memory.
+          states_only: only the source states are wanted: layers above the source layer are left out.
 
         Returns:
           The :class:`Forward`.
@@ -137,45 +144,36 @@ class Decoder(nn.Module):
           ValueError: shapes do not fit together.
         """
         config, dtype = self.config, compute_dtype(self.config)
-        arrays = self.parameters
         embedded = tokens_BxP if isinstance(tokens_BxP, Embedded) else self.embed(tokens_BxP)[0]
-        x0_BxPxD = embedded.x0_BxPxD
-        _check_shapes(x0_BxPxD.shape[:2], positions_BxP, memory_BxPxD, buffer)
-        if past is not None and (config.scan_layers or len(past.position_B) != len(x0_BxPxD)):
+        rows, length = embedded.x0_BxPxD.shape[:2]
+        _check_shapes((rows, length), positions_BxP, memory_BxPxD, buffer)
+        if past is not None and (config.scan_layers or len(past.position_B) != rows):
             raise ValueError("a cache needs as many rows as there are tokens, and scan_layers off")
-        sharded = functools.partial(meshes.constrain, self.mesh)
-        x0_BxPxD = sharded(x0_BxPxD, "batch", "sequence", None)
         if memory_BxPxD is not None:
             memory_BxPxD = memory_BxPxD.astype(dtype) if config.recurrent else None
         if memory_BxPxD is not None:
-            memory_BxPxD = sharded(memory_BxPxD, "batch", "sequence", None)
+            memory_BxPxD = meshes.constrain(self.mesh, memory_BxPxD, "batch", "sequence", None)
         positions_BxN = positions_BxP
         if buffer is not None:
             written_BxP = jnp.broadcast_to(positions_BxP, (buffer.positions_BxN.shape[0], positions_BxP.shape[1]))
             positions_BxN = lax.dynamic_update_slice_in_dim(buffer.positions_BxN, written_BxP, slot, axis=1)
-        context = stack.Context(
-            config=config,
-            sharded=sharded,
-            attend=pieces.attention_for(config, self.mesh, positions_BxP.shape[1], subsets, ragged, slot),
-            keep_refreshable=keep_refreshable,
-            inputs=stack.Inputs(x0_BxPxD, memory_BxPxD, stack.shared_projection(config, memory_BxPxD, arrays)),
-            places=stack.Places(
-                rope=layers.rope_tables(positions_BxP, config.head_width, config.rope_base, dtype),
-                queries_BxP=positions_BxP,
-                keys_BxN=positions_BxN,
-                slot=slot,
-            ),
-        )
-        axes = ("batch", "sequence", "kv_heads", None)  # of one layer's, or of all stacked
-        values = jax.tree.map(lambda x: sharded(x, *(None,) * (x.ndim - 4), *axes), embedded.values_ExBxPxKxC)
-        own = stack.per_layer(config, arrays, values)
         before: Any = None if buffer is None else buffer.pieces  # by layer, or stacked where layers are scanned
         if past is not None:
             before = cache.held(past, () if buffer is None else buffer.pieces)
         elif buffer is not None and not config.scan_layers:
             before = list(zip(*buffer.pieces, strict=True))
-        weights = [name for name, array in own.items() if array is arrays.get(name)]
-        ran = stack.run(context, x0_BxPxD, own, before, weights)
+        context = self._context(
+            embedded,
+            positions_BxP,
+            positions_BxN,
+            memory_BxPxD,
+            pieces.attention_for(config, self.mesh, positions_BxP.shape[1], subsets, ragged, slot),
+            slot,
+            keep_refreshable,
+        )
+        first = 0 if embedded.x_BxPxD is None else config.memory_range.start
+        layers_run = range(first, config.source_index + 1 if states_only else config.layers)
+        ran, handed_on = self._run(context, embedded, before, layers_run)
         written: tuple[Any, ...] = (ran.fresh,)
         if buffer is not None:
             written = pieces.write(ran.before if config.scan_layers else buffer.pieces, ran.fresh, slot)
@@ -184,8 +182,64 @@ class Decoder(nn.Module):
             layers.rms_norm(ran.source_BxPxD),
             Buffer(written, positions_BxN),
             ran.refreshable,
-            {**arrays, **{name: ran.own[name] for name in weights}},
+            handed_on,
         )
+
+    def below(self, embedded: Embedded, positions_BxP: jax.Array) -> Embedded:
+        """The same tokens with the residual stream below the first layer that reads memory, the same for any memory.
+
+        Args:
+          embedded: all T tokens, looked up.
+          positions_BxP: int32, in order; the first axis may be 1.
+        """
+        first = self.config.memory_range.start
+        if first == 0:
+            return embedded
+        attend = pieces.attention_for(self.config, self.mesh, positions_BxP.shape[1], 1, False, 0)
+        context = self._context(embedded, positions_BxP, positions_BxP, None, attend, 0, False)
+        ran, _ = self._run(context, embedded, None, range(first))
+        return embedded._replace(x_BxPxD=ran.x_BxPxD)
+
+    def _context(
+        self,
+        embedded: Embedded,
+        positions_BxP: jax.Array,
+        positions_BxN: jax.Array,
+        memory_BxPxD: jax.Array | None,
+        attend: Any,
+        slot: jax.Array | int,
+        keep_refreshable: bool,
+    ) -> stack.Context:
+        """What all layers of one forward share."""
+        config, sharded = self.config, functools.partial(meshes.constrain, self.mesh)
+        x0_BxPxD = sharded(embedded.x0_BxPxD, "batch", "sequence", None)
+        projected = stack.shared_projection(config, memory_BxPxD, self.parameters)
+        return stack.Context(
+            config=config,
+            sharded=sharded,
+            attend=attend,
+            keep_refreshable=keep_refreshable,
+            inputs=stack.Inputs(x0_BxPxD, memory_BxPxD, projected),
+            places=stack.Places(
+                rope=layers.rope_tables(positions_BxP, config.head_width, config.rope_base, compute_dtype(config)),
+                queries_BxP=positions_BxP,
+                keys_BxN=positions_BxN,
+                slot=slot,
+            ),
+        )
+
+    def _run(
+        self, context: stack.Context, embedded: Embedded, before: Any, layers_run: range
+    ) -> tuple[stack.Ran, dict[str, Any]]:
+        """Some of the layers; and the parameters as the next forward should read them."""
+        config, arrays = self.config, self.parameters
+        axes = ("batch", "sequence", "kv_heads", None)  # of one layer's, or of all stacked
+        values = jax.tree.map(lambda x: context.sharded(x, *(None,) * (x.ndim - 4), *axes), embedded.values_ExBxPxKxC)
+        own = stack.per_layer(config, arrays, values)
+        weights = [name for name, array in own.items() if array is arrays.get(name)]
+        begins = context.inputs.x0_BxPxD if embedded.x_BxPxD is None else embedded.x_BxPxD
+        ran = stack.run(context, begins, own, before, weights, layers_run)
+        return ran, {**arrays, **{name: ran.own[name] for name in weights}}
 
     def refresh(self, refreshable: Any, memory_BxPxD: jax.Array, positions_BxP: jax.Array) -> Any:
         """Keys and values of every layer under the latest memory (method.md, "KV refresh").

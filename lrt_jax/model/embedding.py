@@ -28,10 +28,13 @@ class Embedded(NamedTuple):
       x0_BxPxD: x⁰ = norm(E[token]).
       values_ExBxPxKxC: VE[token] of the E layers that have a table: a tuple, or stacked where layers are scanned; None
         without value embeddings.
+      x_BxPxD: the residual stream below the layers that read memory (:meth:`decoder.Decoder.below`), where it is known;
+        None: not yet.
     """
 
     x0_BxPxD: jax.Array
     values_ExBxPxKxC: Any
+    x_BxPxD: jax.Array | None = None
 
 
 def embed(

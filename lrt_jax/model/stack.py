@@ -1,6 +1,7 @@
 """The stack of layers: what each owns, what all of one forward share, and running them scanned or unrolled."""
 
 import functools
+import itertools
 from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
@@ -145,14 +146,14 @@ def _queries_keys_values(h_BxPxD: jax.Array, own: dict[str, jax.Array]) -> tuple
 
 
 class Ran(NamedTuple):
-    """What all layers of one forward computed, and what the next forward is to read.
+    """What layers of one forward computed, and what the next forward is to read.
 
     Attributes:
       x_BxPxD: the last layer's output.
-      source_BxPxD: the source layer's output.
+      source_BxPxD: the source layer's output; zeros where it is none of them.
       fresh: a piece of a buffer.
       refreshable: where asked for; as a piece.
-      own: each layer's arrays.
+      own: each layer's arrays; those of all layers, if these were.
       before: the pieces that were there.
     """
 
@@ -164,15 +165,66 @@ class Ran(NamedTuple):
     before: Any
 
 
-def run(context: Context, x_BxPxD: jax.Array, own: dict[str, jax.Array], before: Any, shared: Collection[str]) -> Ran:
-    """All layers in turn, scanned or unrolled.
+def run(
+    context: Context,
+    x_BxPxD: jax.Array,
+    own: dict[str, jax.Array],
+    before: Any,
+    shared: Collection[str],
+    layers: range,
+) -> Ran:
+    """``layers`` in turn, scanned or unrolled; of them ``config.memory_range`` reads the memory.
 
-    ``before`` is what each layer has of other positions: a list of L, or stacked where layers are scanned. ``shared``
+    ``before`` is what each of them has of other positions: a list, or stacked where layers are scanned. ``shared``
     names those of ``own`` that other forwards read, too.
     """
-    config = context.config
+    config, whole = context.config, own
+    blind = context._replace(inputs=context.inputs._replace(memory_BxPxD=None, projected=None))
+    reading = config.memory_range if context.inputs.memory_BxPxD is not None else layers
+    edges = sorted({layers.start, *(edge for edge in (reading.start, reading.stop) if edge in layers), layers.stop})
+    if len(edges) == 2 and layers == range(config.layers):
+        return _run(context, x_BxPxD, own, before, shared, config.source_index)
+    parts = []
+    for begin, end in itertools.pairwise(edges):
+        parts.append(
+            _run(
+                context if begin in reading else blind,
+                x_BxPxD,
+                {name: array[begin:end] for name, array in own.items()},
+                _of_layers(before, begin - layers.start, end - layers.start),
+                shared,
+                config.source_index - begin,
+            )
+        )
+        x_BxPxD = parts[-1].x_BxPxD
+    holders = [part for part, end in zip(parts, edges[1:], strict=True) if config.source_index < end]
+    fresh, refreshable = (_joined([getattr(part, name) for part in parts]) for name in ("fresh", "refreshable"))
+    return Ran(x_BxPxD, (holders or parts)[0].source_BxPxD, fresh, refreshable, whole, before)
+
+
+def _of_layers(before: Any, begin: int, end: int) -> Any:
+    """What some of the layers have of other positions."""
+    if before is None or isinstance(before, list):
+        return before and before[begin:end]
+    return jax.tree.map(lambda stack: stack[begin:end], before)
+
+
+def _joined(parts: list[Any]) -> Any:
+    """What consecutive layers computed, as if all had run together: tuples by layer, or stacks."""
+    if parts[0] is None or len(parts) == 1:
+        return parts[0]
+    if isinstance(parts[0], (KV, Refreshable)):
+        return jax.tree.map(lambda *stacks: jnp.concatenate(stacks), *parts)
+    return tuple(itertools.chain(*parts))
+
+
+def _run(
+    context: Context, x_BxPxD: jax.Array, own: dict[str, jax.Array], before: Any, shared: Collection[str], source: int
+) -> Ran:
+    """All layers that ``own`` is of; ``source`` is the source layer's place among them, if it has one."""
+    config, count = context.config, len(own["index"])
     if config.scan_layers and config.remat:
-        return _run_recomputed(context, x_BxPxD, own, before, shared)
+        return _run_recomputed(context, x_BxPxD, own, before, shared, source)
 
     def body(
         carry: tuple[jax.Array, jax.Array],
@@ -193,9 +245,10 @@ def run(context: Context, x_BxPxD: jax.Array, own: dict[str, jax.Array], before:
         carry, (fresh, refreshable) = lax.scan(step_of(None), carry, (own, before))
     else:
         produced = []
-        for index, layer_own in enumerate(unstack(own, config.layers)):
+        windows = config.windows[config.source_index - source :]
+        for index, layer_own in enumerate(unstack(own, count)):
             layer = (layer_own, None if before is None else before[index])
-            carry, layer_produced = step_of(config.windows[index])(carry, layer)
+            carry, layer_produced = step_of(windows[index])(carry, layer)
             produced.append(layer_produced)
         fresh, refreshable = zip(*produced, strict=True)
     if config.remat:
@@ -204,9 +257,9 @@ def run(context: Context, x_BxPxD: jax.Array, own: dict[str, jax.Array], before:
 
 
 def _run_recomputed(
-    context: Context, x_BxPxD: jax.Array, own: dict[str, jax.Array], before: Any, shared: Collection[str]
+    context: Context, x_BxPxD: jax.Array, own: dict[str, jax.Array], before: Any, shared: Collection[str], source: int
 ) -> Ran:
-    """``run`` by ``recomputed.scan``, which wants to be told apart what has gradients, and whom they belong to."""
+    """``_run`` by ``recomputed.scan``, which wants to be told apart what has gradients, and whom they belong to."""
     leaves, structure = jax.tree.flatten(context.places)
     traced = {index: leaf for index, leaf in enumerate(leaves) if isinstance(leaf, jax.Array)}
     # Of several pieces, this forward's own takes the place of one, which nobody reads: it has no gradient.
@@ -227,7 +280,7 @@ def _run_recomputed(
     alone = {name: array for name, array in own.items() if name not in each and name not in weights}
     x_BxPxD, source_BxPxD, (fresh, refreshable), (weights, others) = recomputed.scan(
         layer,
-        context.config.source_index,
+        source if source in range(len(own["index"])) else len(own["index"]) - 1,  # whose output is not read, then
         (traced, each),
         context.inputs,
         x_BxPxD,

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from lrt_jax.setup import schema
 from lrt_jax.setup.schedule import ScheduleConfig
 from lrt_jax.setup.schema import ConfigError
-from lrt_jax.setup.validation import FINAL, validate
+from lrt_jax.setup.validation import ALL, FINAL, validate
 
 Memory = Literal["shared", "layerwise", "none"]
 ValueEmbeddings = Literal["all", "alternate", "none"]
@@ -43,6 +43,9 @@ class ModelConfig:
     memory: Memory = "shared"  # who owns the memory projections Uk, Uv
     residual_injection: bool = True  # the γ m_{t-1} term
     source_layer: str = FINAL  # "final", or the number 1..L of the layer whose output is the source state
+    # Which layers read memory: "all", or a band, "2-4". No refinement computes again what is below it. Other layers
+    # have the parameters that read memory, too; they stay as they begin.
+    memory_layers: str = ALL
     # Of whole subsets; auto: blocked on a CPU, splash on a TPU, else dense; cudnn is for GPUs. Decoding is dense.
     attention: Literal["auto", "dense", "blocked", "splash", "cudnn"] = "auto"
     dtype: Dtype = "auto"  # auto: bfloat16 on TPU and GPU
@@ -90,6 +93,14 @@ class ModelConfig:
     def recurrent(self) -> bool:
         """Whether the model reads recurrent memory at all; False is the plain baseline."""
         return self.projects_memory or self.residual_injection
+
+    @property
+    def memory_range(self) -> range:
+        """Zero-based indices of the layers that read memory; all of a model without."""
+        if self.memory_layers == ALL:
+            return range(self.layers)
+        first, last = self.memory_layers.split("-")
+        return range(int(first) - 1, int(last))
 
     @property
     def source_index(self) -> int:

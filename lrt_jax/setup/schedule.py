@@ -82,13 +82,6 @@ class ScheduleConfig:
         """Their number."""
         return len(self.passes)
 
-    @property
-    def forwards_equivalent(self) -> float:
-        """Full-length forwards that a step costs: the factor of effective compute. If staged, the mean over the run."""
-        if self.name == STAGED:
-            return sum(stage.share * stage.forwards_equivalent for stage in self.in_stages)
-        return float(sum(one.share * (1 if one.learns else FORWARD) for one in self.description.passes(self)))
-
     @functools.cached_property
     def in_stages(self) -> "tuple[Stage, ...]":
         """The stages of a staged run; one stage, this schedule itself, of any other.
@@ -104,10 +97,6 @@ class ScheduleConfig:
         return list(dict.fromkeys(drawn.schedule for stage in self.in_stages for drawn in stage.mixture))
 
 
-# A forward without a backward pass costs a third of one with it.
-FORWARD = Fraction(1, 3)
-
-
 @dataclasses.dataclass(frozen=True)
 class Pass:
     """One forward of a schedule.
@@ -115,7 +104,8 @@ class Pass:
     Attributes:
       name: of its loss in the metrics, behind ``train/loss_``.
       share: of the T positions that it computes.
-      learns: whether its loss counts and it has a backward pass; else nothing but its states is computed.
+      learns: whether its loss counts and it has a backward pass.
+      states_only: whether it ends at the source layer: neither keys and values above nor its loss are wanted.
       reads_memory: whether it reads recurrent memory; else it is zero, and costs nothing.
       learns_memory: whether a gradient flows into the source states that its memory is made of.
       refreshes: how often before it keys and values at T positions are brought up to date (KV refresh).
@@ -124,6 +114,7 @@ class Pass:
     name: str
     share: Fraction = Fraction(1)
     learns: bool = True
+    states_only: bool = False
     reads_memory: bool = True
     learns_memory: bool = True
     refreshes: int = 0
@@ -155,15 +146,21 @@ FIRST = Pass("init", reads_memory=False)
 REFINING = {"settle": 0, "init_weight": 1.0, "jitter": 0.0, "plain_prefix": False}
 
 
-def _before(schedule: ScheduleConfig) -> list[Pass]:
-    """What comes before the refinements: the initialization forward, or forwards without gradient."""
-    return [Pass(f"settle_{i}", learns=False, reads_memory=i > 0) for i in range(schedule.settle)] or [FIRST]
+def _before(schedule: ScheduleConfig, *, fills: bool) -> list[Pass]:
+    """What comes before the refinements: the initialization forward, or forwards without gradient.
+
+    The last of these may fill a buffer, with keys and values of all layers.
+    """
+    settle = range(schedule.settle)
+    return [
+        Pass(f"settle_{i}", learns=False, states_only=not fills or i < settle[-1], reads_memory=i > 0) for i in settle
+    ] or [FIRST]
 
 
 def _interleaved(schedule: ScheduleConfig) -> list[Pass]:
     share, refreshes = Fraction(1, schedule.subsets), int(schedule.kv_refresh)
     return [
-        *_before(schedule),
+        *_before(schedule, fills=True),
         *(
             # The first subset's memory is made of nothing but the forwards before it.
             Pass(
@@ -180,7 +177,7 @@ def _interleaved(schedule: ScheduleConfig) -> list[Pass]:
 
 def _multi_refinement(schedule: ScheduleConfig) -> list[Pass]:
     return [
-        *_before(schedule),
+        *_before(schedule, fills=False),
         *(
             Pass(f"refinement_{i}", learns_memory=not schedule.detach and (i > 1 or not schedule.settle))
             for i in range(1, schedule.refinements + 1)
@@ -235,11 +232,6 @@ class Stage:
     def schedule(self) -> ScheduleConfig:
         """The schedule that most of its steps have."""
         return max(self.mixture, key=lambda drawn: drawn.probability).schedule
-
-    @property
-    def forwards_equivalent(self) -> float:
-        """Of a step, in the mean."""
-        return sum(drawn.probability * drawn.schedule.forwards_equivalent for drawn in self.mixture)
 
     def draw(self, seed: int, step: int) -> int:
         """Which of the mixture's schedules a step has: the same for every process, and for a run that goes on."""

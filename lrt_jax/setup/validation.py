@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 from typing import TYPE_CHECKING, Any, get_args
 
 from lrt_jax.setup.durations import MOST_STEPS, UNITS
@@ -11,6 +12,8 @@ from lrt_jax.setup.schema import ConfigError
 if TYPE_CHECKING:
     from lrt_jax.setup.config import Config, ModelConfig
 
+# All layers read memory.
+ALL = "all"
 # The source layer that is the last one.
 FINAL = "final"
 # Batches made ahead: each has a place in a queue from the start.
@@ -152,6 +155,19 @@ def validate_model(model: "ModelConfig") -> "ModelConfig":
         source,
         f"it must be '{FINAL}' or a layer from '1' to '{model.layers}'",
     )
+    match = re.fullmatch(r"([0-9]+)-([0-9]+)", model.memory_layers)
+    _require(
+        model.memory_layers == ALL
+        or (
+            match is not None
+            and 1 <= int(match[1]) <= min(int(match[2]), model.source_index + 1)
+            and int(match[2]) <= model.layers
+        ),
+        "model.memory_layers",
+        model.memory_layers,
+        f"it must be '{ALL}' or a band 'a-b' of the layers 1 to {model.layers} that begins no higher than the source "
+        f"layer, {model.source_index + 1}: nothing would recur",
+    )
     return model
 
 
@@ -236,6 +252,12 @@ def _validate_kind(model: "ModelConfig", schedule: ScheduleConfig) -> None:
             schedule.unroll,
             f"model.attention = {model.attention} needs it: a subset must be known when its kernel is compiled",
         )
+    _require(
+        not schedule.kv_refresh or model.memory_layers == ALL,
+        "schedule.kv_refresh",
+        schedule.kv_refresh,
+        f"it needs model.memory_layers = '{ALL}'",
+    )
     refreshed = any(one.refreshes for one in description.passes(schedule))
     _require(
         not refreshed or model.projects_memory,

@@ -64,6 +64,7 @@ def forward(
     *,
     subsets: int | None = None,
     keep_refreshable: bool = False,
+    states_only: bool = False,
 ) -> Forward:
     """:meth:`Decoder.__call__` with positions that are the same in all rows."""
     return decoder.apply(
@@ -75,6 +76,7 @@ def forward(
         slot,
         subsets=subsets,
         keep_refreshable=keep_refreshable,
+        states_only=states_only,
     )
 
 
@@ -88,18 +90,31 @@ def embed(decoder: Decoder, params: Any, *tokens_BxP: jax.Array) -> list[Embedde
     return decoder.apply({"params": params}, *tokens_BxP, method=Decoder.embed)
 
 
-def embed_subsets(
+def begin(decoder: Decoder, params: Any, tokens_BxT: jax.Array) -> Embedded:
+    """All T tokens, looked up, with the layers computed that no forward's memory reaches: once for all of them."""
+    (embedded,) = embed(decoder, params, tokens_BxT)
+    return below(decoder, params, embedded)
+
+
+def below(decoder: Decoder, params: Any, embedded: Embedded) -> Embedded:
+    """:meth:`Decoder.below` of all T tokens."""
+    positions_T = np.arange(embedded.x0_BxPxD.shape[1], dtype=np.int32)
+    return decoder.apply({"params": params}, embedded, positions_T[None], method=Decoder.below)
+
+
+def begin_subsets(
     decoder: Decoder, params: Any, tokens_BxT: jax.Array, partition: Partition, *, unroll: bool, natural: bool = False
 ) -> list[Embedded]:
-    """The tokens of each subset, looked up; with ``natural`` before them all tokens in natural order, as by ``embed``.
+    """:func:`begin` for each subset; with ``natural`` before them that of all tokens in natural order.
 
     A device that has its rows to itself looks all tokens up once, and reorders what it found: half as many rows to
     collect from other devices' columns, and to add to tables. On one CPU device, or where positions are sharded, ids
-    are cheaper to reorder than what was looked up.
+    are cheaper to reorder than what was looked up. What layers have computed is reordered in any case.
     """
     alone = decoder.mesh is None or decoder.mesh.size == 1
-    if alone and not each_alone(decoder.mesh, decoder.columns):
-        (whole,) = embed(decoder, params, tokens_BxT)
+    computed = decoder.config.memory_range.start > 0
+    if computed or (alone and not each_alone(decoder.mesh, decoder.columns)):
+        whole = begin(decoder, params, tokens_BxT)
         first = [whole] if natural else []
         slots = jax.tree.map(lambda leaf: partition.in_slots(leaf, _positions_axis(leaf)), whole)
     else:
@@ -115,30 +130,39 @@ def embed_subsets(
 
 
 def _positions_axis(leaf: jax.Array) -> int:
-    """Where the positions are in a leaf of ``Embedded``: x⁰ is [B, P, D], value embeddings are [(E,) B, P, K, C]."""
+    """Where the positions are in a leaf of ``Embedded``: x⁰ and x are [B, P, D], value embeddings [(E,) B, P, K, C]."""
     return 1 if leaf.ndim == 3 else leaf.ndim - 3
 
 
-def initialization(decoder: Decoder, params: Any, embedded: Embedded, *, keep_refreshable: bool = False) -> Forward:
+def initialization(
+    decoder: Decoder, params: Any, embedded: Embedded, *, keep_refreshable: bool = False, states_only: bool = False
+) -> Forward:
     """The full forward with zero memory."""
+    return full(decoder, params, embedded, None, keep_refreshable=keep_refreshable, states_only=states_only)
+
+
+def full(decoder: Decoder, params: Any, embedded: Embedded, memory_BxTxD: jax.Array | None, **options: bool) -> Forward:
+    """A forward over all T positions that sees just these."""
     positions_T = np.arange(embedded.x0_BxPxD.shape[1], dtype=np.int32)
-    return forward(decoder, params, embedded, positions_T, None, None, 0, subsets=1, keep_refreshable=keep_refreshable)
+    return forward(decoder, params, embedded, positions_T, memory_BxTxD, None, 0, subsets=1, **options)
 
 
-def settled(decoder: Decoder, params: Any, embedded: Embedded, count: int) -> Forward:
+def settled(decoder: Decoder, params: Any, embedded: Embedded, count: int, *, states_only: bool) -> Forward:
     """The last of ``count`` full forwards in turn, all without gradient: memory near its fixed point.
 
-    The first has zero memory; each other one reads the source states of the one before.
+    The first has zero memory; each other one reads the source states of the one before. Of all but the last, and with
+    ``states_only`` of that, too, only the source states are computed.
     """
     params, embedded = lax.stop_gradient((params, embedded))
-    positions_T = np.arange(embedded.x0_BxPxD.shape[1], dtype=np.int32)
+    if count == 1:
+        return lax.stop_gradient(initialization(decoder, params, embedded, states_only=states_only))
+    first_BxTxD = initialization(decoder, params, embedded, states_only=True).source_BxPxD
 
-    def again(_: jax.Array, before: Forward) -> Forward:
-        memory_BxTxD = shift_right(before.source_BxPxD)
-        return forward(decoder, params, embedded, positions_T, memory_BxTxD, None, 0, subsets=1)._replace(params=None)
+    def again(_: jax.Array, states_BxTxD: jax.Array) -> jax.Array:
+        return full(decoder, params, embedded, shift_right(states_BxTxD), states_only=True).source_BxPxD
 
-    first = initialization(decoder, params, embedded)._replace(params=None)
-    return lax.stop_gradient(lax.fori_loop(1, count, again, first))
+    before_BxTxD = lax.fori_loop(1, count - 1, again, first_BxTxD)
+    return lax.stop_gradient(full(decoder, params, embedded, shift_right(before_BxTxD), states_only=states_only))
 
 
 def in_pieces(piece: Any, count: int) -> tuple[Any, ...]:
@@ -309,7 +333,7 @@ def subset_forwards_alone(
     empty = empty_buffer(config, rows, length, partition.subsets if unroll else 1)
     sources_BxTxD = jnp.zeros((rows, length, config.width), compute_dtype(config))
     params = by_layer(decoder, params)
-    embedded = embed_subsets(decoder, params, tokens_BxT, partition, unroll=unroll)
+    embedded = begin_subsets(decoder, params, tokens_BxT, partition, unroll=unroll)
     losses_1xBxT, sources_BxTxD = subset_forwards(
         decoder, params, embedded, targets_BxT, partition, empty, sources_BxTxD, unroll=unroll
     )

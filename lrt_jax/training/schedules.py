@@ -120,9 +120,9 @@ def interleaved(
       weights: of the forwards' losses, 1 + W S or, with ``settle``, W S; empty for equal.
     """
     params = forwards.by_layer(decoder, params)
-    natural, *in_subsets = forwards.embed_subsets(decoder, params, tokens_BxT, partition, unroll=unroll, natural=True)
+    natural, *in_subsets = forwards.begin_subsets(decoder, params, tokens_BxT, partition, unroll=unroll, natural=True)
     if settle:
-        first = forwards.settled(decoder, params, natural, settle)
+        first = forwards.settled(decoder, params, natural, settle, states_only=False)
     else:
         first = forwards.initialization(decoder, params, natural, keep_refreshable=kv_refresh)
         init_losses_BxT = forwards.token_losses(decoder, params, first.hidden_BxPxD, targets_BxT)
@@ -189,9 +189,9 @@ def multi_refinement(
     """
     positions_T = np.arange(tokens_BxT.shape[1], dtype=np.int32)
     params = forwards.by_layer(decoder, params)
-    (embedded,) = forwards.embed(decoder, params, tokens_BxT)
+    embedded = forwards.begin(decoder, params, tokens_BxT)
     if settle:
-        first = forwards.settled(decoder, params, embedded, settle)
+        first = forwards.settled(decoder, params, embedded, settle, states_only=True)
     else:
         first = forwards.initialization(decoder, params, embedded)
         init_losses_BxT = forwards.token_losses(decoder, params, first.hidden_BxPxD, targets_BxT)
@@ -203,7 +203,7 @@ def multi_refinement(
         memory_BxTxD = shift_right(lax.stop_gradient(sources_BxTxD) if detach else sources_BxTxD)
         if disturbed is not None:
             memory_BxTxD = disturbed(memory_BxTxD, positions_T, number)
-        out = forwards.forward(decoder, params, embedded, positions_T, memory_BxTxD, None, 0, subsets=1)
+        out = forwards.full(decoder, params, embedded, memory_BxTxD)
         losses_BxT = forwards.token_losses(decoder, params, out.hidden_BxPxD, targets_BxT)
         return out.params, out.source_BxPxD, losses_BxT
 

@@ -28,7 +28,7 @@ def build(
             end=steps if stage is stages[-1] else round(share * steps),
             kinds=tuple(kinds[drawn.schedule] for drawn in stage.mixture),
             draw=functools.partial(stage.draw, config.seed),
-            forwards_equivalent=stage.forwards_equivalent,
+            forwards_equivalent=costs.stage_equivalent(config.model, stage),
         )
 
 
