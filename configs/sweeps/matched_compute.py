@@ -2,7 +2,7 @@
 
     python -m lrt_jax.sweep configs/sweeps/matched_compute.py
 
-A small model where tokens are plentiful: 0.27 M parameters, 10 to 40 tokens per parameter of the plain one, on the
+A small model where tokens are plentiful: 0.27 M parameters, 10 to 30 tokens per parameter of the plain one, on the
 standard library's source. A run of the largest budget takes about 10 minutes on 2 CPU cores. docs/RESULTS.md has what
 it came to, and how the rates, which are the same for all, were searched for the baseline.
 """
@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from lrt_jax.comparison.plan import Run, Sweep
 from lrt_jax.setup.config import default_config
 
-BUDGETS = (2_730_000, 5_460_000, 10_920_000)
+BUDGETS = (2_730_000, 4_730_000, 8_190_000)
 SEEDS = (0, 1, 2)
 PLAIN = {"model.memory": "none", "model.residual_injection": False, "schedule.name": "plain"}
 # The upper-middle source layer (configs/sweeps/source_layer.py).
