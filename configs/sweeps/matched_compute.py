@@ -17,13 +17,13 @@ from lrt_jax.setup.config import default_config
 BUDGETS = (2_730_000, 4_730_000, 8_190_000)
 SEEDS = (0, 1, 2)
 PLAIN = {"model.memory": "none", "model.residual_injection": False, "schedule.name": "plain"}
-# The upper-middle source layer (configs/sweeps/source_layer.py).
-SOURCE = {"model.source_layer": "3"}
+# An upper-middle source layer, and memory in all layers but the lowest (configs/sweeps/source_layer.py).
+MODEL = {"model.source_layer": "3", "model.memory_layers": "2-4"}
 SETTLED = "plain:0.4, multi_refinement(1, settle=1):0.6"
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": PLAIN,
-    "settled": SOURCE | {"schedule.name": "staged", "schedule.stages": SETTLED},
-    "interleaved": SOURCE,
+    "settled": MODEL | {"schedule.name": "staged", "schedule.stages": SETTLED},
+    "interleaved": MODEL,
 }
 
 
