@@ -27,15 +27,16 @@ from lrt_jax.model.decoder import Decoder
 from lrt_jax.setup import host_memory
 from lrt_jax.setup.config import DecodeConfig
 
-TABLE = "{:>7}{:>11}{:>13}{:>6}{:>11}{:>13}{:>12}{:>14}"
+TABLE = "{:>7}{:>9}{:>11}{:>13}{:>6}{:>11}{:>13}{:>12}{:>14}"
 
 
 @dataclasses.dataclass
 class Row:
-    """One prompt length and tolerance.
+    """One prompt length, number of subsets and tolerance.
 
     Attributes:
       tokens: of a prompt.
+      subsets: S of a sweep; 1: full forwards.
       tolerance: largest change of a source state's entry that ends the refinement.
       refinements: mean over the prompts.
       refinements_max: the most of any prompt.
@@ -46,6 +47,7 @@ class Row:
     """
 
     tokens: int
+    subsets: int
     tolerance: float
     refinements: float
     refinements_max: int
@@ -80,7 +82,11 @@ def measure(
         return float(np.sum(found.losses_BxT * (bytes_NxT > 0)) / math.log(2) / bytes_NxT.sum()), found
 
     ways = [DecodeConfig("sequential")]
-    ways += [DecodeConfig("fixed_point", tolerance, options.max_refinements) for tolerance in options.tolerances]
+    ways += [
+        DecodeConfig("fixed_point", tolerance, options.max_refinements, subsets)
+        for subsets in options.subsets
+        for tolerance in options.tolerances
+    ]
     programs = [program(how) for how in ways]
     for run in programs:
         jax.block_until_ready(run(tokens_NxT[:1]))
@@ -99,6 +105,7 @@ def measure(
         rows.append(
             Row(
                 tokens=length,
+                subsets=how.subsets,
                 tolerance=math.nan if how.prefill == "sequential" else how.tolerance,
                 refinements=float(jnp.mean(found.refinements_B)),
                 refinements_max=int(jnp.max(found.refinements_B)),
@@ -110,7 +117,8 @@ def measure(
         )
     print(f"{length} tokens: sequential {exact:.4f} bits per byte")
     for row in rows:
-        numbers = (row.tokens, "sequential" if math.isnan(row.tolerance) else f"{row.tolerance:g}")
+        sequential = math.isnan(row.tolerance)
+        numbers = (row.tokens, "" if sequential else row.subsets, "sequential" if sequential else f"{row.tolerance:g}")
         counts = (f"{row.refinements:.1f}", row.refinements_max, f"{row.speedup:.2f} ×", f"{row.milliseconds:.1f} ms")
         print(TABLE.format(*numbers, *counts, f"{row.bpb_difference:+.6f}", f"{row.not_converged:.1%}"), flush=True)
     return rows
@@ -125,6 +133,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "--lengths", type=several(positive), default=[], help="default: 64, 256 and T, as far as T goes"
     )
     parser.add_argument("--tolerances", type=several(tolerance), default=[1.0, 0.3, 0.1, 0.01, 0.001])
+    parser.add_argument(
+        "--subsets", type=several(positive), default=[1, 2, 4], help="1: full forwards; S: sweeps over S subsets"
+    )
     parser.add_argument("--max_refinements", type=natural, default=DecodeConfig().max_refinements)
     parser.add_argument("--rows", type=positive, default=32, help="held-out rows")
     parser.add_argument("--timed", type=positive, default=9, help="prompts that are timed")
@@ -151,7 +162,8 @@ def main() -> None:
         )
     device = jax.devices()[0]
     print(f"{device.device_kind}, jax {jax.__version__}; {options.workdir}, step {trained.step}, T {whole}")
-    print(TABLE.format("tokens", "tolerance", "refinements", "max", "speed-up", "one prompt", "BPB", "not converged"))
+    heads = ("tokens", "subsets", "tolerance", "refinements", "max", "speed-up", "one prompt", "BPB", "not converged")
+    print(TABLE.format(*heads))
     found: list[Row] = []
     for length in lengths:
         tokens, targets = (array[:, :length] for array in (held_out.tokens_NxT, held_out.targets_NxT))

@@ -25,7 +25,9 @@ def get_config(variant: str = "") -> ConfigDict:
         model__vocab_size=2048,
         train__batch_size=4,
     )
-    config.train.steps = 1000
+    config.model.update(source_layer="3", memory_layers="2-4")
+    config.schedule.update(name="staged", stages="plain:0.4, multi_refinement(1, settle=1):0.6")
+    config.train.steps = 1800
     config.train.eval_every = 500
     config.train.save_every = 500
     # At the end, all that is held out of the standard library.
@@ -34,6 +36,8 @@ def get_config(variant: str = "") -> ConfigDict:
     config.optimizer.update(embedding_lr=2.0, head_lr=0.01, scalar_lr=0.02, b1=0.9, b2=0.99, warmup=0.02, warmdown=0.5)
     if variant == "debug":
         config.model.update(layers=2, width=64, sequence_length=64, vocab_size=512)
+        config.model.update(source_layer="final", memory_layers="all")
+        config.schedule.update(name="interleaved", stages="")  # one program to compile
         config.data.update(tokenizer_bytes=500_000, document_bytes=2048)  # some of a small file are held out, too
         config.train.update(batch_size=8, steps=40, eval_every=20, save_every=20, log_every=5)
         config.eval.update(batch_size=8, rows=8, final_rows=16, sample_tokens=32)

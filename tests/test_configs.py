@@ -54,14 +54,14 @@ def test_shipped_config_builds_at_full_size(name):
     mesh = meshes.make_mesh(config.mesh, jax.devices()[:1])
     transformation = optimizer.build(config.optimizer, table(config.model), 100)
     abstract = state.abstract(decoder, transformation, mesh)
-    schedule = schedules.build(config.schedule, length)
     rows = jax.ShapeDtypeStruct((config.train.batch_size, length), "int32")
-    names = schedules.forward_names(config.schedule)
-    after, metrics = jax.eval_shape(step.build(decoder, schedule, transformation, names), abstract, rows, rows)
-    assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), after) == jax.tree.map(
-        lambda leaf: (leaf.shape, leaf.dtype), abstract
-    )
-    assert metrics["train/loss"].shape == ()
+    for kind in config.schedule.kinds:
+        built, names = schedules.build(kind, length), schedules.forward_names(kind)
+        after, metrics = jax.eval_shape(step.build(decoder, built, transformation, names), abstract, rows, rows)
+        assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), after) == jax.tree.map(
+            lambda leaf: (leaf.shape, leaf.dtype), abstract
+        )
+        assert metrics["train/loss"].shape == ()
 
 
 def test_depth_20_has_the_papers_size():

@@ -28,12 +28,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 def get_sweep() -> Sweep:
-    """All variants, budgets and seeds; the small budgets first."""
+    """All variants, budgets and seeds, one seed after the other."""
     return Sweep(
         tuple(
             Run(variant, laboratory(changes), budget, seed)
-            for budget in BUDGETS
             for seed in SEEDS
+            for budget in BUDGETS
             for variant, changes in VARIANTS.items()
         ),
         baseline="plain",
@@ -54,6 +54,6 @@ def laboratory(changes: dict[str, Any]) -> ConfigDict:
     config.model.value_embeddings = "none"
     config.train.update(steps=1, eval_every=0, save_every=500, keep=1)
     config.eval.update(batch_size=64, rows=64, final_rows=512, sample_tokens=0)
-    config.optimizer.update(embedding_lr=0.5, head_lr=0.01, scalar_lr=0.02, b1=0.9, b2=0.99, warmup=0.02, warmdown=0.5)
+    config.optimizer.update(embedding_lr=0.3, head_lr=0.01, scalar_lr=0.02, b1=0.9, b2=0.99, warmup=0.02, warmdown=0.3)
     config.update_from_flattened_dict(changes)
     return config
