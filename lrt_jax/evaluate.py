@@ -23,6 +23,9 @@ def define_flags() -> None:
     flags.DEFINE_string("workdir", None, "The run to score.")
     flags.DEFINE_integer("step", None, "The checkpoint's step; default: the newest.", lower_bound=0)
     flags.DEFINE_integer("rows", None, "Held-out rows; default: config.eval.final_rows.", lower_bound=1)
+    flags.DEFINE_integer(
+        "passes", None, "Full forwards that show how memory settles; default: config.eval.passes.", lower_bound=0
+    )
     flags.DEFINE_string("corpus", None, "Whose held-out documents are scored, if it was moved; default: the run's.")
     command_line.define_decode_flags("scoring", "How true recurrence is computed; default: config.eval.scoring.")
     processes.define_flags()
@@ -39,6 +42,7 @@ def main() -> None:
         flags.FLAGS.step,
         flags.FLAGS.rows,
         scoring=flags.FLAGS.scoring,
+        passes=flags.FLAGS.passes,
         source=flags.FLAGS.corpus,
         **decode,
     )
@@ -50,6 +54,7 @@ def evaluate(
     step: int | None = None,
     rows: int | None = None,
     scoring: Prefill | None = None,
+    passes: int | None = None,
     source: str | None = None,
     **decode: Any,
 ) -> dict[str, Any]:
@@ -60,6 +65,7 @@ def evaluate(
       step: of the checkpoint; None: the newest.
       rows: held-out rows to score; None: ``config.eval.final_rows``.
       scoring: how ``val/bpb_sequential`` is computed; None: as ``config.eval.scoring`` says.
+      passes: how many forwards show how memory settles; None: ``config.eval.passes``.
       source: the corpus whose held-out documents are scored; None: ``config.data.corpus``.
       **decode: fields of ``config.decode`` to replace.
 
@@ -71,7 +77,11 @@ def evaluate(
     config = trained.config
     config = dataclasses.replace(
         config,
-        eval=dataclasses.replace(config.eval, scoring=scoring or config.eval.scoring),
+        eval=dataclasses.replace(
+            config.eval,
+            scoring=scoring or config.eval.scoring,
+            passes=config.eval.passes if passes is None else passes,
+        ),
         decode=dataclasses.replace(config.decode, **decode),
     )
     data = dataclasses.replace(config.data, corpus=source or config.data.corpus)
