@@ -1,5 +1,6 @@
 # make train: set everything up, then train the default model on the embedded corpus.
 # make test:  set everything up, then run the tests.
+# make compare: train the default model and its plain baseline at equal compute.
 # make install: only set everything up.
 PYTHON ?= python3
 VENV ?= .venv
@@ -14,12 +15,15 @@ RUN := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := train
-.PHONY: install train check test test-faults lint types format clean
+.PHONY: install train compare check test test-faults lint types format clean
 
 install: $(INSTALLED)
 
 train: $(INSTALLED)
 	$(RUN) -m lrt_jax.main --config=$(CONFIG) $(ARGS)
+
+compare: $(INSTALLED)
+	$(RUN) -m lrt_jax.sweep configs/sweeps/default.py $(ARGS)
 
 test: $(INSTALLED)
 	$(RUN) -m pytest -n 2 --dist loadfile $(ARGS)

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import math
 import re
 import sys
 import time
@@ -299,6 +300,8 @@ def _closing(
         "sequential              val/bpb_sequential": scores["val/bpb_sequential"],
         "gzip -9, the same bytes": evaluator.gzip_bits_per_byte(),
     }
+    if config.eval.baseline and math.isclose(effective, config.eval.baseline_tokens, rel_tol=0.01):
+        rows["plain model, same compute, measured before"] = config.eval.baseline
     yield f"\n{parts.steps:,} steps, {tokens:,} tokens, {effective:,.0f} effective"
     yield f"{seconds / 60:.1f} minutes in this session, setup and evaluation included"
     yield f"\nbits per byte of {len(evaluator.held_out.text):,} held-out bytes"

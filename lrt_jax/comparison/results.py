@@ -161,7 +161,7 @@ def table(sweep: Sweep, results: Sequence[Result]) -> list[str]:
                 f"{mine[0].tokens / 1e6:.4g} M",
                 f"{mine[0].tokens / mine[0].parameters:.1f}",
                 mean(result.bpb for result in mine).text(4),
-                f"{gap.value:+.2f} %",
+                f"{round(gap.value, 2) + 0.0:+.2f} %",  # no minus before 0
                 "" if variant == sweep.baseline else share.text(1, 100, " %"),
             )
             lines.append("| " + " | ".join(cells) + " |")

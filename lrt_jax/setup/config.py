@@ -180,6 +180,9 @@ class EvalConfig:
     scoring: Prefill = "sequential"  # how val/bpb_sequential is computed
     passes: int = 4  # full forwards that show how memory settles (evaluation.health); 0 = not measured
     gap: float = 0.01  # a warning is due where sequential BPB is above merged by more than this share of it
+    # What a plain model came to at so many effective tokens, for the closing table of a run with as many; 0 = unknown.
+    baseline: float = 0.0
+    baseline_tokens: int = 0
     prompt: str = "def "
     sample_tokens: int = 128  # 0 = no sample
     temperature: float = 0.8

@@ -64,7 +64,7 @@ def _validate_ranges(config: "Config") -> None:
             "step_timeout",
             "phase_timeout",
         ),
-        "eval": ("sample_tokens", "temperature", "passes", "gap"),
+        "eval": ("sample_tokens", "temperature", "passes", "gap", "baseline", "baseline_tokens"),
         "decode": ("tolerance", "max_refinements"),
     }
     shares = {"optimizer": ("warmup", "warmdown", "final_lr")}

@@ -1,6 +1,6 @@
 """The default run beside its plain baseline, at equal effective compute: ``make compare``.
 
-    python -m lrt_jax.sweep configs/sweeps/base.py
+    python -m lrt_jax.sweep configs/sweeps/default.py
 
 The baseline has the same layers, width, tokenizer and data, no memory, and as many more training tokens as its cheaper
 steps allow. What it came to is kept in ``configs/base.py``, whose closing table shows it.
