@@ -223,15 +223,19 @@ def prefill(work: Work, end: float, on_cpu: bool) -> None:
 
 
 def equal_compute(work: Work, end: float, on_cpu: bool) -> None:
-    """Plain, interleaved and staged training of a small model, each for as many effective tokens; as many as fit."""
+    """Plain, settled and interleaved training of a small model, each for as many effective tokens; as many as fit."""
     steps = 40 if on_cpu else 600
     small = [] if on_cpu else ["model.layers=6", "model.width=384", "model.heads=3", "model.kv_heads=3"]
     small += [] if on_cpu else ["model.sequence_length=512", "train.batch_size=64"]
     plain = ["schedule.name=plain", "model.memory=none", "model.residual_injection=False"]
-    staged = ["schedule.name=staged", "schedule.stages='plain:0.4, interleaved(2):0.6'"]
+    recurrent = ["model.source_layer=1"] if on_cpu else ["model.source_layer=4", "model.memory_layers=2-6"]
+    stages = "schedule.stages='plain:0.4, multi_refinement(1, settle=1):0.6'"
+    settled = [*recurrent, "schedule.name=staged", stages]
+    interleaved = 1 / 2 if on_cpu else 1 / (1 / 6 + 2 * 5 / 6)
     rows: list[dict[str, Any]] = []
     longest = 0.0
-    for name, share, changes in (("plain", 1.0, plain), ("staged", 1 / 1.6, staged), ("interleaved", 0.5, [])):
+    runs = (("plain", 1.0, plain), ("settled", 1 / 1.1, settled), ("interleaved", interleaved, recurrent))
+    for name, share, changes in runs:
         began = time.monotonic()
         if began + longest > end:
             return

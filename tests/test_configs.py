@@ -29,6 +29,8 @@ CONFIGS = ROOT / "configs"
 SHIPPED = [
     "base.py",
     "base.py:debug",
+    "base.py:plain",
+    "base.py:interleaved",
     "nanochat.py:depth=20,memory=shared",
     "nanochat.py:depth=24,memory=layerwise",
     "nanochat.py:depth=12,memory=none",
@@ -116,7 +118,7 @@ def test_impossible_configs_end_in_one_clear_line(change, message):
     spec = importlib.util.spec_from_file_location("shipped", CONFIGS / "base.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    config = module.get_config()
+    config = module.get_config("interleaved")
     for name, value in change.items():
         group, field = name.split(".")
         config[group][field] = value

@@ -284,6 +284,12 @@ def test_stages_that_cannot_be_are_explained(tiny, stages, message):
         ({"detach": True}, {}, "detach is True; it is for multi_refinement training only"),
         ({"name": "plain", "settle": 1}, {}, "settle is 1; it is for interleaved and multi_refinement training only"),
         ({"name": "multi_refinement", "loss_weights": (1.0, 2.0)}, {}, "hold 3 numbers"),
+        ({"name": "multi_refinement", "subsets": 4}, {}, "subsets is 4; it is for interleaved training only"),
+        (
+            {"name": "staged", "stages": "plain:1", "refinements": 3},
+            {},
+            "multi_refinement training only; the schedule is ",
+        ),
     ],
 )
 def test_impossible_schedules_are_explained(tiny, schedule, model, message):

@@ -13,21 +13,13 @@ from lrt_jax.model import costs
 from lrt_jax.setup.config import from_config_dict
 from lrt_jax.setup.config_file import module
 
-PLAIN = {
-    "model.memory": "none",
-    "model.residual_injection": False,
-    "model.memory_layers": "all",
-    "schedule.name": "plain",
-    "schedule.stages": "",
-}
+VARIANTS = {"plain": "plain", "LRT": ""}
 
 
 def get_sweep() -> Sweep:
-    """The plain model, then the default one."""
-    base = module(str(Path(__file__).parents[1] / "base.py")).get_config()
-    config = from_config_dict(base)
+    """The plain model, then the default one, each for the compute of the default one."""
+    get_config = module(str(Path(__file__).parents[1] / "base.py")).get_config
+    config = from_config_dict(get_config())
     tokens = config.train.steps * config.train.batch_size * config.model.sequence_length
     budget = tokens * costs.forwards_equivalent(config.model, config.schedule)
-    plain = base.copy_and_resolve_references()
-    plain.update_from_flattened_dict(PLAIN)
-    return Sweep((Run("plain", plain, budget), Run("LRT", base, budget)), baseline="plain")
+    return Sweep(tuple(Run(name, get_config(variant), budget) for name, variant in VARIANTS.items()), baseline="plain")

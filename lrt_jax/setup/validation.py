@@ -187,11 +187,16 @@ def _validate_schedule(config: "Config") -> None:
         schedule.stages,
         "it must list the stages of schedule.name = 'staged', as in 'plain:0.8, interleaved(2):0.2', and else be empty",
     )
-    owned = {field for kind in schedule.kinds for field in kind.description.own}
-    for field, neutral in {field: value for one in SCHEDULES.values() for field, value in one.own.items()}.items():
+    defaults = {field.name: field.default for field in dataclasses.fields(ScheduleConfig)}
+    owners_of: dict[str, list[str]] = {}
+    for name, description in SCHEDULES.items():
+        for field in filter(None, (description.number, *description.own)):
+            owners_of.setdefault(field, []).append(name)
+    names = {kind.name for kind in schedule.kinds if kind.description}
+    for field, owners in owners_of.items():
         value = getattr(schedule, field)
-        owners = " and ".join(name for name, description in SCHEDULES.items() if field in description.own)
-        _require(value == neutral or field in owned, f"schedule.{field}", value, f"it is for {owners} training only")
+        allowed = f"it is for {' and '.join(owners)} training only; the schedule is {schedule.stages or schedule.name}"
+        _require(value == defaults[field] or not names.isdisjoint(owners), f"schedule.{field}", value, allowed)
     for description in SCHEDULES.values():
         if description.number:
             value = getattr(schedule, description.number)
