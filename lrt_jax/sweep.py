@@ -7,6 +7,7 @@ what is done so far (``table.md``), the numbers (``results.json``) and a picture
 
 import json
 import os
+import platform
 import shutil
 import sys
 import time
@@ -121,10 +122,18 @@ def report(sweep: plan.Sweep, out: Path) -> None:
     lines = [f"{len(found)} of {len(sweep.runs)} runs are done", "", *results.table(sweep, found)]
     out.mkdir(parents=True, exist_ok=True)
     (out / "table.md").write_text("\n".join(lines) + "\n")
-    (out / "results.json").write_text(json.dumps(results.summary(sweep, found), indent=2) + "\n")
+    summary = {"reported_on": _machine(), **results.summary(sweep, found)}
+    (out / "results.json").write_text(json.dumps(summary, indent=2) + "\n")
     print("\n" + "\n".join(lines))
     if found:
         plots.draw(sweep, found, out / "bpb.png")
+
+
+def _machine() -> dict[str, str | int | None]:
+    """What these numbers, or the last of them, were made with."""
+    device = jax.devices()[0]
+    about = {"device": device.device_kind, "devices": jax.device_count(), "cores": os.cpu_count()}
+    return about | {"jax": jax.__version__, "python": platform.python_version()}
 
 
 if __name__ == "__main__":

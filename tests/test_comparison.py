@@ -4,6 +4,7 @@ import json
 import math
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -149,6 +150,7 @@ def test_a_sweep_goes_on_where_it_was_stopped_and_reports_what_is_done(tmp_path,
     assert {path.read_text() for path in out.glob("*/tokens/part")} == {"1"} and not list(out.glob("*.new"))
     assert len(list(out.glob("*/checkpoints"))) == 4
     found = json.loads((out / "results.json").read_text())
+    assert found["reported_on"]["jax"] == jax.__version__
     assert [(one["variant"], one["tokens"]) for one in found["runs"]] == [
         ("plain", 3200),
         ("other", 1600),
