@@ -44,7 +44,7 @@ class ModelConfig:
     residual_injection: bool = True  # the γ m_{t-1} term
     source_layer: str = FINAL  # "final", or the number 1..L of the layer whose output is the source state
     # Which layers read memory: "all", or a band, "2-4". No refinement computes again what is below it. Other layers
-    # have the parameters that read memory, too; they stay as they begin.
+    # have the parameters that read memory, too; they stay as they begin (recurrence of a band: arXiv 2607.15178).
     memory_layers: str = ALL
     # Of whole subsets; auto: blocked on a CPU, splash on a TPU, else dense; cudnn is for GPUs. Decoding is dense.
     attention: Literal["auto", "dense", "blocked", "splash", "cudnn"] = "auto"

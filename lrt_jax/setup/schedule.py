@@ -27,15 +27,19 @@ class ScheduleConfig:
     name: str = "interleaved"
     subsets: int = 2  # S, of interleaved; divides the sequence length
     partition: Partition = "strided"  # which positions a subset holds
-    sweeps: int = 1  # interleaved: how often it goes through all subsets
+    sweeps: int = 1  # interleaved: how often it goes through all subsets (Gauss-Seidel sweeps, arXiv 2608.18486)
     kv_refresh: bool = False  # interleaved: bring unvisited keys and values up to date between the forwards
     refinements: int = 2  # K, of multi_refinement
     # Interleaved, multi_refinement: so many forwards without gradient take the place of the initialization forward. The
-    # first has zero memory, each other one reads the source states of the one before: memory near its fixed point.
+    # first has zero memory, each other one reads the source states of the one before: memory near its fixed point
+    # (PeterBjerreHansen/2d-recurrence; docs/RESULTS.md).
     settle: int = 0
-    init_weight: float = 1.0  # the same: of the initialization forward's loss, where others' is 1
-    jitter: float = 0.0  # the same: each entry of the memory read moves by a uniform draw from -jitter to jitter
-    plain_prefix: bool = False  # the same: each row's memory is zero up to a random position
+    # The same: of the initialization forward's loss, where others' is 1. It trains a mode that decoding never uses.
+    init_weight: float = 1.0
+    # The same, of the memory that refinements read (Full-bandwidth Transformer, arXiv 2608.08888): each entry moves by a
+    # uniform draw from -jitter to jitter; it is zero up to a random position of each row.
+    jitter: float = 0.0
+    plain_prefix: bool = False
     detach: bool = False  # multi_refinement: no gradient from one forward to the one before
     chunks: int = 2  # N, of chunked; divides the sequence length
     # Of staged: schedules with their shares of the steps, "plain:0.8, interleaved(2):0.2". A stage may be a mixture,
