@@ -36,8 +36,8 @@ class ScheduleConfig:
     settle: int = 0
     # The same: of the initialization forward's loss, where others' is 1. It trains a mode that decoding never uses.
     init_weight: float = 1.0
-    # The same, of the memory that refinements read (Full-bandwidth Transformer, arXiv 2608.08888): each entry moves by a
-    # uniform draw from -jitter to jitter; it is zero up to a random position of each row.
+    # The same, of the memory that refinements read (Full-bandwidth Transformer, arXiv 2608.08888): each entry moves by
+    # a uniform draw from -jitter to jitter; it is zero up to a random position of each row.
     jitter: float = 0.0
     plain_prefix: bool = False
     detach: bool = False  # multi_refinement: no gradient from one forward to the one before
