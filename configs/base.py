@@ -13,7 +13,7 @@ there is one.
 
 from ml_collections import ConfigDict
 
-from lrt_jax.setup.config import ConfigError, default_config
+from lrt_jax.setup.config import ConfigError, default_config, fingerprint, from_config_dict
 
 VARIANTS = ("debug", "plain", "interleaved")
 # But for debug they cost as much as 1,500 plain ones (model.costs.forwards_equivalent), which came to this BPB.
@@ -42,18 +42,17 @@ def get_config(variant: str = "") -> ConfigDict:
     config.eval.update(batch_size=64, rows=64, final_rows=1000, prompt="    def __init__(self")
     # For batches of 1,024 tokens and a model of width 128 (docs/LOG.md has the search): the defaults suit 2¹⁹ tokens.
     config.optimizer.update(embedding_lr=2.0, head_lr=0.01, scalar_lr=0.02, b1=0.9, b2=0.99, warmup=0.02, warmdown=0.5)
-    config.eval.update(baseline=BASELINE, baseline_tokens=STEPS["plain"] * 1024)
     if variant in ("", "interleaved"):
         config.model.update(source_layer="3", memory_layers="2-4")
     if variant == "":
         config.schedule.update(name="staged", stages="plain:0.4, multi_refinement(1, settle=1):0.6")
+        config.eval.update(baseline=BASELINE, baseline_of=fingerprint(from_config_dict(config)))
     if variant == "plain":
-        config.eval.update(baseline=0.0, baseline_tokens=0)
         config.model.update(memory="none", residual_injection=False)
         config.schedule.name = "plain"
     if variant == "debug":
         config.model.update(layers=2, width=64, sequence_length=64, vocab_size=512)
         config.data.update(tokenizer_bytes=500_000, document_bytes=2048)  # some of a small file are held out, too
         config.train.update(batch_size=8, eval_every=20, save_every=20, log_every=5)
-        config.eval.update(batch_size=8, rows=8, final_rows=16, sample_tokens=32, baseline=0.0, baseline_tokens=0)
+        config.eval.update(batch_size=8, rows=8, final_rows=16, sample_tokens=32)
     return config

@@ -2,13 +2,11 @@
 
 import contextlib
 import dataclasses
-import math
 import re
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import jax
 from absl import flags
@@ -192,19 +190,13 @@ def _run(
         watchdog.beat()
         stop.check(mesh)
 
-    def score(params: Any, rows: int | None = None) -> dict[str, float]:
-        scores = evaluator(params, rows, between)
-        if warning := health.warning(scores, config.eval.gap):
-            writer.line(warning)
-        return scores
-
     parts = loop.Parts(
         stages=tuple(stages.build(config, decoder, mesh, transformation, steps)),
         batches=batches,
         mesh=mesh,
         checkpoints=checkpoints,
         writer=writer,
-        evaluate=lambda params: score(params, config.eval.rows),
+        evaluate=lambda params: evaluator(params, config.eval.rows, between),
         peak_flops=hardware.peak_flops(mesh.local_devices[0]) * mesh.size,
         stop=stop,
         watchdog=watchdog,
@@ -220,7 +212,7 @@ def _run(
             writer.line(f"stopped at step {int(train_state.step):,}; run the same command to go on from there")
             return {}
         with stop.deferred():
-            scores = score(train_state.params)
+            scores = evaluator(train_state.params, between=between)
         writer.write(steps, scores)
     finally:
         writer.close()
@@ -300,7 +292,7 @@ def _closing(
         "sequential              val/bpb_sequential": scores["val/bpb_sequential"],
         "gzip -9, the same bytes": evaluator.gzip_bits_per_byte(),
     }
-    if config.eval.baseline and math.isclose(effective, config.eval.baseline_tokens, rel_tol=0.01):
+    if config.eval.baseline and config.eval.baseline_of == configs.fingerprint(config):
         rows["plain model, same compute, measured before"] = config.eval.baseline
     yield f"\n{parts.steps:,} steps, {tokens:,} tokens, {effective:,.0f} effective"
     yield f"{seconds / 60:.1f} minutes in this session, setup and evaluation included"
@@ -308,6 +300,8 @@ def _closing(
     for name, value in rows.items():
         yield f"  {name:<46}{value:8.4f}"
     yield from health.lines(scores)
+    if warning := health.warning(scores, config.eval.gap):
+        yield warning
     if evaluator.scoring != "sequential":
         yield f"val/bpb_sequential was computed by {evaluator.scoring}"
 

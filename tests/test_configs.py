@@ -1,3 +1,4 @@
+import dataclasses
 import importlib.util
 import tomllib
 from pathlib import Path
@@ -17,6 +18,7 @@ from lrt_jax.setup.config import (
     ConfigError,
     TrainConfig,
     default_config,
+    fingerprint,
     from_config_dict,
     from_json,
 )
@@ -66,6 +68,22 @@ def test_shipped_config_builds_at_full_size(name):
         assert metrics["train/loss"].shape == ()
 
 
+def test_the_default_runs_baseline_is_of_that_run_alone():
+    """Whoever changes what the numbers depend on does not see a baseline that is another run's."""
+    config = load("base.py")
+    assert config.eval.baseline > 0 and config.eval.baseline_of == fingerprint(config)
+    for changed in (
+        dataclasses.replace(config, seed=1),
+        dataclasses.replace(config, data=dataclasses.replace(config.data, corpus="mine")),
+        dataclasses.replace(config, train=dataclasses.replace(config.train, steps=1000)),
+        dataclasses.replace(config, model=dataclasses.replace(config.model, width=64)),
+    ):
+        assert fingerprint(changed) != config.eval.baseline_of
+    unseen = dataclasses.replace(config, train=dataclasses.replace(config.train, save_every=7))
+    assert fingerprint(unseen) == config.eval.baseline_of
+    assert not any(load(f"base.py:{variant}").eval.baseline for variant in ("debug", "plain", "interleaved"))
+
+
 def test_depth_20_has_the_papers_size():
     counts = costs.count_parameters(load("nanochat.py:depth=20,memory=shared").model)
     assert abs(counts.total / 1.3e9 - 1) < 0.02
@@ -91,6 +109,8 @@ def test_json_round_trip():
         ({"model.width": 65}, "config.model.width is 65; it must be even"),
         ({"model.kv_heads": 4}, "config.model.kv_heads is 4, which does not divide model.heads = 2"),
         ({"schedule.subsets": 3}, "config.schedule.subsets is 3, which does not divide model.sequence_length = 256"),
+        ({"schedule.refinements": 3}, "config.schedule.refinements is 3; it is for multi_refinement training only"),
+        ({"decode.subsets": 600}, "config.decode.subsets is 600; it must be at most decode.chunk = 512"),
         ({"schedule.name": "twice"}, "config.schedule.name is 'twice'; allowed are: plain, interleaved"),
         ({"model.source_layer": "5"}, "config.model.source_layer is '5'; it must be 'final' or a layer"),
         ({"model.window_pattern": "SX"}, "config.model.window_pattern is 'SX'"),

@@ -47,7 +47,7 @@ def test_metrics_are_those_of_repeated_forwards(tiny, random_params, random_batc
     last = states[-1]
     changes = [np.sqrt(np.sum(((b - a) * counted[..., None]) ** 2)) for a, b in itertools.pairwise(states)]
     np.testing.assert_allclose(found["val/contraction"], changes[-1] / changes[-2], rtol=1e-3)
-    shuffled = np.roll(last, 1, axis=0)
+    shuffled = np.roll(last, 1, axis=0)  # all rows count
     np.testing.assert_allclose(found["val/bpb_memory/shuffled"], np.sum(read(shuffled)[1] * counted), rtol=1e-5)
     # No memory is so old within so short a context: what is read is zero.
     assert config.sequence_length == health.OLD

@@ -33,8 +33,9 @@ MESHES = (((1, 1, 1, 1), "auto"), ((8, 1, 1, 1), "auto"), ((1, 8, 1, 1), "auto")
           ((2, 2, 2, 1), "auto"), ((1, 2, 2, 2), "auto"), ((1, 1, 1, 8), "auto"))
 for name, schedule, config in (
     ("interleaved", ScheduleConfig(subsets=2), model(scan_layers=True, remat=True)),
-    ("multi_refinement", ScheduleConfig(name="multi_refinement", refinements=1, unroll=False),
-     model(scan_layers=True, remat=True)),
+    ("multi_refinement", ScheduleConfig(name="multi_refinement", refinements=1, settle=1, jitter=0.1,
+                                        plain_prefix=True, unroll=False),
+     model(scan_layers=True, remat=True, memory_layers="2-2")),
     ("unrolled", ScheduleConfig(subsets=2, kv_refresh=True), model(memory="layerwise", value_embeddings="alternate")),
 ):
     initial = None

@@ -30,7 +30,7 @@ def get_sweep() -> Sweep:
     """Each change alone, one seed."""
     return Sweep(
         tuple(
-            Run(name, matched.laboratory(matched.PLAIN | change), matched.BUDGETS[0])
+            Run(name, matched.laboratory(matched.PLAIN | BEGAN | change), matched.BUDGETS[0])
             for name, change in CHANGES.items()
         ),
         baseline="as they were",

@@ -258,6 +258,10 @@ def _check_expressible(config: ModelConfig) -> None:
             raise ConfigError(
                 f"config.model.{field} is {found!r}; the reference has recurrent models with {value!r} only"
             )
+    if config.memory_range != range(config.layers):
+        raise ConfigError(
+            f"config.model.memory_layers is {config.memory_layers!r}; in the reference all layers read memory"
+        )
 
 
 def _shape(piece: Piece, config: ModelConfig) -> tuple[int, ...]:

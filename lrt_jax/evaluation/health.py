@@ -15,7 +15,7 @@ from jax import lax
 from jax.sharding import Mesh
 
 from lrt_jax.model.decoder import Decoder
-from lrt_jax.model.memory import shift_right
+from lrt_jax.model.memory import Refreshable, shift_right
 from lrt_jax.setup import mesh as meshes
 from lrt_jax.setup.config import Config
 from lrt_jax.training import forwards
@@ -56,7 +56,10 @@ def program(decoder: Decoder, config: Config, mesh: Mesh) -> Callable[..., dict[
 
         first_BxTxD = forwards.initialization(decoder, params, embedded).source_BxPxD
         last_BxTxD, (losses_K, changes_K, gates_KxL) = lax.scan(again, first_BxTxD, length=passes)
-        others_NxBxTxD = jnp.stack([jnp.roll(last_BxTxD, 1, axis=0), _older(last_BxTxD, OLD)])
+        # The row before, of those that count: others fill up the last batch.
+        rows = jnp.maximum(jnp.sum(jnp.any(counted_BxT, axis=1)), 1)
+        shuffled_BxTxD = jnp.take(last_BxTxD, (jnp.arange(len(last_BxTxD)) - 1) % rows, axis=0)
+        others_NxBxTxD = jnp.stack([shuffled_BxTxD, _older(last_BxTxD, OLD)])
         losses_N = lax.map(lambda states_BxTxD: read(shift_right(states_BxTxD))[1], others_NxBxTxD)
         return {
             "after": losses_K,
@@ -78,8 +81,8 @@ def _older(states_BxTxD: jax.Array, tokens: int) -> jax.Array:
 
 def _gates(refreshable: Any, counted_BxT: jax.Array) -> jax.Array:
     """The sums of g_mem over positions that count, mean over heads: [L], or [0] without memory projections."""
-    layers = refreshable if isinstance(refreshable, tuple) and not hasattr(refreshable, "gate") else (refreshable,)
-    if layers[0] is None:
+    layers = (refreshable,) if isinstance(refreshable, Refreshable) else refreshable or ()
+    if not all(isinstance(layer, Refreshable) for layer in layers) or not layers:
         return jnp.zeros((0,))
     gates_LxBxTxKx1 = [layer.gate.reshape(-1, *layer.gate.shape[-4:]) for layer in layers]
     gates_LxBxT = jnp.mean(jnp.concatenate(gates_LxBxTxKx1), axis=(-2, -1))
@@ -87,7 +90,7 @@ def _gates(refreshable: Any, counted_BxT: jax.Array) -> jax.Array:
 
 
 def metrics(sums: dict[str, np.ndarray], reading: range, bits_per_byte: Callable[[float], float]) -> dict[str, float]:
-    """The metrics of docs/DESIGN.md, "Health".
+    """The metrics of the README's table that say how memory settles.
 
     Args:
       sums: of the function that :func:`program` made, added over batches.
@@ -101,8 +104,8 @@ def metrics(sums: dict[str, np.ndarray], reading: range, bits_per_byte: Callable
       ``memory/gamma/l``.
     """
     found = {f"val/bpb_after/{k}": bits_per_byte(loss) for k, loss in enumerate(sums["after"], 1)}
-    before, last = (*sums["changes"], *sums["changes"])[-2:]
     if len(sums["changes"]) > 1:
+        *_, before, last = sums["changes"]
         found["val/contraction"] = math.sqrt(last / before) if before > 0 else 0.0
     found["val/bpb_memory/shuffled"], found["val/bpb_memory/old"] = map(bits_per_byte, sums["others"])
     # Gates are of the layers from the first on that reads memory, γ of all.
@@ -119,7 +122,7 @@ def warning(scores: dict[str, float], most: float) -> str | None:
         return None
     return (
         f"warning: decoding is worse than training shows: val/bpb_sequential is {gap:.1%} above val/bpb (merged); "
-        f"config.eval.gap allows {most:.1%}; show it memory near its fixed point (config.schedule.settle)"
+        f"config.eval.gap allows {most:.1%}: memory does not settle in as few forwards as training shows it"
     )
 
 
@@ -144,4 +147,5 @@ def lines(scores: dict[str, float]) -> Iterator[str]:
 
 def _numbered(scores: dict[str, float], prefix: str) -> dict[int, float]:
     """The scores of 1, 2, … behind ``prefix``, by these numbers."""
-    return {int(name.removeprefix(prefix)): value for name, value in sorted(scores.items()) if name.startswith(prefix)}
+    found = {int(name.removeprefix(prefix)): value for name, value in scores.items() if name.startswith(prefix)}
+    return dict(sorted(found.items()))

@@ -81,7 +81,7 @@ def run(
         none_B = jnp.zeros((rows,), jnp.int32)
         return Prefilled(state, hidden_BxNxD, none_B, jnp.zeros((rows,), hidden_BxNxD.dtype), none_B)
 
-    chunks = -(-length // config.chunk)
+    chunks = -(-length // (config.chunk - config.chunk % config.subsets))
     size = -(-length // chunks)  # of equal chunks, so that little is padded
     size += -size % config.subsets
     padded_BxN = jnp.pad(tokens_BxN, ((0, 0), (chunks * size - length, 0)), constant_values=PAD)

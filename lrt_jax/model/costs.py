@@ -63,11 +63,18 @@ def forwards_equivalent(config: ModelConfig, schedule: ScheduleConfig) -> float:
     """
     if schedule.name == STAGED:
         return sum(stage.share * stage_equivalent(config, stage) for stage in schedule.in_stages)
-    below, total = _below(config, schedule), Fraction(0)
-    for one in schedule.description.passes(schedule):
-        share = one.share * Fraction(len(_layers_of(config, one, below)), config.layers)
-        total += share if one.learns else share / (1 + BACKWARD)
-    return float(total + Fraction(below, config.layers))
+    below = _below(config, schedule)
+    alone = [one for one in schedule.description.passes(schedule) if not one.learns]
+    without = sum(one.share * Fraction(len(_layers_of(config, one, below)), config.layers) for one in alone)
+    return learned_equivalent(config, schedule) + float(without / (1 + BACKWARD))
+
+
+def learned_equivalent(config: ModelConfig, schedule: ScheduleConfig) -> float:
+    """The part of :func:`forwards_equivalent` that has a backward pass, and keeps activations for it; not of stages."""
+    below = _below(config, schedule)
+    learning = [one for one in schedule.description.passes(schedule) if one.learns]
+    layers = sum(one.share * len(_layers_of(config, one, below)) for one in learning)
+    return float(Fraction(layers + below) / config.layers)
 
 
 def stage_equivalent(config: ModelConfig, stage: Stage) -> float:

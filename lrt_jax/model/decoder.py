@@ -27,6 +27,8 @@ from lrt_jax.setup.config import ModelConfig
 class Buffer(struct.PyTreeNode):
     """Keys and values of every layer, after gates, RoPE and QK norm: the shared buffer.
 
+    Of L layers; where those below the memory are known (:meth:`Decoder.below`), of the others.
+
     Attributes:
       pieces: its N slots, in one piece or in several of the same size. A piece is a tuple of L :class:`KV` with
         leaves [B, K, N, C], or with ``scan_layers`` one KV with leaves [L, B, K, N, C]. A forward that fills a

@@ -6,6 +6,7 @@ behind ``main.py`` sees the dataclasses only.
 """
 
 import dataclasses
+import hashlib
 import json
 from typing import Any, Literal
 
@@ -14,7 +15,7 @@ from ml_collections import ConfigDict
 from lrt_jax.setup import schema
 from lrt_jax.setup.schedule import ScheduleConfig
 from lrt_jax.setup.schema import ConfigError
-from lrt_jax.setup.validation import ALL, FINAL, validate
+from lrt_jax.setup.validation import ALL, FINAL, refuse_idle_numbers, validate
 
 Memory = Literal["shared", "layerwise", "none"]
 ValueEmbeddings = Literal["all", "alternate", "none"]
@@ -97,7 +98,7 @@ class ModelConfig:
     @property
     def memory_range(self) -> range:
         """Zero-based indices of the layers that read memory; all of a model without."""
-        if self.memory_layers == ALL:
+        if self.memory_layers == ALL or not self.recurrent:
             return range(self.layers)
         first, last = self.memory_layers.split("-")
         return range(int(first) - 1, int(last))
@@ -180,9 +181,9 @@ class EvalConfig:
     scoring: Prefill = "sequential"  # how val/bpb_sequential is computed
     passes: int = 4  # full forwards that show how memory settles (evaluation.health); 0 = not measured
     gap: float = 0.01  # a warning is due where sequential BPB is above merged by more than this share of it
-    # What a plain model came to at so many effective tokens, for the closing table of a run with as many; 0 = unknown.
+    # What a plain model came to with the compute of the run that has this fingerprint, for its closing table.
     baseline: float = 0.0
-    baseline_tokens: int = 0
+    baseline_of: str = ""
     prompt: str = "def "
     sample_tokens: int = 128  # 0 = no sample
     temperature: float = 0.8
@@ -245,6 +246,15 @@ def from_json(text: str) -> Config:
     return validate(schema.build(Config, fields, "config"))
 
 
+def fingerprint(config: Config) -> str:
+    """Of all that the numbers of a run depend on: two runs of one fingerprint are the same run, but for the machine."""
+    train = config.train
+    lengths = (train.batch_size, train.accumulation, train.steps, train.tokens, train.tokens_per_parameter)
+    parts = [dataclasses.asdict(part) for part in (config.model, config.data, config.schedule, config.optimizer)]
+    scored = (config.seed, config.eval.final_rows)
+    return hashlib.sha256(json.dumps([parts, lengths, scored]).encode()).hexdigest()[:16]
+
+
 def default_config(**required: Any) -> ConfigDict:
     """A ConfigDict with every field at its default, for config files to edit.
 
@@ -265,7 +275,9 @@ def from_config_dict(config: ConfigDict) -> Config:
     Raises:
       ConfigError: a field is unknown, misses, has the wrong type, or contradicts another.
     """
-    return validate(schema.build(Config, config.to_dict(), "config"))
+    found = validate(schema.build(Config, config.to_dict(), "config"))
+    refuse_idle_numbers(found.schedule)
+    return found
 
 
 def field_type(path: str) -> Any:

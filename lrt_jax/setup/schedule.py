@@ -261,13 +261,21 @@ def parse_stages(schedule: ScheduleConfig) -> tuple[Stage, ...]:
     def schedule_of(text: str, pattern: str) -> tuple[ScheduleConfig, float]:
         match = re.fullmatch(pattern, text)
         name, settings, share = match.groups() if match else ("", None, "")
-        changes = _settings(SCHEDULES[name], settings) if name in SCHEDULES else None
-        if changes is None:
+        if name not in SCHEDULES:
             raise ConfigError(
                 f"{said}, in which {text.strip()!r} is no stage; write name:share, name(number):share or "
                 "name(number, field=value):share, separated by commas, or mix(name share, …):share, with the names: "
                 + ", ".join(SCHEDULES)
             )
+        try:
+            changes = _settings(SCHEDULES[name], settings)
+        except ValueError as wrong:
+            description = SCHEDULES[name]
+            own = [*([f"{description.number} (or the number alone)"] if description.number else []), *description.own]
+            allowed = f"may set: {', '.join(own)}" if own else "must not be there"
+            raise ConfigError(
+                f"{said}, in which {text.strip()!r} is no stage: {wrong}; brackets of {name} {allowed}"
+            ) from None
         return dataclasses.replace(schedule, name=name, stages="", **changes), float(share)
 
     stages = []
@@ -284,20 +292,27 @@ def parse_stages(schedule: ScheduleConfig) -> tuple[Stage, ...]:
     return tuple(stages)
 
 
-def _settings(description: Description, text: str | None) -> dict[str, Any] | None:
-    """What brackets set, as in ``2, settle=1``; None where they cannot be read."""
+def _settings(description: Description, text: str | None) -> dict[str, Any]:
+    """What brackets set, as in ``2, settle=1``.
+
+    Raises:
+      ValueError: they cannot be read; the message says what is wrong with which part.
+    """
     found: dict[str, Any] = {}
     for index, part in enumerate(text.split(",") if text is not None else ()):
         field, equals, value = (piece.strip() for piece in part.rpartition("="))
         if not equals and index == 0:
             field = description.number
-        if not (field == description.number or field in description.own) or not field or field in found:
-            return None
+        if not field or not (field == description.number or field in description.own):
+            raise ValueError(f"{part.strip()!r} sets none of its fields")
+        if field in found:
+            raise ValueError(f"it sets {field} twice")
         kind = type(description.own.get(field, 0))
         try:
             found[field] = {"True": True, "False": False}[value] if kind is bool else kind(value)
         except (KeyError, ValueError):
-            return None
+            wanted = "True or False" if kind is bool else f"of type {kind.__name__}"
+            raise ValueError(f"{field} is {value!r}, and must be {wanted}") from None
     return found
 
 

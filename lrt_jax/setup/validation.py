@@ -12,6 +12,8 @@ from lrt_jax.setup.schema import ConfigError
 if TYPE_CHECKING:
     from lrt_jax.setup.config import Config, ModelConfig
 
+# Forwards of one kind in a step: more than anybody runs, and few enough to be listed.
+MOST_FORWARDS = 1000
 # All layers read memory.
 ALL = "all"
 # The source layer that is the last one.
@@ -31,6 +33,7 @@ def validate(config: "Config") -> "Config":
     validate_model(config.model)
     _validate_schedule(config)
     _validate_durations(config)
+    _validate_decode(config)
     return config
 
 
@@ -64,7 +67,7 @@ def _validate_ranges(config: "Config") -> None:
             "step_timeout",
             "phase_timeout",
         ),
-        "eval": ("sample_tokens", "temperature", "passes", "gap", "baseline", "baseline_tokens"),
+        "eval": ("sample_tokens", "temperature", "passes", "gap", "baseline"),
         "decode": ("tolerance", "max_refinements"),
     }
     shares = {"optimizer": ("warmup", "warmdown", "final_lr")}
@@ -156,17 +159,18 @@ def validate_model(model: "ModelConfig") -> "ModelConfig":
         f"it must be '{FINAL}' or a layer from '1' to '{model.layers}'",
     )
     match = re.fullmatch(r"([0-9]+)-([0-9]+)", model.memory_layers)
+    first, last = (int(match[1]), int(match[2])) if match else (1, model.layers)
     _require(
-        model.memory_layers == ALL
-        or (
-            match is not None
-            and 1 <= int(match[1]) <= min(int(match[2]), model.source_index + 1)
-            and int(match[2]) <= model.layers
-        ),
+        model.memory_layers == ALL or (match is not None and 1 <= first <= last <= model.layers),
         "model.memory_layers",
         model.memory_layers,
-        f"it must be '{ALL}' or a band 'a-b' of the layers 1 to {model.layers} that begins no higher than the source "
-        f"layer, {model.source_index + 1}: nothing would recur",
+        f"it must be '{ALL}' or a band 'a-b' of the layers 1 to {model.layers}",
+    )
+    _require(
+        first <= model.source_index + 1,
+        "model.memory_layers",
+        model.memory_layers,
+        f"it begins above the source layer, {model.source_index + 1}: nothing would recur",
     )
     return model
 
@@ -182,21 +186,19 @@ def _heads(model: "ModelConfig") -> str:
 def _validate_schedule(config: "Config") -> None:
     schedule = config.schedule
     _require(
-        bool(schedule.stages) == (schedule.name == STAGED),
+        schedule.name != STAGED or bool(schedule.stages),
         "schedule.stages",
         schedule.stages,
-        "it must list the stages of schedule.name = 'staged', as in 'plain:0.8, interleaved(2):0.2', and else be empty",
+        "it must list the stages of schedule.name = 'staged', as in 'plain:0.8, interleaved(2):0.2'",
     )
-    defaults = {field.name: field.default for field in dataclasses.fields(ScheduleConfig)}
-    owners_of: dict[str, list[str]] = {}
-    for name, description in SCHEDULES.items():
-        for field in filter(None, (description.number, *description.own)):
-            owners_of.setdefault(field, []).append(name)
-    names = {kind.name for kind in schedule.kinds if kind.description}
-    for field, owners in owners_of.items():
-        value = getattr(schedule, field)
-        allowed = f"it is for {' and '.join(owners)} training only; the schedule is {schedule.stages or schedule.name}"
-        _require(value == defaults[field] or not names.isdisjoint(owners), f"schedule.{field}", value, allowed)
+    _require(
+        schedule.name == STAGED or not schedule.stages,
+        "schedule.name",
+        schedule.name,
+        f"schedule.stages, which is {schedule.stages!r}, needs 'staged', and must else be empty: "
+        "--config.schedule.stages=''",
+    )
+    _refuse_idle(schedule, {field for one in SCHEDULES.values() for field in one.own})
     for description in SCHEDULES.values():
         if description.number:
             value = getattr(schedule, description.number)
@@ -212,6 +214,27 @@ def _validate_schedule(config: "Config") -> None:
     _require(not weights or fits, "schedule.loss_weights", weights, f"it must be empty (equal weights) or {allowed}")
 
 
+def refuse_idle_numbers(schedule: ScheduleConfig) -> None:
+    """Refuses a number of another schedule than those of the run; configs that were written before may have one.
+
+    Raises:
+      ConfigError: there is one that is not at its default.
+    """
+    _refuse_idle(schedule, {one.number for one in SCHEDULES.values() if one.number})
+
+
+def _refuse_idle(schedule: ScheduleConfig, fields: set[str]) -> None:
+    """Refuses what is set of ``fields`` and no schedule of the run has."""
+    names = {kind.name for kind in schedule.kinds if kind.description}
+    for field in dataclasses.fields(ScheduleConfig):
+        if field.name in fields:
+            value = getattr(schedule, field.name)
+            owners = [name for name, one in SCHEDULES.items() if field.name in (one.number, *one.own)]
+            said = schedule.stages or schedule.name
+            allowed = f"it is for {' and '.join(owners)} training only; the schedule is {said}"
+            _require(value == field.default or not names.isdisjoint(owners), f"schedule.{field.name}", value, allowed)
+
+
 def _validate_kind(model: "ModelConfig", schedule: ScheduleConfig) -> None:
     """One schedule that is not itself staged."""
     length, description = model.sequence_length, schedule.description
@@ -223,16 +246,32 @@ def _validate_kind(model: "ModelConfig", schedule: ScheduleConfig) -> None:
     partitions = get_args(Partition)  # brackets may say anything
     allowed = f"allowed are: {', '.join(partitions)}"
     _require(schedule.partition in partitions, "schedule.partition", schedule.partition, allowed)
-    for field in ("settle", "init_weight", "jitter"):
+    for field in ("init_weight", "jitter"):
         value = getattr(schedule, field)
         _require(0 <= value < math.inf, f"schedule.{field}", value, "it must be 0 or more")
-    _require(schedule.sweeps > 0, "schedule.sweeps", schedule.sweeps, "it must be above 0")
+    for field, least in (("settle", 0), ("sweeps", 1)):
+        value = getattr(schedule, field)
+        bounds = f"it must be {least} or more, and at most {MOST_FORWARDS:,}"
+        _require(least <= value <= MOST_FORWARDS, f"schedule.{field}", value, bounds)
     _require(
-        not (schedule.kv_refresh and (schedule.settle or schedule.sweeps > 1)),
+        schedule.init_weight == 1 or not (schedule.settle or schedule.loss_weights),
+        "schedule.init_weight",
+        schedule.init_weight,
+        "it must be 1 with schedule.settle, where no initialization forward has a loss, or schedule.loss_weights",
+    )
+    refreshes = schedule.kv_refresh and "kv_refresh" in description.own
+    _require(
+        not (refreshes and (schedule.settle or schedule.sweeps > 1)),
         "schedule.kv_refresh",
         schedule.kv_refresh,
         "it must be off with schedule.settle or several schedule.sweeps: "
         "it is for positions that only an initialization forward has computed",
+    )
+    _require(
+        not (refreshes and model.recurrent) or model.memory_range == range(model.layers),
+        "schedule.kv_refresh",
+        schedule.kv_refresh,
+        f"it needs memory in all layers: model.memory_layers is {model.memory_layers!r}",
     )
     plain = [name for name, other in SCHEDULES.items() if not other.recurrent]
     _require(
@@ -257,12 +296,6 @@ def _validate_kind(model: "ModelConfig", schedule: ScheduleConfig) -> None:
             schedule.unroll,
             f"model.attention = {model.attention} needs it: a subset must be known when its kernel is compiled",
         )
-    _require(
-        not schedule.kv_refresh or model.memory_layers == ALL,
-        "schedule.kv_refresh",
-        schedule.kv_refresh,
-        f"it needs model.memory_layers = '{ALL}'",
-    )
     refreshed = any(one.refreshes for one in description.passes(schedule))
     _require(
         not refreshed or model.projects_memory,
@@ -270,6 +303,12 @@ def _validate_kind(model: "ModelConfig", schedule: ScheduleConfig) -> None:
         schedule.kv_refresh,
         "it needs memory projections: model.memory must be 'shared' or 'layerwise'",
     )
+
+
+def _validate_decode(config: "Config") -> None:
+    decode = config.decode
+    allowed = f"it must be at most decode.chunk = {decode.chunk}"
+    _require(decode.subsets <= decode.chunk, "decode.subsets", decode.subsets, allowed)
 
 
 def _validate_durations(config: "Config") -> None:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from lrt_jax.evaluation import bits_per_byte
+from lrt_jax.evaluation import bits_per_byte, health
 from lrt_jax.inference import decode
 from lrt_jax.model import backend, costs
 from lrt_jax.model.decoder import Decoder
@@ -176,3 +176,6 @@ def _evaluate(config: Config, mesh: Mesh) -> Iterator[tuple[str, Any, tuple[Any,
     parallel, sequential = bits_per_byte.programs(decoder, config, mesh)
     yield "parallel evaluation", parallel, arguments
     yield "sequential evaluation", sequential, arguments
+    measured = health.program(decoder, config, mesh)
+    if measured is not None:
+        yield "health of the recurrence", measured, arguments

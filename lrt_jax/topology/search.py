@@ -85,5 +85,5 @@ def _memory(config: Config, sizes: dict[str, int]) -> float:
     # Of each forward: a layer's input and source state, keys and values; once: looked-up embeddings.
     kept = model.layers * (2 * model.width + 2 * model.kv_heads * model.head_width / sizes["tensor"])
     looked_up = len(model.value_embedding_layers) * model.kv_heads * model.head_width / sizes["tensor"]
-    computed = sum(traffic.forwards_of(config.schedule.in_stages[-1].schedule))
+    computed = costs.learned_equivalent(model, config.schedule.in_stages[-1].schedule)
     return state + traffic.held_whole(config, sizes) + tokens * traffic.ACTIVATION * (computed * kept + 2 * looked_up)

@@ -81,7 +81,10 @@ class Step:
 
 
 def forwards_of(schedule: ScheduleConfig) -> list[float]:
-    """The share of all positions that each forward of one step computes; half of it where no backward pass follows."""
+    """The share of all positions that each forward of one step computes; half of it where no backward pass follows.
+
+    As if each had all layers: what a band or the source layer leaves out is counted in FLOPs only.
+    """
     return [float(one.share) * (1 if one.learns else 0.5) for one in schedule.description.passes(schedule)]
 
 
@@ -115,6 +118,7 @@ def of_step(config: Config, sizes: Mapping[str, int], schedule: ScheduleConfig) 
     ways = math.prod(sizes[axis] for axis in ("data", "fsdp", "tensor", "sequence"))
     forwards, passes = forwards_of(schedule), train.accumulation
     learning, all_forwards = schedule.forwards, len(forwards)
+    learned = costs.learned_equivalent(model, schedule)
     tokens = train.batch_size * model.sequence_length / (sizes["data"] * sizes["fsdp"] * sizes["sequence"])
     gathered = weights_of(model) / sizes["tensor"]
     total = sum(parameter.size for parameter in table(model).values())
@@ -131,13 +135,13 @@ def of_step(config: Config, sizes: Mapping[str, int], schedule: ScheduleConfig) 
         flops=flops,
         recomputed=flops / 3 if model.remat else 0.0,
         orthogonalized=sum(share.each * kind.flops for kind, share in muon.items()),
-        hbm=_memory_traffic(config, gathered, total, sizes, tokens, len(forwards) * passes, sum(forwards)),
+        hbm=_memory_traffic(config, gathered, total, sizes, tokens, learning * passes, learned),
         transfers=tuple(
             transfer
             for transfer in (
                 _over("fsdp", "all-gather of weights", gathers * gathered * ACTIVATION, sizes),
                 _over("fsdp", "reduce-scatter of gradients", summed, sizes),
-                _over("fsdp", "all-to-all of looked-up embeddings", _looked_up(config, sizes, tokens, forwards), sizes),
+                _over("fsdp", "all-to-all of looked-up embeddings", _looked_up(config, sizes, tokens, schedule), sizes),
                 _over_data((summed + rest) / sizes["fsdp"], sizes),
                 *_of_muon(muon),
                 _over("tensor", "all-reduce of activations", _reduced(config, tokens, sum(forwards)), sizes),
@@ -179,11 +183,12 @@ def _of_muon(muon: dict[Kind, Share]) -> tuple[Transfer, Transfer]:
     )
 
 
-def _looked_up(config: Config, sizes: Mapping[str, int], tokens: float, forwards: list[float]) -> float:
+def _looked_up(config: Config, sizes: Mapping[str, int], tokens: float, schedule: ScheduleConfig) -> float:
     """x⁰ and value embeddings change from columns to rows, and their gradients back."""
     model = config.model
     values = len(model.value_embedding_layers) * model.kv_heads * model.head_width
-    interleaved = len(forwards) > 1 and sum(forwards) == 2
+    shares = [one.share for one in schedule.description.passes(schedule)]
+    interleaved = max(shares) == 1 and min(shares) < 1
     # The partitioner is given both orders of positions; a device by itself reorders what it has.
     orders = 2 if interleaved and not meshes.gathers_once(config.mesh, sizes) else 1
     return 2 * orders * tokens * (model.width + values / sizes["tensor"]) * ACTIVATION

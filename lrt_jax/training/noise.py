@@ -55,6 +55,6 @@ def of(config: ScheduleConfig) -> Noise | None:
 
 
 def keys_of(tokens_BxT: jax.Array) -> jax.Array:
-    """A key for each row, from its tokens and their order: [B]."""
+    """A key for each row, from all its tokens and their order: [B]. What is drawn is not causal; its gradient is 0."""
     weights_T = jax.random.bits(jax.random.key(0), tokens_BxT.shape[1:], jnp.uint32) | 1
     return jax.vmap(jax.random.key)(jnp.sum(tokens_BxT.astype(jnp.uint32) * weights_T[None], axis=1, dtype=jnp.uint32))
