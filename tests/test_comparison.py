@@ -42,7 +42,7 @@ def test_every_run_of_a_shipped_sweep_can_be_and_all_of_a_budget_cost_the_same(p
         effective = config.train.tokens * costs.forwards_equivalent(config.model, config.schedule)
         np.testing.assert_allclose(effective, run.effective_tokens, rtol=1e-6)
     if path.stem == "matched_compute":
-        assert len({(run.effective_tokens, run.seed) for run in sweep.runs}) == 9
+        assert len({(run.effective_tokens, run.seed) for run in sweep.runs}) == 12
     # Machines that share a sweep run each of its runs once.
     shares = [plan.share(sweep.runs, f"{i}/3") for i in range(3)]
     assert sorted(run.name for share in shares for run in share) == sorted(run.name for run in sweep.runs)

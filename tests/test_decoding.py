@@ -87,8 +87,8 @@ def test_generated_logits_are_the_sequential_oracles(tiny, random_params, combin
 
     def read(tokens_BxN):  # every token's logits, by either prefill, in one chunk and in several
         length = tokens_BxN.shape[1]
-        ways = [DecodeConfig(), dataclasses.replace(EXACT, subsets=3), dataclasses.replace(EXACT, chunk=5, subsets=2)]
-        ways += [EXACT, dataclasses.replace(EXACT, chunk=5)]
+        subsets = 1 + list(COMBINATIONS).index(combination) % 3  # full forwards and sweeps take turns
+        ways = [DecodeConfig(), *(dataclasses.replace(EXACT, chunk=chunk, subsets=subsets) for chunk in (512, 5))]
         done = [
             prefill.run(
                 decoder,

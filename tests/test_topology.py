@@ -170,6 +170,7 @@ def test_the_real_programs_are_compiled():
         "decode step",
         "parallel evaluation",
         "sequential evaluation",
+        "health of the recurrence",
     ]
     parameters = costs.count_parameters(config.model).total
     for program in found:
