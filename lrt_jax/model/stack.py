@@ -183,7 +183,7 @@ def run(
     reading = config.memory_range if context.inputs.memory_BxPxD is not None else layers
     edges = sorted({layers.start, *(edge for edge in (reading.start, reading.stop) if edge in layers), layers.stop})
     if len(edges) == 2 and layers == range(config.layers):
-        return _run(context, x_BxPxD, own, before, shared, config.source_index)
+        return _run(context, x_BxPxD, own, before, shared, 0)
     parts = []
     for begin, end in itertools.pairwise(edges):
         parts.append(
@@ -193,7 +193,7 @@ def run(
                 {name: array[begin:end] for name, array in own.items()},
                 _of_layers(before, begin - layers.start, end - layers.start),
                 shared,
-                config.source_index - begin,
+                begin,
             )
         )
         x_BxPxD = parts[-1].x_BxPxD
@@ -219,12 +219,12 @@ def _joined(parts: list[Any]) -> Any:
 
 
 def _run(
-    context: Context, x_BxPxD: jax.Array, own: dict[str, jax.Array], before: Any, shared: Collection[str], source: int
+    context: Context, x_BxPxD: jax.Array, own: dict[str, jax.Array], before: Any, shared: Collection[str], begin: int
 ) -> Ran:
-    """All layers that ``own`` is of; ``source`` is the source layer's place among them, if it has one."""
+    """The layers that ``own`` is of, from ``begin`` on."""
     config, count = context.config, len(own["index"])
     if config.scan_layers and config.remat:
-        return _run_recomputed(context, x_BxPxD, own, before, shared, source)
+        return _run_recomputed(context, x_BxPxD, own, before, shared, begin)
 
     def body(
         carry: tuple[jax.Array, jax.Array],
@@ -245,10 +245,9 @@ def _run(
         carry, (fresh, refreshable) = lax.scan(step_of(None), carry, (own, before))
     else:
         produced = []
-        windows = config.windows[config.source_index - source :]
         for index, layer_own in enumerate(unstack(own, count)):
             layer = (layer_own, None if before is None else before[index])
-            carry, layer_produced = step_of(windows[index])(carry, layer)
+            carry, layer_produced = step_of(config.windows[begin + index])(carry, layer)
             produced.append(layer_produced)
         fresh, refreshable = zip(*produced, strict=True)
     if config.remat:
@@ -257,9 +256,10 @@ def _run(
 
 
 def _run_recomputed(
-    context: Context, x_BxPxD: jax.Array, own: dict[str, jax.Array], before: Any, shared: Collection[str], source: int
+    context: Context, x_BxPxD: jax.Array, own: dict[str, jax.Array], before: Any, shared: Collection[str], begin: int
 ) -> Ran:
     """``_run`` by ``recomputed.scan``, which wants to be told apart what has gradients, and whom they belong to."""
+    source, count = context.config.source_index - begin, len(own["index"])
     leaves, structure = jax.tree.flatten(context.places)
     traced = {index: leaf for index, leaf in enumerate(leaves) if isinstance(leaf, jax.Array)}
     # Of several pieces, this forward's own takes the place of one, which nobody reads: it has no gradient.
@@ -280,7 +280,7 @@ def _run_recomputed(
     alone = {name: array for name, array in own.items() if name not in each and name not in weights}
     x_BxPxD, source_BxPxD, (fresh, refreshable), (weights, others) = recomputed.scan(
         layer,
-        source if source in range(len(own["index"])) else len(own["index"]) - 1,  # whose output is not read, then
+        source if source in range(count) else count - 1,  # whose output is not read, then
         (traced, each),
         context.inputs,
         x_BxPxD,

@@ -196,7 +196,7 @@ class DecodeConfig:
     prefill: Prefill = "sequential"  # of prompts: exact, token by token, or by full forwards until they agree
     tolerance: float = 0.1  # of fixed_point: the largest change of a source state's entry that counts as none
     max_refinements: int = 32  # fixed_point falls back to sequential after so many forwards; 0 = never
-    subsets: int = 1  # S: fixed_point goes over so many strided subsets in turn, which converges faster; 1: over all
+    subsets: int = 1  # S: a refinement of fixed_point is a sweep over so many strided subsets; 1: a full forward
     chunk: int = 512  # fixed_point reads so many tokens at once; more are read in chunks
 
 
