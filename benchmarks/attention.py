@@ -22,12 +22,12 @@ import jax.numpy as jnp
 
 from benchmarks.arguments import output, positive, several
 from benchmarks.checks import check
+from lrt_jax.method import partitions
 from lrt_jax.model import attention, blocks, layers
 from lrt_jax.model.backend import HOMES
 from lrt_jax.model.cudnn import attend_by_cudnn
 from lrt_jax.setup import host_memory
 from lrt_jax.setup.config import ModelConfig, ScheduleConfig
-from lrt_jax.training import partitions
 
 ROW = "{:<28}{:>10}{:>9}{:>10}{:>10}{:>11}"
 # For --sweep: P of a subset, and windows as shares of T.

@@ -28,6 +28,7 @@ import jax.numpy as jnp
 
 from benchmarks.arguments import natural, output, pattern, positive, several
 from benchmarks.checks import check
+from lrt_jax.method import schedules
 from lrt_jax.model import costs
 from lrt_jax.model.backend import compute_dtype
 from lrt_jax.model.decoder import Decoder
@@ -35,7 +36,7 @@ from lrt_jax.model.parameters import table
 from lrt_jax.setup import hardware, host_memory
 from lrt_jax.setup import mesh as meshes
 from lrt_jax.setup.config import MeshConfig, ModelConfig, OptimizerConfig, ScheduleConfig
-from lrt_jax.training import optimizer, schedules, state, step
+from lrt_jax.training import optimizer, state, step
 
 ROW = "{:<26}{:>10}{:>9}{:>9}{:>12}{:>7}{:>10}{:>10}{:>10}"
 

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 from jax.extend.core import jaxprs_in_params
 
+from lrt_jax.method import partitions, schedules
 from lrt_jax.model import attention, backend, blocks
 from lrt_jax.model.cudnn import attend_by_cudnn
 from lrt_jax.model.decoder import Decoder
 from lrt_jax.model.parameters import table
 from lrt_jax.model.splash import attend_by_splash
 from lrt_jax.setup.config import ConfigError, ModelConfig, ScheduleConfig
-from lrt_jax.training import partitions, schedules
 
 T, C = 24, 4
 

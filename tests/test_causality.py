@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from test_equalities import COMBINATIONS
 
+from lrt_jax.method import schedules
 from lrt_jax.model.decoder import Decoder
 from lrt_jax.setup.config import ScheduleConfig
-from lrt_jax.training import schedules
 
 SCHEDULES = (
     ScheduleConfig(subsets=4, unroll=False, kv_refresh=True),

@@ -8,6 +8,7 @@ import jax
 import pytest
 from ml_collections import config_flags
 
+from lrt_jax.method import schedules
 from lrt_jax.model import costs
 from lrt_jax.model.decoder import Decoder
 from lrt_jax.model.parameters import table
@@ -24,7 +25,7 @@ from lrt_jax.setup.config import (
 )
 from lrt_jax.setup.config_file import ConfigFileParser
 from lrt_jax.setup.durations import require_ahead, train_steps
-from lrt_jax.training import optimizer, schedules, state, step
+from lrt_jax.training import optimizer, state, step
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "configs"

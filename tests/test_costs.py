@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
+from lrt_jax.method import schedules
 from lrt_jax.model import attention, costs
 from lrt_jax.model.decoder import Decoder
 from lrt_jax.setup.config import ScheduleConfig
-from lrt_jax.training import schedules
 from lrt_jax.training.state import init_params
 
 MODELS = {

@@ -11,11 +11,11 @@ from lrt_jax.inference import decode, prefill, scoring
 from lrt_jax.inference.decode import PAD
 from lrt_jax.inference.generate import Generation, Method
 from lrt_jax.inference.sampling import DEFAULT, GREEDY
+from lrt_jax.method import schedules
 from lrt_jax.model import cache
 from lrt_jax.model.decoder import Decoder
 from lrt_jax.setup.config import DecodeConfig
 from lrt_jax.setup.errors import UserError
-from lrt_jax.training import schedules
 
 EXACT = DecodeConfig("fixed_point", tolerance=0.0, max_refinements=0)
 MEMORIES = {

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from lrt_jax.inference import scoring
+from lrt_jax.method import schedules
 from lrt_jax.model.decoder import Decoder
 from lrt_jax.model.parameters import table
 from lrt_jax.setup.config import ScheduleConfig
-from lrt_jax.training import schedules
 
 EXACT = {"rtol": 1e-12, "atol": 1e-12}  # float64: everything but the order of sums
 PLAIN = {"memory": "none", "residual_injection": False}

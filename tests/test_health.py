@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from lrt_jax.evaluation import health
+from lrt_jax.method import forwards, schedules
 from lrt_jax.model.decoder import Decoder
 from lrt_jax.setup.config import Config, EvalConfig, MeshConfig, ScheduleConfig, TrainConfig
 from lrt_jax.setup.mesh import make_mesh
-from lrt_jax.training import forwards, schedules
 
 PASSES = 3
 

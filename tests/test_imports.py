@@ -6,7 +6,18 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "lrt_jax"
-ORDER = ["setup", "data", "model", "training", "inference", "conversion", "evaluation", "topology", "comparison"]
+ORDER = [
+    "setup",
+    "data",
+    "model",
+    "method",
+    "training",
+    "inference",
+    "conversion",
+    "evaluation",
+    "topology",
+    "comparison",
+]
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 

@@ -22,7 +22,8 @@ from lrt_jax.inference import scoring
 from lrt_jax.model.decoder import Decoder
 from lrt_jax.setup.config import MeshConfig, ModelConfig, ScheduleConfig
 from lrt_jax.setup import mesh as meshes
-from lrt_jax.training import schedules, state, step
+from lrt_jax.method import schedules
+from lrt_jax.training import state, step
 jax.config.update("jax_enable_x64", True)
 ROWS, T, V = 8, 16, 48
 def model(**layers):

@@ -2,7 +2,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lrt_jax.training.partitions import PARTITIONS, Partition, contiguous, random, strided
+from lrt_jax.method.partitions import PARTITIONS, Partition, contiguous, random, strided
 
 SHAPES = [(8, 1), (8, 2), (8, 4), (8, 8), (12, 3)]
 

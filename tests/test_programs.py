@@ -7,11 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lrt_jax.method import forwards, schedules
 from lrt_jax.model import backend
 from lrt_jax.model.decoder import Decoder
 from lrt_jax.model.parameters import table
 from lrt_jax.setup.config import OptimizerConfig, ScheduleConfig
-from lrt_jax.training import forwards, optimizer, schedules, state, step
+from lrt_jax.training import optimizer, state, step
 
 EXACT = {"rtol": 1e-12, "atol": 1e-12}  # float64: everything but the order of sums
 

@@ -9,10 +9,10 @@ import pytest
 from jax import lax
 from jax.extend.core import jaxprs_in_params
 
+from lrt_jax.method import schedules
 from lrt_jax.model import recomputed
 from lrt_jax.model.decoder import Decoder
 from lrt_jax.setup.config import ScheduleConfig
-from lrt_jax.training import schedules
 
 LAYERS, WIDTH = 3, 4
 

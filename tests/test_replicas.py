@@ -20,7 +20,8 @@ import optax
 from lrt_jax.model.decoder import Decoder
 from lrt_jax.setup.config import MeshConfig, ModelConfig, ScheduleConfig
 from lrt_jax.setup import mesh as meshes
-from lrt_jax.training import schedules, state, step
+from lrt_jax.method import schedules
+from lrt_jax.training import state, step
 jax.config.update("jax_enable_x64", True)
 ROWS, T, V = 16, 8, 48
 rows = np.random.default_rng(0).integers(0, V, (ROWS, T + 1), dtype=np.int32)

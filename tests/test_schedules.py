@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lrt_jax.method import forwards, schedules
 from lrt_jax.model import costs
 from lrt_jax.model.decoder import Decoder
 from lrt_jax.model.memory import shift_right
@@ -17,7 +18,7 @@ from lrt_jax.setup.mesh import make_mesh
 from lrt_jax.setup.schedule import SCHEDULES, Description, Pass
 from lrt_jax.setup.validation import validate
 from lrt_jax.topology import programs, traffic
-from lrt_jax.training import forwards, optimizer, schedules, state, step
+from lrt_jax.training import optimizer, state, step
 from lrt_jax.training.loop import Parts, Stage
 
 

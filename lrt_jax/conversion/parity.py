@@ -18,10 +18,10 @@ from jax import lax
 from lrt_jax.conversion import files, reference
 from lrt_jax.conversion.errors import ConversionError
 from lrt_jax.inference import decode
+from lrt_jax.method import forwards, schedules
+from lrt_jax.method.schedules import Outcome
 from lrt_jax.model.decoder import Decoder
 from lrt_jax.setup.config import Dtype, ModelConfig, ScheduleConfig
-from lrt_jax.training import forwards, schedules
-from lrt_jax.training.schedules import Outcome
 
 # Loss weights of the results named "weighted", by K; another K brings its own as <run>/loss_weights.
 WEIGHTS = {2: (0.1, 0.3, 0.6)}

@@ -19,10 +19,10 @@ from jax.sharding import Mesh
 from lrt_jax.data.pipeline import HeldOut
 from lrt_jax.evaluation import health
 from lrt_jax.inference import scoring
+from lrt_jax.method import schedules
 from lrt_jax.model.decoder import Decoder
 from lrt_jax.setup import mesh as meshes
 from lrt_jax.setup.config import Config
-from lrt_jax.training import schedules
 
 # Where the position buckets of sequential BPB begin; the last one ends at T.
 BUCKETS = (0, 16, 64, 256, 1024, 4096)

@@ -14,11 +14,11 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh
 
+from lrt_jax.method import forwards
 from lrt_jax.model.decoder import Decoder
 from lrt_jax.model.memory import Refreshable, shift_right
 from lrt_jax.setup import mesh as meshes
 from lrt_jax.setup.config import Config
-from lrt_jax.training import forwards
 
 # How many tokens too old a memory is read to see what its age costs.
 OLD = 8

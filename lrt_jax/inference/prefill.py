@@ -14,9 +14,9 @@ from jax import lax
 from lrt_jax.inference import decode, refinement
 from lrt_jax.inference.decode import PAD, DecodeState
 from lrt_jax.inference.refinement import Chunk, Guess
+from lrt_jax.method import partitions
 from lrt_jax.model.decoder import Decoder
 from lrt_jax.setup.config import DecodeConfig
-from lrt_jax.training import partitions
 
 
 class Prefilled(struct.PyTreeNode):

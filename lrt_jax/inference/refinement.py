@@ -15,9 +15,9 @@ from jax import lax
 
 from lrt_jax.inference import decode
 from lrt_jax.inference.decode import PAD, DecodeState
+from lrt_jax.method.partitions import Strided
 from lrt_jax.model.decoder import Buffer, Decoder, Forward
 from lrt_jax.model.pieces import SLOTS
-from lrt_jax.training.partitions import Strided
 
 
 class Guess(struct.PyTreeNode):

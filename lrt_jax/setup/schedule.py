@@ -1,6 +1,6 @@
 """Training schedules as data: what each is made of, and how runs put them together. No JAX.
 
-A schedule is a :class:`Description` here and a function in ``training.schedules``. Names of metrics, effective compute,
+A schedule is a :class:`Description` here and a function in ``method.schedules``. Names of metrics, effective compute,
 FLOPs, traffic and what a config may say follow from the description.
 """
 
@@ -195,7 +195,7 @@ def _chunked(schedule: ScheduleConfig) -> list[Pass]:
     return [Pass(f"chunk_{i}", share, learns_memory=i > 0 or not schedule.unroll) for i in range(schedule.chunks)]
 
 
-# By the names that a config uses; ``training.schedules.RUN`` has the function of each.
+# By the names that a config uses; ``method.schedules.RUN`` has the function of each.
 SCHEDULES: dict[str, Description] = {
     "plain": Description(lambda _: [FIRST], recurrent=False),
     "interleaved": Description(

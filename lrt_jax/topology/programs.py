@@ -17,6 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lrt_jax.evaluation import bits_per_byte, health
 from lrt_jax.inference import decode
+from lrt_jax.method import schedules
 from lrt_jax.model import backend, costs
 from lrt_jax.model.decoder import Decoder
 from lrt_jax.model.parameters import axes_by_layer, table
@@ -24,7 +25,7 @@ from lrt_jax.setup import mesh as meshes
 from lrt_jax.setup.config import Config
 from lrt_jax.setup.durations import train_steps
 from lrt_jax.topology.chips import TopologyError
-from lrt_jax.training import guard, optimizer, schedules, state, step
+from lrt_jax.training import guard, optimizer, state, step
 
 PROGRAMS = ("train", "decode", "evaluate")
 

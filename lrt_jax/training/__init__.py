@@ -1,1 +1,1 @@
-"""Schedules, optimizer, step, checkpoints and the loop."""
+"""Optimizer, step, checkpoints and the loop."""

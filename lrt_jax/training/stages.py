@@ -6,13 +6,14 @@ from collections.abc import Iterator
 import optax
 from jax.sharding import Mesh
 
+from lrt_jax.method import schedules
 from lrt_jax.model import costs
 from lrt_jax.model.decoder import Decoder
 from lrt_jax.model.parameters import table
 from lrt_jax.setup import mesh as meshes
 from lrt_jax.setup.config import Config
 from lrt_jax.setup.schedule import ScheduleConfig
-from lrt_jax.training import guard, schedules, step
+from lrt_jax.training import guard, step
 from lrt_jax.training.loop import Kind, Stage
 
 

@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
+from lrt_jax.method.schedules import Schedule
 from lrt_jax.model.backend import compute_dtype
 from lrt_jax.model.decoder import Decoder
 from lrt_jax.setup import mesh as meshes
 from lrt_jax.training import guard, replicas
-from lrt_jax.training.schedules import Schedule
 from lrt_jax.training.state import TrainState, state_shardings
 
 Step = Callable[[TrainState, jax.Array, jax.Array], tuple[TrainState, dict[str, jax.Array]]]

@@ -16,8 +16,8 @@ import jax.numpy as jnp
 
 from lrt_jax import main
 from lrt_jax.data import pipeline
+from lrt_jax.method import schedules
 from lrt_jax.setup import flags
-from lrt_jax.training import schedules
 
 
 class Tapped:

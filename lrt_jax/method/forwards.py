@@ -8,13 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from lrt_jax.method.partitions import Partition, Strided
 from lrt_jax.model import parameters
 from lrt_jax.model.backend import compute_dtype
 from lrt_jax.model.decoder import Buffer, Decoder, Forward, empty_buffer
 from lrt_jax.model.embedding import Embedded, each_alone
 from lrt_jax.model.memory import shift_right
 from lrt_jax.model.pieces import SLOTS
-from lrt_jax.training.partitions import Partition, Strided
 
 # With ``model.remat``: how many logits a device holds at once; 512 MB in float32.
 LOGITS = 2**27

@@ -14,11 +14,11 @@ import numpy as np
 from flax import struct
 from jax import lax
 
+from lrt_jax.method import forwards, noise, partitions
 from lrt_jax.model.decoder import Buffer, Decoder
 from lrt_jax.model.memory import shift_right
 from lrt_jax.model.pieces import SLOTS
 from lrt_jax.setup.schedule import ScheduleConfig
-from lrt_jax.training import forwards, noise, partitions
 
 
 class Outcome(struct.PyTreeNode):
