@@ -90,7 +90,7 @@ def _gates(refreshable: Any, counted_BxT: jax.Array) -> jax.Array:
 
 
 def metrics(sums: dict[str, np.ndarray], reading: range, bits_per_byte: Callable[[float], float]) -> dict[str, float]:
-    """The metrics of the README's table that say how memory settles.
+    """The metrics of docs/OPERATIONS.md that say how memory settles.
 
     Args:
       sums: of the function that :func:`program` made, added over batches.

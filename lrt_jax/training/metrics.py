@@ -63,7 +63,7 @@ class Writer:
         )
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
-        """Appends metrics, by the names of docs/DESIGN.md, for the state after ``step`` steps.
+        """Appends metrics, by the names of docs/OPERATIONS.md, for the state after ``step`` steps.
 
         NaN and infinity, which JSON does not have, become null in ``metrics.jsonl``.
 
