@@ -8,7 +8,7 @@ interleaved step recomputes each subset through a boolean mask, with layerwise m
 
 * ``interleaved``: as lean as eager code gets. The initialization forward has no memory projections, since they would
   project zeros; keys and values are written by ``index_copy``; RoPE tables are float32.
-* ``released``: the operations of the authors' release (method.md names it; read at its commit a133a67): the
+* ``released``: the operations of the authors' release (read at its commit a133a67): the
   initialization forward projects a memory of zeros in every layer, the shared buffer is cloned and written by index
   assignment, subsets are picked by boolean masks, and RoPE tables are bfloat16.
 

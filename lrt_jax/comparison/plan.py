@@ -20,7 +20,8 @@ class Run:
     Attributes:
       variant: what it is compared as: runs of one variant differ in budget and seed only.
       config: of the run; its duration and seed are set by the next two.
-      effective_tokens: its budget: training tokens times the forwards that each costs (method.md, "effective compute").
+      effective_tokens: its budget: training tokens times the forwards that each costs (METHOD.md,
+        "Training schedules").
       seed: of parameters, batches and draws.
     """
 

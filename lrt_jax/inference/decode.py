@@ -144,7 +144,7 @@ def advance(
 def step(
     decoder: Decoder, params: Any, state: DecodeState, tokens_B: jax.Array, *, use_memory: bool = True
 ) -> tuple[DecodeState, jax.Array]:
-    """One forward for one token per row (method.md, "Sequential decoding").
+    """One forward for one token per row (METHOD.md, "Decoding and evaluation").
 
     Args:
       decoder: the model.

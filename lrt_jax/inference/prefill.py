@@ -156,7 +156,7 @@ def fixed_point(
     keep_hidden: bool = True,
     fresh: bool = False,
 ) -> Prefilled:
-    """Prefill of one chunk by fixed-point refinement (method.md, "Decoding and evaluation").
+    """Prefill of one chunk by fixed-point refinement (METHOD.md, "Decoding and evaluation").
 
     A forward with zero memory, then refinements (``refinement.refined``) until no entry of any source state changes by
     more than ``config.tolerance``. Each makes one more token exact, or with S subsets S more, so that at tolerance 0 it

@@ -79,7 +79,7 @@ class Strided(Partition):
 
 
 def strided(length: int, subsets: int) -> Strided:
-    """The default partition of method.md: subset i of S holds the positions t ≡ i (mod S).
+    """The default partition (METHOD.md, "Training schedules"): subset i of S holds the positions t ≡ i (mod S).
 
     Raises:
       ValueError: ``subsets`` does not divide ``length``; as for the other partitions.

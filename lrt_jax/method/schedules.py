@@ -1,7 +1,7 @@
 """Training schedules: the one place where forwards, position masks and losses meet.
 
 A schedule takes a model and a batch and returns an :class:`Outcome`. All of them train the same
-parameters, and gradients flow through every forward (method.md, "Training schedules").
+parameters, and gradients flow through every forward (METHOD.md, "Training schedules").
 """
 
 import functools

@@ -1,22 +1,18 @@
 """The whole method at its plainest: docs/METHOD.md as a program, to be read before anything else, and run by tests.
 
 Every training schedule, and sequential decoding, is one loop (:func:`run`): some positions are computed, with the
-latest source states as their memory, and attend to the latest keys and values of all positions. Positions lie in
-natural order, attention is dense, and layers and forwards are Python loops. ``tests/test_spec.py`` holds the code that
-trains (``model``, ``method.schedules``) to these numbers and to their gradients.
+latest source states as their memory, and attend to the latest keys and values of all positions. ``tests/test_spec.py``
+holds the code that trains (``model``, ``method.schedules``) to these numbers and to their gradients.
 """
 
-import dataclasses
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
 from lrt_jax.method import partitions
-from lrt_jax.setup.config import ModelConfig
-from lrt_jax.setup.schedule import ScheduleConfig
+from lrt_jax.setup.config import ModelConfig, ScheduleConfig
 
 
 class Buffer(NamedTuple):
@@ -54,8 +50,7 @@ def attention(q_BxPxHxC: jax.Array, k: jax.Array, v: jax.Array, visible_PxT: np.
     return jnp.einsum("bhpt,bthc->bphc", weights_BxHxPxT, v_BxTxHxC)
 
 
-@dataclasses.dataclass(frozen=True)
-class Model:
+class Model(NamedTuple):
     """A model, its parameters (by the names of ``model.parameters.table``) and int tokens [B, T]."""
 
     config: ModelConfig
@@ -70,10 +65,9 @@ class Model:
         W = {"alpha": jnp.ones(())} | {name: jnp.zeros(shape) for name, shape in absent.items()}
         for name in self.params.keys() - {"embedding", "head"}:
             owners = config.value_embedding_layers if name.startswith("value_") else range(config.layers)
-            if config.memory == "shared" and name in ("memory_key", "memory_value"):
-                W[name] = self.params[name]
-            elif layer in owners:
-                W[name] = self.params[name][owners.index(layer)]
+            shared = config.memory == "shared" and name in ("memory_key", "memory_value")
+            if shared or layer in owners:
+                W[name] = self.params[name] if shared else self.params[name][owners.index(layer)]
         return W
 
     def forward(self, x_BxTxD: jax.Array, m_BxTxD: jax.Array, positions_P: Any, buffer: Buffer, layers: range) -> Any:
@@ -85,20 +79,19 @@ class Model:
         every = np.arange(len(buffer.known_T))
         known_T, back_PxT = buffer.known_T | np.isin(every, positions_P), positions_P[:, None] - every
         tokens_BxP, x = self.tokens_BxT[:, positions_P], x_BxTxD[:, positions_P]
-        x0 = norm(self.params["embedding"][tokens_BxP])
+        x0, windows = norm(self.params["embedding"][tokens_BxP]), self.config.windows
         for layer in layers:
             W, m = self.weights(layer), m_BxTxD[:, positions_P] * (layer in self.config.memory_range)
             x = W["alpha"] * x + W["beta"] * x0 + W["gamma"] * m
             h = norm(x)
             q, k, v = (jnp.tensordot(h, W[name], 1) for name in ("query", "key", "value"))
-            g_loc, g_mem = gate(h, W["memory_gate"][:, 0]), gate(h, W["memory_gate"][:, 1])
+            g_loc, g_mem, g_ve = (gate(h, G) for G in (*jnp.moveaxis(W["memory_gate"], 1, 0), W["value_gate"]))
             k = g_loc * k + g_mem * jnp.tensordot(m, W["memory_key"], 1)
-            v = g_loc * v + g_mem * jnp.tensordot(m, W["memory_value"], 1)
-            v = v + gate(h, W["value_gate"]) * W["value_embedding"][tokens_BxP]
-            stale[layer] = [x.at[:, positions_P].set(y) for x, y in zip(stale[layer], (k, v, g_mem), strict=True)]
-            q, k = (norm(rope(x, positions_P, self.config.rope_base)) for x in (q, k))
-            K[layer], V[layer] = (x[layer].at[:, positions_P].set(y) for x, y in ((K, k), (V, v)))
-            visible_PxT = known_T & (back_PxT >= 0) & (back_PxT <= self.config.windows[layer])
+            v = g_loc * v + g_mem * jnp.tensordot(m, W["memory_value"], 1) + g_ve * W["value_embedding"][tokens_BxP]
+            stale[layer] = [a.at[:, positions_P].set(b) for a, b in zip(stale[layer], (k, v, g_mem), strict=True)]
+            q, k = (norm(rope(a, positions_P, self.config.rope_base)) for a in (q, k))
+            K[layer], V[layer] = (a[layer].at[:, positions_P].set(b) for a, b in ((K, k), (V, v)))
+            visible_PxT = known_T & (back_PxT >= 0) & (back_PxT <= windows[layer])
             x = x + jnp.tensordot(attention(q, K[layer], V[layer], visible_PxT), W["output"], 2)
             x = x + jax.nn.relu(norm(x) @ W["mlp_in"]) ** 2 @ W["mlp_out"]
             if layer == self.config.source_index:
@@ -108,18 +101,17 @@ class Model:
     def refresh(self, m_BxTxD: jax.Array, buffer: Buffer, unvisited_T: np.ndarray) -> None:
         """KV refresh: brings keys and values that were made with zero memory up to date with the latest memory."""
         for layer, (k, v, g_mem) in enumerate(buffer.stale):
-            Uk_m, Uv_m = (
-                jnp.tensordot(m_BxTxD, self.weights(layer)[name], 1) for name in ("memory_key", "memory_value")
-            )
-            k = norm(rope(k + g_mem * Uk_m, np.arange(len(unvisited_T)), self.config.rope_base))
-            for latest, new in ((buffer.k, k), (buffer.v, v + g_mem * Uv_m)):
+            k = k + g_mem * jnp.tensordot(m_BxTxD, self.weights(layer)["memory_key"], 1)
+            v = v + g_mem * jnp.tensordot(m_BxTxD, self.weights(layer)["memory_value"], 1)
+            k = norm(rope(k, np.arange(len(unvisited_T)), self.config.rope_base))
+            for latest, new in ((buffer.k, k), (buffer.v, v)):
                 latest[layer] = jnp.where(unvisited_T[:, None, None], new, latest[layer])
 
 
 def passes(schedule: ScheduleConfig, length: int) -> list[tuple[np.ndarray, bool]]:
     """The forwards of a step: which positions each computes, and whether it has a loss and a gradient."""
-    every, begin = np.arange(length), schedule.settle or 1
-    full = [(every, not schedule.settle)] * begin
+    every = np.arange(length)
+    full = [(every, not schedule.settle)] * (schedule.settle or 1)
     if schedule.name == "interleaved":
         subsets_SxP = partitions.PARTITIONS[schedule.partition](length, schedule.subsets).positions_SxP
         return full + [(positions_P, True) for positions_P in subsets_SxP] * schedule.sweeps
@@ -143,18 +135,16 @@ def run(config: ModelConfig, schedule: ScheduleConfig, params: Any, tokens_BxT: 
     losses, merged_BxT, visited_T = [], jnp.zeros(rows), every < 0
     for number, (positions_P, learns) in enumerate(passes(schedule, len(every))):
         m_BxTxD = jnp.pad(buffer.source_BxTxD[:, :-1], ((0, 0), (1, 0), (0, 0)))  # m_{t-1}, and m_{-1} = 0
-        m_BxTxD = lax.stop_gradient(m_BxTxD) if schedule.detach else m_BxTxD
+        m_BxTxD = jax.lax.stop_gradient(m_BxTxD) if schedule.detach else m_BxTxD
         if schedule.kv_refresh and number:
             model.refresh(m_BxTxD, buffer, ~visited_T)
             visited_T = visited_T | np.isin(every, positions_P)
         x, buffer = model.forward(x_BxTxD, m_BxTxD, positions_P, buffer, range(config.memory_range.start, layers))
-        if not learns:
-            buffer = lax.stop_gradient(buffer)
-            continue
-        nats_BxPxV = -jax.nn.log_softmax(config.softcap * jnp.tanh(norm(x) @ params["head"] / config.softcap))
-        losses_BxP = jnp.take_along_axis(nats_BxPxV, targets_BxT[:, positions_P, None], axis=-1)[..., 0]
-        merged_BxT = merged_BxT.at[:, positions_P].set(losses_BxP)
-        losses.append(losses_BxP.mean())
-    first = 1.0 if schedule.settle else schedule.init_weight
-    weights = jnp.array(schedule.loss_weights or [first] + [1.0] * (len(losses) - 1))
-    return jnp.stack(losses) @ weights / weights.sum(), merged_BxT, buffer.source_BxTxD
+        buffer = buffer if learns else jax.lax.stop_gradient(buffer)
+        if learns:
+            nats_BxPxV = -jax.nn.log_softmax(config.softcap * jnp.tanh(norm(x) @ params["head"] / config.softcap))
+            losses_BxP = jnp.take_along_axis(nats_BxPxV, targets_BxT[:, positions_P, None], axis=-1)[..., 0]
+            merged_BxT = merged_BxT.at[:, positions_P].set(losses_BxP)
+            losses.append(losses_BxP.mean())
+    weights = schedule.loss_weights or [1.0 if schedule.settle else schedule.init_weight, *[1.0] * len(losses[1:])]
+    return jnp.average(jnp.array(losses), weights=jnp.array(weights)), merged_BxT, buffer.source_BxTxD

@@ -79,7 +79,7 @@ def empty_buffer(config: ModelConfig, rows: int, slots: int, pieces: int = 1) ->
 
 
 class Decoder(nn.Module):
-    """The Latent Recurrent Transformer, and with its memory off the plain baseline (method.md, "Backbone").
+    """The Latent Recurrent Transformer, and with its memory off the plain baseline (METHOD.md, "Backbone").
 
     Attributes:
       config: its shape and switches.
@@ -244,7 +244,7 @@ class Decoder(nn.Module):
         return ran, {**arrays, **{name: ran.own[name] for name in weights}}
 
     def refresh(self, refreshable: Any, memory_BxPxD: jax.Array, positions_BxP: jax.Array) -> Any:
-        """Keys and values of every layer under the latest memory (method.md, "KV refresh").
+        """Keys and values of every layer under the latest memory (METHOD.md, "Training schedules").
 
         Args:
           refreshable: from a forward with zero memory.

@@ -13,7 +13,7 @@ Array = jax.Array | np.ndarray
 
 
 def rms_norm(x: jax.Array) -> jax.Array:
-    """RMS norm over the last axis, without parameters (method.md, "Backbone": ``norm``).
+    """RMS norm over the last axis, without parameters (METHOD.md, "Backbone").
 
     Computed in float32 or wider; the result has the dtype of ``x``. ε is the machine epsilon of the
     dtype computed in, as in the reference.

@@ -1,4 +1,4 @@
-"""Recurrent memory: the paper's equations (method.md, "Recurrent memory").
+"""Recurrent memory: the paper's equations (METHOD.md, "Recurrent memory").
 
 m_t is the source state of position t; everything here reads m_{t-1}, already shifted. A memory of
 ``None`` is zero memory, and costs nothing.
@@ -88,7 +88,7 @@ def mix_keys_values(
     value_gate_cxK: jax.Array | None,
     value_embedding_BxPxKxC: jax.Array | None,
 ) -> tuple[KV, jax.Array | None]:
-    """KV projection, before RoPE and QK norm (method.md, "Recurrent memory", 2).
+    """KV projection, before RoPE and QK norm (METHOD.md, "Recurrent memory").
 
     k ← g_loc ⊙ k + g_mem ⊙ Uk m_{t-1};  v ← g_loc ⊙ v + g_mem ⊙ Uv m_{t-1} + g_ve ⊙ VE[token].
 
@@ -118,7 +118,7 @@ def mix_keys_values(
 
 
 def refresh(stale: Refreshable, projected: KV, rope_tables: tuple[Array, Array]) -> KV:
-    """KV refresh (method.md): keys and values under the latest memory, the layer not recomputed.
+    """KV refresh (METHOD.md, "Training schedules"): keys and values under the latest memory, the layer not recomputed.
 
     Both are linear in the memory, so g_mem ⊙ U m is added to what they were under zero memory; k then passes
     RoPE and QK norm again. The result is heads first, as a buffer holds it.

@@ -25,7 +25,7 @@ class Parameter:
     """One array of the model.
 
     Attributes:
-      shape: its shape, in the letters of docs/DESIGN.md.
+      shape: its shape, in the letters of METHOD.md, "Symbols".
       axes: a logical axis name per dimension; ``setup.mesh`` maps them to mesh axes.
       init: ``(key, shape, dtype) -> array``.
       group: which optimizer and learning rate it gets.
@@ -59,7 +59,7 @@ def _uniform(std: float) -> Initializer:
 
 
 def table(config: ModelConfig) -> dict[str, Parameter]:
-    """The parameters of the decoder that ``config`` describes, by name (method.md, "Backbone", "Init")."""
+    """The parameters of the decoder that ``config`` describes, by name (METHOD.md, "Backbone")."""
     L, D, H, K, C, F, V = (
         config.layers,
         config.width,

@@ -26,7 +26,7 @@ Gather = Literal["auto", "step", "forward"]
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """The decoder's shape and switches (method.md, "Backbone" and "Recurrent memory")."""
+    """The decoder's shape and switches (METHOD.md, "Backbone", "Recurrent memory")."""
 
     layers: int  # L
     width: int  # D
@@ -191,7 +191,7 @@ class EvalConfig:
 
 @dataclasses.dataclass(frozen=True)
 class DecodeConfig:
-    """How given tokens are read before others are generated or scored (method.md, "Decoding and evaluation")."""
+    """How given tokens are read before others are generated or scored (METHOD.md, "Decoding and evaluation")."""
 
     prefill: Prefill = "sequential"  # of prompts: exact, token by token, or by full forwards until they agree
     tolerance: float = 0.1  # of fixed_point: the largest change of a source state's entry that counts as none

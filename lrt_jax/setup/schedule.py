@@ -21,7 +21,7 @@ Partition = Literal["strided", "contiguous", "random"]
 
 @dataclasses.dataclass(frozen=True)
 class ScheduleConfig:
-    """The training schedule (method.md, "Training schedules")."""
+    """The training schedule (METHOD.md, "Training schedules")."""
 
     # One of SCHEDULES, or "staged": several, one after the other.
     name: str = "interleaved"
