@@ -24,11 +24,11 @@ from jax import lax
 
 from benchmarks.arguments import natural, output, positive, several, two_or_more
 from benchmarks.checks import check
-from lrt_jax.inference import decode
 from lrt_jax.inference.generate import Generation, Method
 from lrt_jax.inference.sampling import GREEDY
 from lrt_jax.model.backend import compute_dtype
 from lrt_jax.model.decoder import Decoder
+from lrt_jax.model.model import Model
 from lrt_jax.setup import host_memory
 from lrt_jax.setup.config import ModelConfig
 from lrt_jax.training.state import init_params
@@ -66,12 +66,12 @@ def variants(model: ModelConfig) -> dict[str, ModelConfig]:
     }
 
 
-def generated(config: ModelConfig, params: Any, options: argparse.Namespace, stride: int) -> Callable[[], float]:
+def generated(model: Model, options: argparse.Namespace, stride: int) -> Callable[[], float]:
     """A generation of ``options.tokens`` tokens, ``stride`` at a time: seconds of a step."""
-    prompts = [np.arange(options.prompt, dtype=np.int32) % config.vocab_size] * options.batch
+    prompts = [np.arange(options.prompt, dtype=np.int32) % model.config.vocab_size] * options.batch
 
     def run() -> float:
-        generation = Generation(Decoder(config), params, prompts, options.tokens, Method(GREEDY))
+        generation = Generation(model, prompts, options.tokens, Method(GREEDY))
         generation.advance(1)
         begin = time.perf_counter()
         for count in range(1 + stride, options.tokens + stride, stride):
@@ -158,11 +158,12 @@ def measure(model: ModelConfig, options: argparse.Namespace) -> list[Row]:
     for name, config in variants(model).items():
         if name not in ("plain", *options.models):
             continue
-        params = decode.prepared(config, nn.unbox(init_params(Decoder(config), jax.random.key(0))))
-        runs[name] = generated(config, params, options, options.tokens)
+        decoder = Decoder(config)
+        prepared = Model(decoder, nn.unbox(init_params(decoder, jax.random.key(0)))).for_decoding()
+        runs[name] = generated(prepared, options, options.tokens)
         if name == "shared" and options.loops:
-            runs["shared, streamed"] = generated(config, params, options, 1)
-            runs["shared, minimal"] = minimal(config, params, options)
+            runs["shared, streamed"] = generated(prepared, options, 1)
+            runs["shared, minimal"] = minimal(config, prepared.params, options)
     for run in runs.values():
         run()
     compiled = 0

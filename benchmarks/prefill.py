@@ -23,7 +23,7 @@ import numpy as np
 from benchmarks.arguments import home_expanded, natural, output, positive, several, tolerance
 from benchmarks.checks import in_one_line
 from lrt_jax.inference import decode, prefill, scoring
-from lrt_jax.model.decoder import Decoder
+from lrt_jax.model.model import Model
 from lrt_jax.setup import host_memory
 from lrt_jax.setup.config import DecodeConfig
 
@@ -58,8 +58,7 @@ class Row:
 
 
 def measure(
-    decoder: Decoder,
-    params: Any,
+    model: Model,
     tokens_NxT: np.ndarray,
     targets_NxT: np.ndarray,
     token_bytes: np.ndarray,
@@ -70,15 +69,15 @@ def measure(
     bytes_NxT = token_bytes[targets_NxT]
 
     def program(how: DecodeConfig) -> Callable[[np.ndarray], Any]:
-        def read(params: Any, tokens_BxN: jax.Array) -> tuple[jax.Array, Any]:
-            state = decode.start(decoder.config, len(tokens_BxN), length)
-            done = prefill.run(decoder, params, state, tokens_BxN, how, fresh=True)
-            return decode.logits(decoder, params, done.hidden_BxNxD), done.state
+        def read(model: Model, tokens_BxN: jax.Array) -> tuple[jax.Array, Any]:
+            state = decode.start(model.config, len(tokens_BxN), length)
+            done = prefill.run(model, state, tokens_BxN, how, fresh=True)
+            return model.logits(done.hidden_BxNxD), done.state
 
-        return functools.partial(jax.jit(read), params)
+        return functools.partial(jax.jit(read), model)
 
     def score(how: DecodeConfig) -> tuple[float, scoring.Scored]:
-        found = jax.jit(functools.partial(scoring.score, decoder, config=how))(params, tokens_NxT, targets_NxT)
+        found = jax.jit(functools.partial(scoring.score, config=how))(model, tokens_NxT, targets_NxT)
         return float(np.sum(found.losses_BxT * (bytes_NxT > 0)) / math.log(2) / bytes_NxT.sum()), found
 
     ways = [DecodeConfig("sequential")]
@@ -167,9 +166,7 @@ def main() -> None:
     found: list[Row] = []
     for length in lengths:
         tokens, targets = (array[:, :length] for array in (held_out.tokens_NxT, held_out.targets_NxT))
-        found += measure(
-            trained.decoder, trained.decoding_params, tokens, targets, trained.tokenizer.token_bytes, options
-        )
+        found += measure(trained.decoding, tokens, targets, trained.tokenizer.token_bytes, options)
     if options.json:
         about = {"device": device.device_kind, "jax": jax.__version__, "model": dataclasses.asdict(config.model)}
         lines = [dataclasses.asdict(row) for row in found]

@@ -89,8 +89,8 @@ def evaluate(
     texts = corpus.open_corpus(data, begun)
     held_out = pipeline.held_out_rows(config, texts, trained.tokenizer, rows or config.eval.final_rows)
     token_bytes = trained.tokenizer.token_bytes
-    evaluator = Evaluator(trained.decoder, config, trained.mesh, held_out, token_bytes)
-    scores = evaluator(trained.params)
+    evaluator = Evaluator(config, trained.mesh, held_out, token_bytes)
+    scores = evaluator(trained.model)
     gzip = evaluator.gzip_bits_per_byte()
     return {"step": trained.step, **scores, "gzip": gzip, "scoring": evaluator.scoring}
 

@@ -22,6 +22,7 @@ from lrt_jax.inference.sampling import Sampling
 from lrt_jax.model import costs
 from lrt_jax.model.backend import Attention, attention_kind, compute_dtype
 from lrt_jax.model.decoder import Decoder
+from lrt_jax.model.model import Model
 from lrt_jax.model.parameters import table
 from lrt_jax.setup import config as configs
 from lrt_jax.setup import flags as command_line
@@ -163,7 +164,7 @@ def _run(
 
     decoder = Decoder(config.model, mesh)
     transformation = optimizer.build(config.optimizer, table(config.model), steps, mesh)
-    evaluator = Evaluator(decoder, config, mesh, held_out, tokens.token_bytes)
+    evaluator = Evaluator(config, mesh, held_out, tokens.token_bytes)
 
     checkpoints = checkpoint.Checkpoints(workdir, config.train.keep)
     imported = binding.holds_parameters_only(workdir)
@@ -196,7 +197,7 @@ def _run(
         mesh=mesh,
         checkpoints=checkpoints,
         writer=writer,
-        evaluate=lambda params: evaluator(params, config.eval.rows, between),
+        evaluate=lambda params: evaluator(Model(decoder, params), config.eval.rows, between),
         peak_flops=hardware.peak_flops(mesh.local_devices[0]) * mesh.size,
         stop=stop,
         watchdog=watchdog,
@@ -212,7 +213,7 @@ def _run(
             writer.line(f"stopped at step {int(train_state.step):,}; run the same command to go on from there")
             return {}
         with stop.deferred():
-            scores = evaluator(train_state.params, between=between)
+            scores = evaluator(Model(decoder, train_state.params), between=between)
         writer.write(steps, scores)
     finally:
         writer.close()
@@ -222,7 +223,7 @@ def _run(
         processes.say(line)
     if config.eval.sample_tokens:
         processes.say(f"\nA sample, decoded with the memory, after {config.eval.prompt!r}:\n")
-        trained = load.Trained(config, decoder, train_state.params, tokens, mesh, steps)
+        trained = load.Trained(config, Model(decoder, train_state.params), tokens, steps)
         method = Method(Sampling(temperature=config.eval.temperature), config.decode)
         for piece in text.stream(trained, config.eval.prompt, tokens=config.eval.sample_tokens, method=method):
             processes.say(piece, end="")

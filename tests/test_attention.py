@@ -13,6 +13,7 @@ from lrt_jax.method import partitions, schedules
 from lrt_jax.model import attention, backend, blocks
 from lrt_jax.model.cudnn import attend_by_cudnn
 from lrt_jax.model.decoder import Decoder
+from lrt_jax.model.model import Model
 from lrt_jax.model.parameters import table
 from lrt_jax.model.splash import attend_by_splash
 from lrt_jax.setup.config import ConfigError, ModelConfig, ScheduleConfig
@@ -120,7 +121,7 @@ def test_models_compute_the_same_with_either(tiny, random_params, random_batch, 
     def loss_and_gradients(kind):
         config = tiny(dtype="float64", attention=kind, scan_layers=scan_layers)
         batch, built = random_batch(config), schedules.build(schedule, config.sequence_length)
-        return jax.jit(jax.value_and_grad(lambda params: built(Decoder(config), params, *batch).loss))(
+        return jax.jit(jax.value_and_grad(lambda params: built(Model(Decoder(config), params), *batch).loss))(
             random_params(config)
         )
 
@@ -222,7 +223,9 @@ def test_a_model_with_kernels_computes_the_same(random_params, kind, length, sub
         )
         rows = jnp.asarray(np.random.default_rng(0).integers(0, 32, (1, length + 1)))
         built = schedules.build(ScheduleConfig(subsets=subsets), length)  # more than two pieces
-        objective = jax.value_and_grad(lambda params: built(Decoder(config), params, rows[:, :-1], rows[:, 1:]).loss)
+        objective = jax.value_and_grad(
+            lambda params: built(Model(Decoder(config), params), rows[:, :-1], rows[:, 1:]).loss
+        )
         return jax.jit(objective)(random_params(config))
 
     dense, by_kernel = loss_and_gradients("dense"), loss_and_gradients(kind)
@@ -292,7 +295,7 @@ def test_what_the_backward_pass_keeps_has_no_copy_of_the_buffer_for_each_subset(
         tokens = jax.ShapeDtypeStruct((2, config.sequence_length), jnp.int32)
 
         def backward(params, *batch):
-            return jax.vjp(lambda params: built(Decoder(config), params, *batch).loss, params)[1]
+            return jax.vjp(lambda params: built(Model(Decoder(config), params), *batch).loss, params)[1]
 
         leaves = jax.tree.leaves(jax.eval_shape(backward, params, tokens, tokens))
         return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)

@@ -11,6 +11,7 @@ from test_equalities import COMBINATIONS
 
 from lrt_jax.method import schedules
 from lrt_jax.model.decoder import Decoder
+from lrt_jax.model.model import Model
 from lrt_jax.setup.config import ScheduleConfig
 
 SCHEDULES = (
@@ -53,7 +54,7 @@ def test_6_no_forward_sees_a_later_position(tiny, random_params, combination):
             """Of the losses [F, T] of one row by embeddings, one loss after the other; and where they count."""
 
             def losses(embeddings):
-                outcome = built(Decoder(config), params | embeddings, tokens, targets)
+                outcome = built(Model(Decoder(config), params | embeddings), tokens, targets)
                 return outcome.token_losses_FxBxT[:, 0], outcome.masks_FxT
 
             losses_FxT, pull_back, masks_FxT = jax.vjp(losses, embeddings, has_aux=True)

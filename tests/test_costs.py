@@ -10,6 +10,7 @@ from flax import linen as nn
 from lrt_jax.method import schedules
 from lrt_jax.model import attention, costs
 from lrt_jax.model.decoder import Decoder
+from lrt_jax.model.model import Model
 from lrt_jax.setup.config import ScheduleConfig
 from lrt_jax.training.state import init_params
 
@@ -61,12 +62,12 @@ def product_flops(jaxpr) -> int:
 @pytest.mark.parametrize("model", MODELS)
 def test_flops_of_a_forward_are_those_of_its_program(tiny, random_params, model, memory):
     config = tiny(**MODELS[model])
-    decoder, length = Decoder(config), config.sequence_length
+    length = config.sequence_length
     positions = jnp.arange(length)[None]
 
     def forward(params, memory_1xTxD):
-        out = decoder.apply({"params": params}, positions, positions, memory_1xTxD)
-        return decoder.apply({"params": params}, out.hidden_BxPxD, method=Decoder.logits)
+        out, model = Model(Decoder(config), params)(positions, positions, memory_1xTxD)
+        return model.logits(out.hidden_BxPxD)
 
     given = jnp.zeros((1, length, config.width)) if memory else None
     products = product_flops(jax.make_jaxpr(forward)(random_params(config), given).jaxpr)
@@ -113,7 +114,7 @@ def test_flops_of_a_step_are_those_of_its_program(tiny, random_params, random_ba
     batch = random_batch(config, rows=1)
 
     def loss(params):
-        return built(Decoder(config), params, *batch).loss
+        return built(Model(Decoder(config), params), *batch).loss
 
     products = product_flops(jax.make_jaxpr(jax.grad(loss))(random_params(config)).jaxpr)
     attended = round(3 * costs.forwards_equivalent(config, schedule) * attention_flops(config))

@@ -14,6 +14,7 @@ from lrt_jax.inference.sampling import DEFAULT, GREEDY
 from lrt_jax.method import schedules
 from lrt_jax.model import cache
 from lrt_jax.model.decoder import Decoder
+from lrt_jax.model.model import Model
 from lrt_jax.setup.config import DecodeConfig
 from lrt_jax.setup.errors import UserError
 
@@ -72,7 +73,7 @@ def oracle(config, params, rows):
 
     def loss(target):
         targets = jnp.full(tokens.shape, target)
-        return schedules.sequential(Decoder(config), params, jnp.asarray(tokens), targets).token_losses_FxBxT[0]
+        return schedules.sequential(Model(Decoder(config), params), jnp.asarray(tokens), targets).token_losses_FxBxT[0]
 
     losses_VxBxT = jax.jit(jax.vmap(loss))(jnp.arange(config.vocab_size))
     return -np.moveaxis(np.asarray(losses_VxBxT), 0, -1)
@@ -83,7 +84,7 @@ def oracle(config, params, rows):
 def test_generated_logits_are_the_sequential_oracles(tiny, random_params, combination):
     config = small(tiny, dtype="float64", **COMBINATIONS[combination])
     params = random_params(config)
-    decoder, prompts = Decoder(config), prompts_of(config)
+    model, prompts = Model(Decoder(config), params), prompts_of(config)
 
     def read(tokens_BxN):  # every token's logits, by either prefill, in one chunk and in several
         length = tokens_BxN.shape[1]
@@ -91,8 +92,7 @@ def test_generated_logits_are_the_sequential_oracles(tiny, random_params, combin
         ways = [DecodeConfig(), *(dataclasses.replace(EXACT, chunk=chunk, subsets=subsets) for chunk in (512, 5))]
         done = [
             prefill.run(
-                decoder,
-                decode.prepared(config, params),
+                model.for_decoding(),
                 decode.start(config, len(tokens_BxN), length),
                 tokens_BxN,
                 way,
@@ -101,9 +101,9 @@ def test_generated_logits_are_the_sequential_oracles(tiny, random_params, combin
             )
             for way in ways
         ]
-        return [decode.logits(decoder, params, one.hidden_BxNxD) for one in done], done
+        return [model.logits(one.hidden_BxNxD) for one in done], done
 
-    generation = Generation(decoder, params, prompts, NEW, Method(GREEDY))
+    generation = Generation(model, prompts, NEW, Method(GREEDY))
     tokens_BxM = generation.advance()
     assert tokens_BxM.shape == (len(prompts), NEW) and (tokens_BxM >= 0).all()
     rows = [np.concatenate([prompt, new]) for prompt, new in zip(prompts, tokens_BxM, strict=True)]
@@ -131,17 +131,17 @@ def test_generated_logits_are_the_sequential_oracles(tiny, random_params, combin
 @pytest.fixture(scope="module")
 def model(tiny, random_params):
     config = small(tiny)
-    return config, Decoder(config), random_params(config)
+    return Model(Decoder(config), random_params(config))
 
 
 @pytest.mark.parametrize("method", [Method(GREEDY), Method(DEFAULT, dataclasses.replace(EXACT, tolerance=0.05))])
 def test_eight_prompts_together_are_eight_single_runs(model, method):
-    config, decoder, params = model
+    config = model.config
     prompts = prompts_of(config, (1, 12, 5, 12, 5, 1, 8, 5))  # each length is a program
-    together = Generation(decoder, params, prompts, NEW, method, seeds=range(8))
+    together = Generation(model, prompts, NEW, method, seeds=range(8))
     tokens_BxM = together.advance()
     for row, prompt in enumerate(prompts):
-        alone = Generation(decoder, params, [prompt], NEW, method, seeds=[row])
+        alone = Generation(model, [prompt], NEW, method, seeds=[row])
         np.testing.assert_array_equal(alone.advance()[0], tokens_BxM[row], err_msg=str(row))
         np.testing.assert_allclose(alone.log_probabilities[0], together.log_probabilities[row], rtol=0, atol=1e-5)
         assert alone.prefilled.refinements_B[0] == together.prefilled.refinements_B[row]
@@ -149,10 +149,10 @@ def test_eight_prompts_together_are_eight_single_runs(model, method):
 
 
 def test_greedy_twice_and_token_by_token_is_bitwise_the_same(model):
-    config, decoder, params = model
+    config = model.config
     runs = []
     for pieces in ([NEW], [NEW], range(1, NEW + 1)):
-        generation = Generation(decoder, params, prompts_of(config), NEW, Method(GREEDY))
+        generation = Generation(model, prompts_of(config), NEW, Method(GREEDY))
         for count in pieces:
             tokens_BxM = generation.advance(count)
         assert not generation.going
@@ -162,10 +162,8 @@ def test_greedy_twice_and_token_by_token_is_bitwise_the_same(model):
 
 
 def test_the_memory_matters_to_what_is_generated(model):
-    config, decoder, params = model
-    found = [
-        Generation(decoder, params, prompts_of(config), NEW, Method(GREEDY, use_memory=flag)) for flag in (True, False)
-    ]
+    config = model.config
+    found = [Generation(model, prompts_of(config), NEW, Method(GREEDY, use_memory=flag)) for flag in (True, False)]
     on, off = (generation.advance() for generation in found)
     assert (on != off).any()
     np.testing.assert_allclose(  # a prompt's first token has no memory to lose
@@ -174,13 +172,13 @@ def test_the_memory_matters_to_what_is_generated(model):
 
 
 def test_a_stop_token_ends_its_row_alone(model):
-    config, decoder, params = model
+    config = model.config
     prompts = prompts_of(config)
-    tokens_BxM = Generation(decoder, params, prompts, NEW, Method(GREEDY)).advance()
+    tokens_BxM = Generation(model, prompts, NEW, Method(GREEDY)).advance()
     row = int(np.argmax([len(set(tokens[:2])) for tokens in tokens_BxM]))
     stop = int(tokens_BxM[row, 1])
     assert stop != tokens_BxM[row, 0]
-    generation = Generation(decoder, params, prompts, NEW, Method(GREEDY, stop_tokens=(stop,)))
+    generation = Generation(model, prompts, NEW, Method(GREEDY, stop_tokens=(stop,)))
     stopped_BxM = generation.advance()
     for before, after in zip(tokens_BxM, stopped_BxM, strict=True):
         kept = np.cumsum(before == stop) == 0
@@ -223,13 +221,12 @@ def test_the_cache_is_the_same_in_one_write_or_many(tiny):
 
 
 def test_refinements_stop_at_the_tolerance_and_say_how_many(model):
-    _, decoder, params = model
     tokens, targets = (np.random.default_rng(3).integers(0, 40, (3, 16), dtype=np.int32) for _ in range(2))
-    exact = jax.jit(lambda *batch: scoring.score(decoder, params, *batch))(tokens, targets)
+    exact = jax.jit(lambda *batch: scoring.score(model, *batch))(tokens, targets)
     counts, errors = [], []
     for tolerance in (3.0, 0.3, 0.03, 0.0):
         how = DecodeConfig("fixed_point", tolerance=tolerance, max_refinements=0)
-        found = jax.jit(lambda *batch: scoring.score(decoder, params, *batch, how))(tokens, targets)  # noqa: B023
+        found = jax.jit(lambda *batch: scoring.score(model, *batch, how))(tokens, targets)  # noqa: B023
         counts.append(int(found.refinements_B.max()))
         errors.append(float(jnp.abs(found.losses_BxT - exact.losses_BxT).max()))
         assert (found.residual_B <= tolerance).all() or counts[-1] == 15
@@ -241,12 +238,11 @@ def test_refinements_stop_at_the_tolerance_and_say_how_many(model):
 
 @pytest.mark.parametrize("tolerance", [1e-4, np.nan])
 def test_what_does_not_converge_is_computed_sequentially(model, tolerance):
-    _, decoder, params = model
     tokens = np.random.default_rng(4).integers(0, 40, (3, 16), dtype=np.int32)
     tokens[0, :14] = PAD  # two tokens: one refinement is exact
     strict = DecodeConfig("fixed_point", tolerance=tolerance, max_refinements=1, chunk=8)
     exact, found = (
-        jax.jit(lambda *batch: scoring.score(decoder, params, *batch, how))(tokens, tokens)  # noqa: B023
+        jax.jit(lambda *batch: scoring.score(model, *batch, how))(tokens, tokens)  # noqa: B023
         for how in (DecodeConfig(), strict)
     )
     np.testing.assert_array_equal(found.fallbacks_B[1:], [2, 2])
@@ -256,13 +252,13 @@ def test_what_does_not_converge_is_computed_sequentially(model, tolerance):
 
 def test_long_prompts_of_unequal_length_are_read_in_blocks_of_attention(tiny, random_params):
     config = tiny(sequence_length=512, window_pattern="SL", attention="blocked")
-    decoder, params = Decoder(config), random_params(config)
+    model = Model(Decoder(config), random_params(config))
     tokens_BxN = prefill.pad_left(prompts_of(config, (420, 131, 5)), 420)
 
     def read(tokens_BxN):  # without memory, so that one forward is exact
         ways = DecodeConfig(), EXACT, dataclasses.replace(EXACT, chunk=140)
         state = decode.start(config, 3, 420)
-        run = lambda way: prefill.run(decoder, params, state, tokens_BxN, way, use_memory=False, fresh=True)  # noqa: E731
+        run = lambda way: prefill.run(model, state, tokens_BxN, way, use_memory=False, fresh=True)  # noqa: E731
         return [(one.hidden_BxNxD, one.state.cache) for one in map(run, ways)]
 
     expected, *others = jax.jit(read)(tokens_BxN)
@@ -273,7 +269,9 @@ def test_long_prompts_of_unequal_length_are_read_in_blocks_of_attention(tiny, ra
 def test_a_plain_model_needs_no_refinement(tiny, random_params):
     config = small(tiny, memory="none", residual_injection=False)
     tokens = np.random.default_rng(4).integers(0, 40, (2, 16), dtype=np.int32)
-    found = jax.jit(lambda params: scoring.score(Decoder(config), params, tokens, tokens, EXACT))(random_params(config))
+    found = jax.jit(scoring.score, static_argnums=3)(
+        Model(Decoder(config), random_params(config)), tokens, tokens, EXACT
+    )
     assert not found.refinements_B.any() and not found.residual_B.any() and not found.fallbacks_B.any()
 
 
@@ -287,6 +285,6 @@ def test_a_plain_model_needs_no_refinement(tiny, random_params):
     ],
 )
 def test_what_does_not_fit_the_context_is_refused(model, lengths, tokens, message):
-    config, decoder, params = model
+    config = model.config
     with pytest.raises(UserError, match=message):
-        Generation(decoder, params, prompts_of(config, lengths), tokens)
+        Generation(model, prompts_of(config, lengths), tokens)

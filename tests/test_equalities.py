@@ -13,6 +13,7 @@ import pytest
 from lrt_jax.inference import scoring
 from lrt_jax.method import schedules
 from lrt_jax.model.decoder import Decoder
+from lrt_jax.model.model import Model
 from lrt_jax.model.parameters import table
 from lrt_jax.setup.config import ScheduleConfig
 
@@ -69,11 +70,11 @@ def test_every_choice_is_in_a_combination():
 def run(config, params, batch, **schedule):
     """The outcome of a schedule, by default interleaved."""
     built = schedules.build(ScheduleConfig(**schedule), config.sequence_length)
-    return jax.jit(lambda params, *batch: built(Decoder(config), params, *batch))(params, *batch)
+    return jax.jit(lambda params, *batch: built(Model(Decoder(config), params), *batch))(params, *batch)
 
 
 def sequential(config, params, batch, **options):
-    return jax.jit(lambda params, *batch: scoring.score(Decoder(config), params, *batch, **options).losses_BxT)(
+    return jax.jit(lambda params, *batch: scoring.score(Model(Decoder(config), params), *batch, **options).losses_BxT)(
         params, *batch
     )
 
@@ -93,10 +94,8 @@ def test_1_memory_switched_off_is_the_plain_baseline_to_the_bit(tiny, random_par
 
     # Not jitted, so that every operation runs alone: fusing could round α x + β x⁰ in another order.
     def outputs(config, params, memory):
-        decoder = Decoder(config)
-        out = decoder.apply({"params": params}, tokens, positions, memory)
-        logits = decoder.apply({"params": params}, out.hidden_BxPxD, method=Decoder.logits)
-        return out._replace(params=None), logits  # the parameters it hands on are those it was given
+        out, model = Model(Decoder(config), params)(tokens, positions, memory)
+        return out, model.logits(out.hidden_BxPxD)
 
     expected = outputs(plain, shared, None)
     for given in (None, memory):
@@ -121,7 +120,7 @@ def test_a_source_state_is_what_a_model_of_so_many_layers_ends_with(tiny, random
     tokens, _ = random_batch(whole)
 
     def out(config, params):
-        return Decoder(config).apply({"params": params}, tokens, jnp.arange(8)[None])
+        return Model(Decoder(config), params)(tokens, jnp.arange(8)[None])[0]
 
     found, expected = out(whole, params), out(first, cut)
     np.testing.assert_allclose(found.source_BxPxD, expected.hidden_BxPxD, rtol=1e-5, atol=1e-5)
@@ -151,10 +150,10 @@ def computed(request, tiny, random_params, random_batch):
     }
 
     def everything(params, *batch):
-        decoder = Decoder(config)
-        built = {name: schedules.build(one, length)(decoder, params, *batch) for name, one in schedule.items()}
+        model = Model(Decoder(config), params)
+        built = {name: schedules.build(one, length)(model, *batch) for name, one in schedule.items()}
         merged = {name: outcome.merged_losses_BxT for name, outcome in built.items()}
-        decoded = {flag: scoring.score(decoder, params, *batch, use_memory=flag).losses_BxT for flag in (True, False)}
+        decoded = {flag: scoring.score(model, *batch, use_memory=flag).losses_BxT for flag in (True, False)}
         return built, merged, decoded
 
     with jax.enable_x64(True):

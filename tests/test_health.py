@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from lrt_jax.evaluation import health
-from lrt_jax.method import forwards, schedules
+from lrt_jax.method import schedules
 from lrt_jax.model.decoder import Decoder
+from lrt_jax.model.model import Model
 from lrt_jax.setup.config import Config, EvalConfig, MeshConfig, ScheduleConfig, TrainConfig
 from lrt_jax.setup.mesh import make_mesh
 
@@ -18,8 +19,9 @@ PASSES = 3
 
 def measured(config, params, batch, counted):
     run = Config(config, TrainConfig(batch_size=2, steps=1), eval=EvalConfig(passes=PASSES))
-    program = health.program(Decoder(config), run, make_mesh(MeshConfig()))
-    sums = {name: np.asarray(array, np.float64) for name, array in program(params, *batch, counted).items()}
+    program = health.program(run, make_mesh(MeshConfig()))
+    sums = program(Model(Decoder(config), params), *batch, counted)
+    sums = {name: np.asarray(array, np.float64) for name, array in sums.items()}
     return health.metrics(sums, config.memory_range, float)
 
 
@@ -32,11 +34,11 @@ def test_metrics_are_those_of_repeated_forwards(tiny, random_params, random_batc
     counted = np.random.default_rng(0).random(batch[0].shape) < 0.7
     found = measured(config, params, batch, counted)
 
-    decoder, positions = Decoder(config), np.arange(config.sequence_length)
+    model = Model(Decoder(config), params)
 
-    read = jax.jit(lambda states: _outputs(decoder, params, batch, positions, states))
+    read = jax.jit(lambda states: _outputs(model, batch, states))
     built = schedules.build(ScheduleConfig(name="multi_refinement", refinements=PASSES), config.sequence_length)
-    outcome = jax.jit(lambda params: built(decoder, params, *batch))(params)
+    outcome = jax.jit(lambda model: built(model, *batch))(model)
     for k in range(1, PASSES + 1):
         expected = np.sum(np.asarray(outcome.token_losses_FxBxT[k]) * counted)
         np.testing.assert_allclose(found[f"val/bpb_after/{k}"], expected, rtol=1e-5)
@@ -61,19 +63,18 @@ def test_metrics_are_those_of_repeated_forwards(tiny, random_params, random_batc
     np.testing.assert_allclose(gammas, params["gamma"][config.memory_range.start :], rtol=1e-5)
 
 
-def _outputs(decoder, params, batch, positions, states):
+def _outputs(model, batch, states):
     memory = jnp.pad(states[:, :-1], ((0, 0), (1, 0), (0, 0)))
-    (embedded,) = forwards.embed(decoder, params, batch[0])
-    out = forwards.forward(decoder, params, embedded, positions, memory, None, 0)
-    return out.source_BxPxD, forwards.token_losses(decoder, params, out.hidden_BxPxD, batch[1])
+    out, _ = model(batch[0], np.arange(model.config.sequence_length)[None], memory)
+    return out.source_BxPxD, model.losses(out.hidden_BxPxD, batch[1])
 
 
 def test_nothing_is_measured_where_there_is_no_memory_or_no_pass(tiny):
     mesh = make_mesh(MeshConfig())
     plain = tiny(memory="none", residual_injection=False)
     schedule, train = ScheduleConfig(name="plain"), TrainConfig(batch_size=2, steps=1)
-    assert health.program(Decoder(plain), Config(plain, train, schedule=schedule), mesh) is None
-    assert health.program(Decoder(tiny()), Config(tiny(), train, eval=EvalConfig(passes=0)), mesh) is None
+    assert health.program(Config(plain, train, schedule=schedule), mesh) is None
+    assert health.program(Config(tiny(), train, eval=EvalConfig(passes=0)), mesh) is None
     assert list(health.lines({"val/bpb_init": 2.0})) == []
 
 

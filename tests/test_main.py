@@ -219,16 +219,16 @@ def test_weights_travel_by_file_and_train_on(undisturbed, corpus, tmp_path):
     assert "no tokenizer" not in ended[1][1]
     before, after = load.load(workdir), load.load(imported)
     assert before.config.model == after.config.model and after.step == 0
-    for name, array in before.params.items():
-        np.testing.assert_array_equal(np.asarray(array), np.asarray(after.params[name]), err_msg=name)
+    for name, array in before.model.params.items():
+        np.testing.assert_array_equal(np.asarray(array), np.asarray(after.model.params[name]), err_msg=name)
     method = generate.Method(GREEDY)
     texts = [list(text.stream(trained, "word1 ", tokens=6, method=method)) for trained in (before, after)]
     assert texts[0] == texts[1]
     assert "beginning at step 0 with the parameters imported into it" in ended[3][1]
     trained = load.load(trained_on)
     assert trained.step == 2
-    np.testing.assert_array_equal(trained.params["mlp_in"], before.params["mlp_in"])
-    assert np.any(np.asarray(trained.params["embedding"]) != np.asarray(before.params["embedding"]))
+    np.testing.assert_array_equal(trained.model.params["mlp_in"], before.model.params["mlp_in"])
+    assert np.any(np.asarray(trained.model.params["embedding"]) != np.asarray(before.model.params["embedding"]))
 
 
 def test_a_staged_run_changes_its_schedule_and_a_mixture_draws_it(trained):

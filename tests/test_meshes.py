@@ -20,6 +20,7 @@ import numpy as np
 import optax
 from lrt_jax.inference import scoring
 from lrt_jax.model.decoder import Decoder
+from lrt_jax.model.model import Model
 from lrt_jax.setup.config import MeshConfig, ModelConfig, ScheduleConfig
 from lrt_jax.setup import mesh as meshes
 from lrt_jax.method import schedules
@@ -56,8 +57,8 @@ for name, schedule, config in (
             current, metrics = train(current, *batch)
             losses.append(float(metrics["train/loss"]))
         if name == "interleaved":
-            score = jax.jit(lambda params, *batch: scoring.score(decoder, params, *batch).losses_BxT.mean(axis=0))
-            score = np.asarray(score(current.params, *batch)).tolist()
+            score = jax.jit(lambda *given: scoring.score(*given).losses_BxT.mean(axis=0))
+            score = np.asarray(score(Model(decoder, current.params), *batch)).tolist()
         shards = {leaf: len({str(shard.index) for shard in current.params[leaf].addressable_shards})
                   for leaf in ("query", "value_embedding")}
         print(json.dumps({"schedule": name, "mesh": sizes, "losses": losses, "score": score, "shards": shards,

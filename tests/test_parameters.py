@@ -7,6 +7,7 @@ import pytest
 
 from lrt_jax.model import parameters
 from lrt_jax.model.decoder import Decoder
+from lrt_jax.model.model import Model
 
 MODELS = [
     {"memory": memory, "residual_injection": memory != "none", "value_embeddings": values, "layers": layers}
@@ -31,12 +32,9 @@ def test_parameters_by_layer_say_their_axes(tiny, random_params, model):
 @pytest.mark.parametrize("memory", ["shared", "none"])
 def test_parameters_by_layer_are_the_same_model(tiny, random_params, random_batch, memory, values):
     config = tiny(memory=memory, residual_injection=memory != "none", value_embeddings=values)
-    decoder, params = Decoder(config), random_params(config)
+    model = Model(Decoder(config), random_params(config))
     tokens_BxT, _ = random_batch(config)
     positions_1xT = jnp.arange(config.sequence_length)[None]
     memory_BxTxD = jax.random.normal(jax.random.key(1), (*tokens_BxT.shape, config.width))
-    stacked, cut = (
-        decoder.apply({"params": form}, tokens_BxT, positions_1xT, memory_BxTxD).hidden_BxPxD
-        for form in (params, parameters.by_layer(config, params))
-    )
+    stacked, cut = (form(tokens_BxT, positions_1xT, memory_BxTxD)[0].hidden_BxPxD for form in (model, model.by_layer()))
     np.testing.assert_allclose(stacked, cut, rtol=1e-5, atol=1e-6)

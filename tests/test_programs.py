@@ -10,6 +10,7 @@ import pytest
 from lrt_jax.method import forwards, schedules
 from lrt_jax.model import backend
 from lrt_jax.model.decoder import Decoder
+from lrt_jax.model.model import Model
 from lrt_jax.model.parameters import table
 from lrt_jax.setup.config import OptimizerConfig, ScheduleConfig
 from lrt_jax.training import optimizer, state, step
@@ -43,7 +44,7 @@ def unrolled(request, tiny, random_params, random_batch):
 
 def loss_and_gradients(config, schedule, params, batch):
     built = schedules.build(schedule, config.sequence_length)
-    objective = jax.value_and_grad(lambda params, *batch: built(Decoder(config), params, *batch).loss)
+    objective = jax.value_and_grad(lambda params, *batch: built(Model(Decoder(config), params), *batch).loss)
     return jax.jit(objective)(params, *batch)
 
 
@@ -86,7 +87,7 @@ def test_logits_some_positions_at_a_time(x64, tiny, unrolled, monkeypatch):
     found = loss_and_gradients(rematerialized, schedule, params, batch)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-12), found, expected)
     built = schedules.build(schedule, config.sequence_length)
-    objective = jax.grad(lambda params: built(Decoder(rematerialized), params, *batch).loss)
+    objective = jax.grad(lambda params: built(Model(Decoder(rematerialized), params), *batch).loss)
     text, rows, words = str(jax.make_jaxpr(objective)(params)), len(batch[0]), config.vocab_size
     assert f"f64[1,5,{words}]" in text and f"f64[{rows},{config.sequence_length},{words}]" not in text
 

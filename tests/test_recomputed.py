@@ -12,6 +12,7 @@ from jax.extend.core import jaxprs_in_params
 from lrt_jax.method import schedules
 from lrt_jax.model import recomputed
 from lrt_jax.model.decoder import Decoder
+from lrt_jax.model.model import Model
 from lrt_jax.setup.config import ScheduleConfig
 
 LAYERS, WIDTH = 3, 4
@@ -82,7 +83,7 @@ def count(names, jaxpr, shapes):
 
 def gradient_of(config, schedule, params, batch):
     built = schedules.build(schedule, config.sequence_length)
-    return jax.make_jaxpr(jax.grad(lambda params: built(Decoder(config), params, *batch).loss))(params).jaxpr
+    return jax.make_jaxpr(jax.grad(lambda params: built(Model(Decoder(config), params), *batch).loss))(params).jaxpr
 
 
 SUMS = ("add", "add_any")

@@ -12,6 +12,7 @@ from lrt_jax.method import forwards, schedules
 from lrt_jax.model import costs
 from lrt_jax.model.decoder import Decoder
 from lrt_jax.model.memory import shift_right
+from lrt_jax.model.model import Model
 from lrt_jax.model.parameters import table
 from lrt_jax.setup.config import Config, ConfigError, MeshConfig, OptimizerConfig, ScheduleConfig, TrainConfig
 from lrt_jax.setup.mesh import make_mesh
@@ -69,7 +70,7 @@ def test_forwards_masks_and_compute_of_every_schedule(tiny, name):
     tokens = jax.ShapeDtypeStruct((2, 8), jnp.int32)
     params = {name: jax.ShapeDtypeStruct(spec.shape, jnp.float32) for name, spec in table(config).items()}
     built = schedules.build(schedule, 8)
-    outcome = jax.eval_shape(lambda *arguments: built(Decoder(config), *arguments), params, tokens, tokens)
+    outcome = jax.eval_shape(built, Model(Decoder(config), params), tokens, tokens)
     assert outcome.token_losses_FxBxT.shape == (len(names), 2, 8)
     assert outcome.masks_FxT.shape == (len(names), 8)
     assert outcome.forward_losses_F.shape == (len(names),)
@@ -84,16 +85,15 @@ def test_detached_forwards_learn_nothing_from_later_ones(tiny, random_params, ra
         built = schedules.build(
             ScheduleConfig(name="multi_refinement", refinements=1, loss_weights=(0.0, 1.0), **schedule), 8
         )
-        return jax.jit(jax.grad(lambda params: built(Decoder(config), params, *batch).loss))(params)
+        return jax.jit(jax.grad(lambda params: built(Model(Decoder(config), params), *batch).loss))(params)
 
     # Given the first forward's source states as constants, the second forward alone is what is differentiated.
     first = run(config, params, batch, name="plain").sources_BxTxD
     memory = jnp.pad(first[:, :-1], ((0, 0), (1, 0), (0, 0)))
 
     def second(params):
-        (embedded,) = forwards.embed(Decoder(config), params, batch[0])
-        out = forwards.forward(Decoder(config), params, embedded, jnp.arange(8), memory, None, 0)
-        return jnp.mean(forwards.token_losses(Decoder(config), params, out.hidden_BxPxD, batch[1]))
+        out, model = Model(Decoder(config), params)(batch[0], jnp.arange(8)[None], memory)
+        return jnp.mean(model.losses(out.hidden_BxPxD, batch[1]))
 
     expected = jax.jit(jax.grad(second))(params)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), gradient(detach=True), expected)
@@ -126,7 +126,7 @@ def test_settled_memory_is_that_of_forwards_without_gradient(tiny, random_params
         def of(name, **schedule):
             schedule = ScheduleConfig(name=name, unroll=not scan, **schedule)
             built = schedules.build(schedule, 8)
-            return lambda params: built(Decoder(config), params, *batch).loss
+            return lambda params: built(Model(Decoder(config), params), *batch).loss
 
         last = {1: (0.0, 1.0), 3: (0.0, 0.0, 0.0, 1.0)}
         refined = {
@@ -316,15 +316,13 @@ def test_effective_compute_of_a_staged_run():
     assert [parts.forwards_until(step) for step in (0, 3, 6, 7, 8, 10)] == [0, 3, 6, 8, 10, 18]
 
 
-def twice(decoder, params, tokens_BxT, targets_BxT):
+def twice(model, tokens_BxT, targets_BxT):
     """A toy: a second full forward reads the source states of the first, and its loss counts as well."""
-    positions_T = np.arange(tokens_BxT.shape[1], dtype=np.int32)
-    (embedded,) = forwards.embed(decoder, params, tokens_BxT)
-    first = forwards.initialization(decoder, params, embedded)
-    memory_BxTxD = shift_right(first.source_BxPxD)
-    again = forwards.forward(decoder, params, embedded, positions_T, memory_BxTxD, None, 0, subsets=1)
-    losses = [forwards.token_losses(decoder, params, one.hidden_BxPxD, targets_BxT) for one in (first, again)]
-    masks_FxT = jnp.ones((2, len(positions_T)), bool)
+    (embedded,) = model.embed(tokens_BxT)
+    first, model = forwards.initialization(model, embedded)
+    again, model = forwards.full(model, embedded, shift_right(first.source_BxPxD))
+    losses = [forwards.token_losses(model, one.hidden_BxPxD, targets_BxT) for one in (first, again)]
+    masks_FxT = jnp.ones((2, tokens_BxT.shape[1]), bool)
     return schedules.outcome(jnp.stack(losses), masks_FxT, again.source_BxPxD)
 
 
@@ -356,7 +354,7 @@ def test_a_schedule_is_one_description_and_one_function(tiny, random_params, ran
     assert {"train/loss_first", "train/loss_again"} < set(metrics)
     params, batch = random_params(config), random_batch(config)
     built = [schedules.build(one, 8) for one in (schedule, known)]
-    found, expected = jax.jit(lambda params: [of(Decoder(config), params, *batch).loss for of in built])(params)
+    found, expected = jax.jit(lambda params: [of(Model(Decoder(config), params), *batch).loss for of in built])(params)
     np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 
@@ -384,7 +382,7 @@ def test_every_number_and_own_field_of_a_description_is_a_field_of_the_config():
 def run(config, params, batch, **schedule):
     """The outcome of a schedule, by default interleaved."""
     built = schedules.build(ScheduleConfig(**schedule), config.sequence_length)
-    return jax.jit(lambda params, *batch: built(Decoder(config), params, *batch))(params, *batch)
+    return jax.jit(lambda params, *batch: built(Model(Decoder(config), params), *batch))(params, *batch)
 
 
 def test_training_lowers_the_loss(tiny, random_batch):

@@ -8,6 +8,7 @@ import pytest
 
 from lrt_jax.method import schedules, spec
 from lrt_jax.model.decoder import Decoder
+from lrt_jax.model.model import Model
 from lrt_jax.setup.config import ScheduleConfig
 
 SCHEDULES = {
@@ -64,7 +65,7 @@ def test_what_trains_is_what_the_method_says(tiny, random_params, random_batch, 
     built = schedules.build(dataclasses.replace(schedule, unroll=unroll), config.sequence_length)
 
     def trained(params, *batch):
-        outcome = built(Decoder(config), params, *batch)
+        outcome = built(Model(Decoder(config), params), *batch)
         return outcome.loss, (outcome.merged_losses_BxT, outcome.sources_BxTxD)
 
     def said(params, *batch):

@@ -21,6 +21,7 @@ from lrt_jax.inference import decode
 from lrt_jax.method import forwards, schedules
 from lrt_jax.method.schedules import Outcome
 from lrt_jax.model.decoder import Decoder
+from lrt_jax.model.model import Model
 from lrt_jax.setup.config import Dtype, ModelConfig, ScheduleConfig
 
 # Loss weights of the results named "weighted", by K; another K brings its own as <run>/loss_weights.
@@ -123,8 +124,8 @@ class _Runs:
         params: dict[str, np.ndarray],
         arrays: Mapping[str, np.ndarray],
     ):
-        self._config, self._schedule, self._params, self._arrays = config, schedule, params, arrays
-        self._decoder = Decoder(config)
+        self._config, self._schedule, self._arrays = config, schedule, arrays
+        self._model = Model(Decoder(config), params)
         self._batch = tuple(jnp.asarray(arrays[name], jnp.int32) for name in ("tokens", "targets"))
         self._done: dict[str, Results] = {}
 
@@ -178,28 +179,27 @@ class _Runs:
         schedule = dataclasses.replace(schedule, unroll=not self._config.scan_layers)
         built = schedules.build(schedule, self._batch[0].shape[1])
 
-        def objective(params: Any) -> tuple[jax.Array, Outcome]:
-            tokens_BxT, targets_BxT = self._batch
-            outcome = built(self._decoder, params, tokens_BxT, targets_BxT)
+        def objective(model: Model) -> tuple[jax.Array, Outcome]:
+            outcome = built(model, *self._batch)
             return outcome.loss, outcome
 
-        grads, outcome = jax.jit(jax.grad(objective, has_aux=True))(self._params)
-        return Results(outcome, reference.to_reference(grads, self._config))
+        grads, outcome = jax.jit(jax.grad(objective, has_aux=True))(self._model)
+        return Results(outcome, reference.to_reference(grads.params, self._config))
 
     def _plain_logits(self) -> jax.Array:
-        def logits(params: Any) -> jax.Array:
-            (embedded,) = forwards.embed(self._decoder, params, self._batch[0])
-            out = forwards.initialization(self._decoder, params, embedded)
-            return self._decoder.apply({"params": params}, out.hidden_BxPxD, method=Decoder.logits)
+        def logits(model: Model) -> jax.Array:
+            (embedded,) = model.embed(self._batch[0])
+            out, model = forwards.initialization(model, embedded)
+            return model.logits(out.hidden_BxPxD)
 
-        return jax.jit(logits)(self._params)
+        return jax.jit(logits)(self._model)
 
     def _decoded(self, *, use_memory: bool) -> jax.Array:
         """The logits of every position, decoded token by token."""
         tokens_BxT = self._batch[0]
 
         def advance(state: decode.DecodeState, tokens_B: jax.Array) -> tuple[decode.DecodeState, jax.Array]:
-            return decode.step(self._decoder, self._params, state, tokens_B, use_memory=use_memory)
+            return decode.step(self._model, state, tokens_B, use_memory=use_memory)
 
         def logits() -> jax.Array:
             state = decode.start(self._config, rows=tokens_BxT.shape[0], slots=tokens_BxT.shape[1])

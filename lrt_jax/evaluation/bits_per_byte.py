@@ -20,7 +20,7 @@ from lrt_jax.data.pipeline import HeldOut
 from lrt_jax.evaluation import health
 from lrt_jax.inference import scoring
 from lrt_jax.method import schedules
-from lrt_jax.model.decoder import Decoder
+from lrt_jax.model.model import Model
 from lrt_jax.setup import mesh as meshes
 from lrt_jax.setup.config import Config
 
@@ -29,11 +29,10 @@ BUCKETS = (0, 16, 64, 256, 1024, 4096)
 
 
 class Evaluator:
-    """Scores parameters on held-out rows; compiles once, whatever the number of rows."""
+    """Scores a model on held-out rows; compiles once, whatever the number of rows."""
 
     def __init__(
         self,
-        decoder: Decoder,
         config: Config,
         mesh: Mesh,
         held_out: HeldOut,
@@ -42,7 +41,6 @@ class Evaluator:
         """Prepares the scoring functions.
 
         Args:
-          decoder: the model.
           config: of the run. The forwards of its schedule are scored in parallel (of a staged one, the last stage's);
             ``eval.scoring`` says how true recurrence is computed, ``eval.batch_size`` how many rows together.
           mesh: where to compute.
@@ -54,18 +52,16 @@ class Evaluator:
         self._decode = dataclasses.replace(config.decode, prefill=config.eval.scoring)
         self._token_bytes = token_bytes
         self.rows = len(held_out.tokens_NxT)
-        self._reading = decoder.config.memory_range
-        self._programs = [
-            one for one in (*programs(decoder, config, mesh), health.program(decoder, config, mesh)) if one
-        ]
+        self._reading = config.model.memory_range
+        self._programs = [one for one in (*programs(config, mesh), health.program(config, mesh)) if one]
 
     def __call__(
-        self, params: Any, rows: int | None = None, between: Callable[[], None] = lambda: None
+        self, model: Model, rows: int | None = None, between: Callable[[], None] = lambda: None
     ) -> dict[str, float]:
         """Metrics of the first ``rows`` rows (None: all).
 
         Args:
-          params: the model's.
+          model: what is scored.
           rows: how many.
           between: called before each batch; may raise, to end the scoring.
 
@@ -81,7 +77,7 @@ class Evaluator:
         for batch in self._batches(rows):
             between()
             # All are dispatched before any is fetched.
-            for part in [program(params, *batch) for program in self._programs]:
+            for part in [program(model, *batch) for program in self._programs]:
                 for name, array in part.items():
                     sums[name] = sums.get(name, 0.0) + np.asarray(array, np.float64)
         bytes_T = self._token_bytes[self.held_out.targets_NxT[:rows]].sum(axis=0)
@@ -126,24 +122,24 @@ class Evaluator:
             yield meshes.global_batch(self._mesh, local)
 
 
-def programs(decoder: Decoder, config: Config, mesh: Mesh) -> tuple[Any, Any]:
-    """The jitted functions ``(params, tokens_BxT, targets_BxT, counted_BxT) -> sums by position``.
+def programs(config: Config, mesh: Mesh) -> tuple[Any, Any]:
+    """The jitted functions ``(model, tokens_BxT, targets_BxT, counted_BxT) -> sums by position``.
 
     The first scores the forwards of the schedule in parallel, the second true recurrence.
     """
     how = dataclasses.replace(config.decode, prefill=config.eval.scoring)
     last = dataclasses.replace(config.schedule.in_stages[-1].schedule, jitter=0.0, plain_prefix=False)
-    forwards = schedules.build(last, decoder.config.sequence_length)
+    forwards = schedules.build(last, config.model.sequence_length)
     begins_with_init = schedules.forward_names(last)[0] == "init"
 
-    def parallel(params: Any, tokens_BxT: jax.Array, targets_BxT: jax.Array, counted_BxT: jax.Array) -> Any:
-        outcome = forwards(decoder, params, tokens_BxT, targets_BxT)
-        first = outcome if begins_with_init else schedules.plain(decoder, params, tokens_BxT, targets_BxT)
+    def parallel(model: Model, tokens_BxT: jax.Array, targets_BxT: jax.Array, counted_BxT: jax.Array) -> Any:
+        outcome = forwards(model, tokens_BxT, targets_BxT)
+        first = outcome if begins_with_init else schedules.plain(model, tokens_BxT, targets_BxT)
         losses = {"init": first.token_losses_FxBxT[0], "merged": outcome.merged_losses_BxT}
         return {name: jnp.sum(losses_BxT * counted_BxT, axis=0) for name, losses_BxT in losses.items()}
 
-    def sequential(params: Any, tokens_BxT: jax.Array, targets_BxT: jax.Array, counted_BxT: jax.Array) -> Any:
-        found = scoring.score(decoder, params, tokens_BxT, targets_BxT, how)
+    def sequential(model: Model, tokens_BxT: jax.Array, targets_BxT: jax.Array, counted_BxT: jax.Array) -> Any:
+        found = scoring.score(model, tokens_BxT, targets_BxT, how)
         rows_B = jnp.any(counted_BxT, axis=1)  # the others fill up the last batch
         return {
             "sequential": jnp.sum(found.losses_BxT * counted_BxT, axis=0),

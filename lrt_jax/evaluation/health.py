@@ -15,8 +15,8 @@ from jax import lax
 from jax.sharding import Mesh
 
 from lrt_jax.method import forwards
-from lrt_jax.model.decoder import Decoder
 from lrt_jax.model.memory import Refreshable, shift_right
+from lrt_jax.model.model import Model
 from lrt_jax.setup import mesh as meshes
 from lrt_jax.setup.config import Config
 
@@ -24,29 +24,29 @@ from lrt_jax.setup.config import Config
 OLD = 8
 
 
-def program(decoder: Decoder, config: Config, mesh: Mesh) -> Callable[..., dict[str, jax.Array]] | None:
-    """The jitted function ``(params, tokens_BxT, targets_BxT, counted_BxT) -> sums`` that :func:`metrics` reads.
+def program(config: Config, mesh: Mesh) -> Callable[..., dict[str, jax.Array]] | None:
+    """The jitted function ``(model, tokens_BxT, targets_BxT, counted_BxT) -> sums`` that :func:`metrics` reads.
 
     ``config.eval.passes`` full forwards follow the initialization forward, each fed the source states of the one
     before; two more read the last ones' states in another order. None where a model has no memory, or no pass is asked
     for.
     """
     passes = config.eval.passes
-    if not decoder.config.recurrent or not passes:
+    if not config.model.recurrent or not passes:
         return None
 
     def sums(
-        params: Any, tokens_BxT: jax.Array, targets_BxT: jax.Array, counted_BxT: jax.Array
+        model: Model, tokens_BxT: jax.Array, targets_BxT: jax.Array, counted_BxT: jax.Array
     ) -> dict[str, jax.Array]:
-        gamma_L = params["gamma"] if "gamma" in params else jnp.zeros((0,))
-        params = forwards.by_layer(decoder, params)
-        embedded = forwards.begin(decoder, params, tokens_BxT)
+        gamma_L = model.params["gamma"] if "gamma" in model.params else jnp.zeros((0,))
+        model = model.by_layer()
+        embedded = forwards.begin(model, tokens_BxT)
         wide = jnp.promote_types(embedded.x0_BxPxD.dtype, jnp.float32)
 
         def read(memory_BxTxD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
             """A full forward's source states, its losses' sum, and its memory gates' sums, layer by layer."""
-            out = forwards.full(decoder, params, embedded, memory_BxTxD, keep_refreshable=True)
-            losses_BxT = forwards.token_losses(decoder, params, out.hidden_BxPxD, targets_BxT)
+            out, _ = forwards.full(model, embedded, memory_BxTxD, keep_refreshable=True)
+            losses_BxT = forwards.token_losses(model, out.hidden_BxPxD, targets_BxT)
             return out.source_BxPxD, jnp.sum(losses_BxT * counted_BxT), _gates(out.refreshable, counted_BxT)
 
         def again(states_BxTxD: jax.Array, _: None) -> tuple[jax.Array, tuple[jax.Array, ...]]:
@@ -54,7 +54,7 @@ def program(decoder: Decoder, config: Config, mesh: Mesh) -> Callable[..., dict[
             change_BxTxD = (after_BxTxD.astype(wide) - states_BxTxD.astype(wide)) * counted_BxT[..., None]
             return after_BxTxD, (loss, jnp.sum(change_BxTxD**2), gates_L)
 
-        first_BxTxD = forwards.initialization(decoder, params, embedded).source_BxPxD
+        first_BxTxD = forwards.initialization(model, embedded)[0].source_BxPxD
         last_BxTxD, (losses_K, changes_K, gates_KxL) = lax.scan(again, first_BxTxD, length=passes)
         # The row before, of those that count: others fill up the last batch.
         rows = jnp.maximum(jnp.sum(jnp.any(counted_BxT, axis=1)), 1)

@@ -3,10 +3,6 @@
 Evaluation and generation share this path: whatever is scored or sampled uses the recurrent memory.
 """
 
-import dataclasses
-import functools
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from flax import struct
@@ -15,8 +11,8 @@ from lrt_jax.model import cache as caches
 from lrt_jax.model.attention import EMPTY
 from lrt_jax.model.backend import compute_dtype
 from lrt_jax.model.cache import Cache
-from lrt_jax.model.decoder import Buffer, Decoder, Forward
-from lrt_jax.model.parameters import by_layer
+from lrt_jax.model.decoder import Buffer, Forward
+from lrt_jax.model.model import Model
 from lrt_jax.setup.config import ModelConfig
 
 # Stands where a row has no token and rests: before a prompt shorter than others, or after its text has ended.
@@ -60,11 +56,6 @@ def start(config: ModelConfig, rows: int, slots: int, seeds_B: jax.Array | None 
     )
 
 
-def prepared(config: ModelConfig, params: Any) -> Any:
-    """The parameters as decoding reads them fastest (``parameters.by_layer``); all functions here take either form."""
-    return jax.jit(lambda params: by_layer(config, params, compute_dtype(config)))(params)
-
-
 def positions_of(state: DecodeState, tokens_BxP: jax.Array) -> jax.Array:
     """The positions of each row's next tokens, EMPTY for PAD: int32 [B, P]."""
     begun_BxP = tokens_BxP != PAD
@@ -73,8 +64,7 @@ def positions_of(state: DecodeState, tokens_BxP: jax.Array) -> jax.Array:
 
 
 def forward(
-    decoder: Decoder,
-    params: Any,
+    model: Model,
     state: DecodeState,
     tokens_BxP: jax.Array,
     memory_BxPxD: jax.Array | None,
@@ -87,8 +77,7 @@ def forward(
     """One forward for each row's next tokens, PAD among them only before others; the state stays as it was.
 
     Args:
-      decoder: the model.
-      params: its parameters.
+      model: the model, best as ``Model.for_decoding`` leaves it.
       state: after the tokens before.
       tokens_BxP: int32.
       memory_BxPxD: m_{t-1} of each token; None is zero memory.
@@ -102,8 +91,7 @@ def forward(
     """
     length = tokens_BxP.shape[1]
     subsets = 1 if buffer is None else buffer.positions_BxN.shape[1] // length
-    return unrolled(decoder).apply(
-        {"params": params},
+    out, _ = model.unrolled(
         jnp.where(tokens_BxP != PAD, tokens_BxP, 0),
         positions_BxP,
         memory_BxPxD,
@@ -114,6 +102,7 @@ def forward(
         subsets=subsets if fresh else None,
         ragged=True,
     )
+    return out
 
 
 def absorb(state: DecodeState, out: Forward, positions_BxP: jax.Array) -> DecodeState:
@@ -126,29 +115,23 @@ def absorb(state: DecodeState, out: Forward, positions_BxP: jax.Array) -> Decode
     )
 
 
-def logits(decoder: Decoder, params: Any, hidden_BxPxD: jax.Array) -> jax.Array:
-    """The logits of the tokens that follow: [B, P, V], float32 or wider."""
-    return decoder.apply({"params": params}, hidden_BxPxD, method=Decoder.logits)
-
-
 def advance(
-    decoder: Decoder, params: Any, state: DecodeState, tokens_B: jax.Array, *, use_memory: bool = True
+    model: Model, state: DecodeState, tokens_B: jax.Array, *, use_memory: bool = True
 ) -> tuple[DecodeState, jax.Array]:
     """:func:`step` up to the head: the state after one token per row, and its hidden state, [B, D]."""
     memory_Bx1xD = state.memory_BxD[:, None] if use_memory else None
     positions_Bx1 = positions_of(state, tokens_B[:, None])
-    out = forward(decoder, params, state, tokens_B[:, None], memory_Bx1xD, positions_Bx1)
+    out = forward(model, state, tokens_B[:, None], memory_Bx1xD, positions_Bx1)
     return absorb(state, out, positions_Bx1), out.hidden_BxPxD[:, 0]
 
 
 def step(
-    decoder: Decoder, params: Any, state: DecodeState, tokens_B: jax.Array, *, use_memory: bool = True
+    model: Model, state: DecodeState, tokens_B: jax.Array, *, use_memory: bool = True
 ) -> tuple[DecodeState, jax.Array]:
     """One forward for one token per row (METHOD.md, "Decoding and evaluation").
 
     Args:
-      decoder: the model.
-      params: its parameters.
+      model: the model, best as ``Model.for_decoding`` leaves it.
       state: after the tokens before.
       tokens_B: int32, the next token of each row, or PAD in rows that rest: their state stays as it is.
       use_memory: False zeroes the memory that the model reads: for ablations.
@@ -156,11 +139,5 @@ def step(
     Returns:
       The state after the token, and the logits of the token that follows, [B, V] float32 or wider.
     """
-    state, hidden_BxD = advance(decoder, params, state, tokens_B, use_memory=use_memory)
-    return state, logits(decoder, params, hidden_BxD[:, None])[:, 0]
-
-
-@functools.lru_cache
-def unrolled(decoder: Decoder) -> Decoder:
-    """The same model with its layers unrolled: their caches differ in size. Parameters do not depend on it."""
-    return Decoder(dataclasses.replace(decoder.config, scan_layers=False), decoder.mesh)
+    state, hidden_BxD = advance(model, state, tokens_B, use_memory=use_memory)
+    return state, model.logits(hidden_BxD[:, None])[:, 0]

@@ -7,18 +7,19 @@ Either way the tokens are the same.
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
 from jax import lax
+from jax.sharding import Mesh
 
 from lrt_jax.inference import decode, prefill, sampling
 from lrt_jax.inference.decode import PAD, DecodeState
 from lrt_jax.inference.sampling import DEFAULT, Sampling
-from lrt_jax.model.decoder import Decoder
+from lrt_jax.model.model import Model
 from lrt_jax.setup import mesh as meshes
 from lrt_jax.setup.config import DecodeConfig
 from lrt_jax.setup.errors import UserError
@@ -67,8 +68,8 @@ class Programs(NamedTuple):
     """The compiled parts of a generation.
 
     Attributes:
-      begin: (params, seeds_B, prompts_BxN, seen_BxV, room, slots) → (carry with the first token, prefilled).
-      advance: (params, carry, until) → carry after ``until`` tokens, or once every row has ended.
+      begin: (model, seeds_B, prompts_BxN, seen_BxV, room, slots) → (carry with the first token, prefilled).
+      advance: (model, carry, until) → carry after ``until`` tokens, or once every row has ended.
     """
 
     begin: Callable[..., tuple[Carry, prefill.Prefilled]]
@@ -76,10 +77,10 @@ class Programs(NamedTuple):
 
 
 @functools.lru_cache(maxsize=16)
-def programs(decoder: Decoder, method: Method) -> Programs:
-    """The programs of a model and a method; asked for again, they do not compile again."""
+def programs(method: Method) -> Programs:
+    """The programs of a method; asked for again, for the same kind of model, they do not compile again."""
 
-    def put(carry: Carry, logits_BxV: jax.Array, state: DecodeState) -> Carry:
+    def put(mesh: Mesh | None, carry: Carry, logits_BxV: jax.Array, state: DecodeState) -> Carry:
         """Draws the next token of every row that has not ended."""
         keys_B = jax.vmap(jax.random.fold_in)(state.key_B, state.position_B)
         tokens_B, log_probabilities_B = sampling.choose(logits_BxV, keys_B, method.sampling, carry.seen_BxV)
@@ -89,8 +90,8 @@ def programs(decoder: Decoder, method: Method) -> Programs:
         newest_B = jnp.where(going_B, tokens_B, PAD)
         column = (jnp.zeros_like(carry.count), carry.count)
         # Every process reads them.
-        newest_B = meshes.constrain(decoder.mesh, newest_B, None)
-        log_probabilities_B = meshes.constrain(decoder.mesh, log_probabilities_B, None)
+        newest_B = meshes.constrain(mesh, newest_B, None)
+        log_probabilities_B = meshes.constrain(mesh, log_probabilities_B, None)
         seen_BxV = carry.seen_BxV
         if seen_BxV is not None:
             seen_BxV |= jnp.arange(seen_BxV.shape[1])[None] == newest_B[:, None]
@@ -106,12 +107,12 @@ def programs(decoder: Decoder, method: Method) -> Programs:
         )
 
     def begin(
-        params: Any, seeds_B: jax.Array, prompts_BxN: jax.Array, seen_BxV: jax.Array | None, room: int, slots: int
+        model: Model, seeds_B: jax.Array, prompts_BxN: jax.Array, seen_BxV: jax.Array | None, room: int, slots: int
     ) -> tuple[Carry, prefill.Prefilled]:
         rows = len(prompts_BxN)
-        state = decode.start(decoder.config, rows, slots, seeds_B)
-        done = prefill.run(decoder, params, state, prompts_BxN, method.decode, use_memory=method.use_memory, fresh=True)
-        logits_BxV = decode.logits(decoder, params, done.hidden_BxNxD)[:, 0]
+        state = decode.start(model.config, rows, slots, seeds_B)
+        done = prefill.run(model, state, prompts_BxN, method.decode, use_memory=method.use_memory, fresh=True)
+        logits_BxV = model.logits(done.hidden_BxNxD)[:, 0]
         empty = Carry(
             state=done.state,
             newest_B=jnp.zeros((rows,), jnp.int32),
@@ -120,12 +121,12 @@ def programs(decoder: Decoder, method: Method) -> Programs:
             count=jnp.zeros((), jnp.int32),
             seen_BxV=seen_BxV,
         )
-        return put(empty, logits_BxV, done.state), done.replace(state=None, hidden_BxNxD=None)
+        return put(model.mesh, empty, logits_BxV, done.state), done.replace(state=None, hidden_BxNxD=None)
 
-    def advance(params: Any, carry: Carry, until: jax.Array) -> Carry:
+    def advance(model: Model, carry: Carry, until: jax.Array) -> Carry:
         def body(carry: Carry) -> Carry:
-            state, logits_BxV = decode.step(decoder, params, carry.state, carry.newest_B, use_memory=method.use_memory)
-            return put(carry, logits_BxV, state)
+            state, logits_BxV = decode.step(model, carry.state, carry.newest_B, use_memory=method.use_memory)
+            return put(model.mesh, carry, logits_BxV, state)
 
         return lax.while_loop(lambda carry: (carry.count < until) & jnp.any(carry.newest_B != PAD), body, carry)
 
@@ -137,8 +138,7 @@ class Generation:
 
     def __init__(
         self,
-        decoder: Decoder,
-        params: Any,
+        model: Model,
         prompts: Sequence[np.ndarray],
         tokens: int,
         method: Method = Method(),
@@ -149,8 +149,7 @@ class Generation:
         Prompts, room and cache are sized in powers of two, so that generations of similar length share programs.
 
         Args:
-          decoder: the model.
-          params: its parameters, best as :func:`decode.prepared` leaves them.
+          model: the model, best as ``Model.for_decoding`` leaves it.
           prompts: the token ids of each, BOS included.
           tokens: how many new tokens a row gets, at most.
           method: how.
@@ -159,12 +158,12 @@ class Generation:
         Raises:
           UserError: a prompt is empty, or with the new tokens longer than the context.
         """
-        config = decoder.config
+        config = model.config
         longest = max((len(prompt) for prompt in prompts), default=0)
         check_lengths(prompts, tokens, config.sequence_length)
         seeds = range(len(prompts)) if seeds is None else seeds
-        self.tokens, self._params = tokens, params
-        self._programs = programs(decoder, method)
+        self.tokens, self._model = tokens, model
+        self._programs = programs(method)
         padded_BxN = prefill.pad_left(list(prompts), min(_power_of_two(longest), config.sequence_length))
         slots = min(_power_of_two(longest + tokens), config.sequence_length)
         seeds_B = np.array([seed % 2**32 for seed in seeds], np.uint32)
@@ -174,7 +173,7 @@ class Generation:
             for row, prompt in zip(seen_BxV, prompts, strict=True):
                 row[prompt] = True
         self._carry, self.prefilled = self._programs.begin(
-            params, seeds_B, padded_BxN, seen_BxV, room=_power_of_two(tokens), slots=slots
+            model, seeds_B, padded_BxN, seen_BxV, room=_power_of_two(tokens), slots=slots
         )
 
     def advance(self, count: int | None = None) -> np.ndarray:
@@ -184,7 +183,7 @@ class Generation:
           int32 [B, n], the new tokens so far, PAD after a row's end; n is ``count`` or less.
         """
         count = self.tokens if count is None else min(count, self.tokens)
-        self._carry = self._programs.advance(self._params, self._carry, np.int32(count))
+        self._carry = self._programs.advance(self._model, self._carry, np.int32(count))
         return np.asarray(self._carry.tokens_BxM)[:, : min(count, int(self._carry.count))]
 
     def end(self, row: int) -> None:

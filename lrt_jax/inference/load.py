@@ -11,8 +11,8 @@ from jax.sharding import Mesh
 
 from lrt_jax.data import tokenizer
 from lrt_jax.data.tokenizer import Tokenizer
-from lrt_jax.inference import decode
 from lrt_jax.model.decoder import Decoder
+from lrt_jax.model.model import Model
 from lrt_jax.setup import mesh as meshes
 from lrt_jax.setup import processes
 from lrt_jax.setup.config import Config, ConfigError, MeshConfig
@@ -28,24 +28,26 @@ class Trained:
 
     Attributes:
       config: of the run that trained it.
-      decoder: the model.
-      params: its parameters.
+      model: the decoder, on the mesh where its parameters are, and these.
       tokenizer: text to tokens and back.
-      mesh: where the parameters are.
       step: after how many steps.
     """
 
     config: Config
-    decoder: Decoder
-    params: dict[str, Any]
+    model: Model
     tokenizer: Tokenizer
-    mesh: Mesh
     step: int
 
+    @property
+    def mesh(self) -> Mesh:
+        """Where the model is."""
+        assert self.model.mesh is not None
+        return self.model.mesh
+
     @functools.cached_property
-    def decoding_params(self) -> Any:
-        """The parameters once more, as decoding reads them fastest."""
-        return decode.prepared(self.config.model, self.params)
+    def decoding(self) -> Model:
+        """The model once more, as decoding reads it fastest."""
+        return self.model.for_decoding()
 
 
 def load(workdir: Path, step: int | None = None) -> Trained:
@@ -57,8 +59,8 @@ def load(workdir: Path, step: int | None = None) -> Trained:
     """
     config, params, step = load_params(workdir, step)
     binding.check_kept_tokenizer(workdir, step)
-    mesh = _mesh(config)
-    return Trained(config, Decoder(config.model, mesh), params, tokenizer.load(workdir, config), mesh, step)
+    model = Model(Decoder(config.model, _mesh(config)), params)
+    return Trained(config, model, tokenizer.load(workdir, config), step)
 
 
 def load_params(workdir: Path, step: int | None = None) -> tuple[Config, dict[str, Any], int]:

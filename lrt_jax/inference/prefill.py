@@ -15,7 +15,7 @@ from lrt_jax.inference import decode, refinement
 from lrt_jax.inference.decode import PAD, DecodeState
 from lrt_jax.inference.refinement import Chunk, Guess
 from lrt_jax.method import partitions
-from lrt_jax.model.decoder import Decoder
+from lrt_jax.model.model import Model
 from lrt_jax.setup.config import DecodeConfig
 
 
@@ -53,8 +53,7 @@ def pad_left(rows: list[np.ndarray], length: int) -> np.ndarray:
 
 
 def run(
-    decoder: Decoder,
-    params: Any,
+    model: Model,
     state: DecodeState,
     tokens_BxN: jax.Array,
     config: DecodeConfig,
@@ -66,8 +65,7 @@ def run(
     """Prefill as ``config.prefill`` says, in chunks of at most ``config.chunk`` tokens.
 
     Args:
-      decoder: the model.
-      params: its parameters.
+      model: the model.
       state: from :func:`decode.start`, or after earlier tokens.
       tokens_BxN: int32 prompts, padded on the left with PAD.
       config: how.
@@ -77,7 +75,7 @@ def run(
     """
     rows, length = tokens_BxN.shape
     if config.prefill == "sequential":
-        state, hidden_BxNxD = sequential(decoder, params, state, tokens_BxN, use_memory, keep_hidden)
+        state, hidden_BxNxD = sequential(model, state, tokens_BxN, use_memory, keep_hidden)
         none_B = jnp.zeros((rows,), jnp.int32)
         return Prefilled(state, hidden_BxNxD, none_B, jnp.zeros((rows,), hidden_BxNxD.dtype), none_B)
 
@@ -88,9 +86,7 @@ def run(
     chunks_MxBxP = padded_BxN.reshape(rows, chunks, size).swapaxes(0, 1)
 
     def one(state: DecodeState, chunk_BxP: jax.Array, fresh: bool = False) -> tuple[DecodeState, Prefilled]:
-        done = fixed_point(
-            decoder, params, state, chunk_BxP, config, use_memory=use_memory, keep_hidden=keep_hidden, fresh=fresh
-        )
+        done = fixed_point(model, state, chunk_BxP, config, use_memory=use_memory, keep_hidden=keep_hidden, fresh=fresh)
         return done.state, done
 
     state, first = one(state, chunks_MxBxP[0], fresh)
@@ -115,8 +111,7 @@ def _without_state(pair: tuple[DecodeState, Prefilled]) -> tuple[DecodeState, Pr
 
 
 def sequential(
-    decoder: Decoder,
-    params: Any,
+    model: Model,
     state: DecodeState,
     tokens_BxN: jax.Array,
     use_memory: bool = True,
@@ -130,7 +125,7 @@ def sequential(
     """
 
     def advance(state: DecodeState, tokens_B: jax.Array) -> tuple[DecodeState, jax.Array]:
-        return decode.advance(decoder, params, state, tokens_B, use_memory=use_memory)
+        return decode.advance(model, state, tokens_B, use_memory=use_memory)
 
     if keep_hidden:
         state, hidden_NxBxD = lax.scan(advance, state, tokens_BxN.T)
@@ -146,8 +141,7 @@ def sequential(
 
 
 def fixed_point(
-    decoder: Decoder,
-    params: Any,
+    model: Model,
     state: DecodeState,
     tokens_BxP: jax.Array,
     config: DecodeConfig,
@@ -165,8 +159,7 @@ def fixed_point(
     (0: no limit) is computed sequentially.
 
     Args:
-      decoder: the model.
-      params: its parameters.
+      model: the model.
       state: before the chunk.
       tokens_BxP: int32, PAD only on the left; P is a multiple of ``config.subsets``.
       config: tolerance, subsets and most refinements.
@@ -174,10 +167,9 @@ def fixed_point(
       keep_hidden: see :func:`run`, as the next.
       fresh: there is nothing in the state's cache.
     """
-    length, recurrent = tokens_BxP.shape[1], decoder.config.recurrent and use_memory
+    length, recurrent = tokens_BxP.shape[1], model.config.recurrent and use_memory
     chunk = Chunk(
-        decoder=decoder,
-        params=params,
+        model=model,
         state=state,
         tokens_BxP=tokens_BxP,
         positions_BxP=decode.positions_of(state, tokens_BxP),
@@ -205,7 +197,7 @@ def fixed_point(
     if limit < most and recurrent:
 
         def exact() -> tuple[DecodeState, jax.Array]:
-            found = sequential(decoder, params, state, tokens_BxP, use_memory, keep_hidden)
+            found = sequential(model, state, tokens_BxP, use_memory, keep_hidden)
             return _choose(diverged_B, found, (after, hidden_BxNxD))
 
         after, hidden_BxNxD = lax.cond(jnp.any(diverged_B), exact, lambda: (after, hidden_BxNxD))

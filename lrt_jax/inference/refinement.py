@@ -16,7 +16,8 @@ from jax import lax
 from lrt_jax.inference import decode
 from lrt_jax.inference.decode import PAD, DecodeState
 from lrt_jax.method.partitions import Strided
-from lrt_jax.model.decoder import Buffer, Decoder, Forward
+from lrt_jax.model.decoder import Buffer, Forward
+from lrt_jax.model.model import Model
 from lrt_jax.model.pieces import SLOTS
 
 
@@ -43,8 +44,7 @@ class Chunk:
     """What all refinements of given tokens have in common.
 
     Attributes:
-      decoder: the model.
-      params: its parameters.
+      model: the model.
       state: before the tokens.
       tokens_BxP: int32, PAD only on the left.
       positions_BxP: of ``decode.positions_of``.
@@ -52,8 +52,7 @@ class Chunk:
       fresh: there is nothing in the state's cache.
     """
 
-    decoder: Decoder
-    params: Any
+    model: Model
     state: DecodeState
     tokens_BxP: jax.Array
     positions_BxP: jax.Array
@@ -92,8 +91,7 @@ class Chunk:
         """``decode.forward`` of these columns' tokens and positions."""
         tokens_BxP, positions_BxP = columns
         return decode.forward(
-            self.decoder,
-            self.params,
+            self.model,
             self.state,
             tokens_BxP,
             memory_BxPxD,

@@ -1,14 +1,12 @@
 """Scores of given text under true recurrence: for bits per byte and few-shot tasks."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from flax import struct
 
 from lrt_jax.inference import decode, prefill
 from lrt_jax.inference.decode import PAD
-from lrt_jax.model.decoder import Decoder
+from lrt_jax.model.model import Model
 from lrt_jax.setup.config import DecodeConfig
 
 
@@ -29,8 +27,7 @@ class Scored(struct.PyTreeNode):
 
 
 def score(
-    decoder: Decoder,
-    params: Any,
+    model: Model,
     tokens_BxT: jax.Array,
     targets_BxT: jax.Array,
     config: DecodeConfig = DecodeConfig(),  # noqa: B008  frozen
@@ -40,19 +37,17 @@ def score(
     """The loss of each target given the tokens before it, with the memory.
 
     Args:
-      decoder: the model.
-      params: its parameters.
+      model: the model.
       tokens_BxT: int32 inputs; shorter rows have PAD on the left.
       targets_BxT: int32 targets; anything where the input is PAD.
       config: ``prefill`` says how: ``sequential``, which is exact, or ``fixed_point``.
       use_memory: False zeroes the memory that the model reads: for ablations.
     """
     rows, length = tokens_BxT.shape
-    params = decode.prepared(decoder.config, params)
+    model = model.for_decoding()
     done = prefill.run(
-        decoder,
-        params,
-        decode.start(decoder.config, rows, length),
+        model,
+        decode.start(model.config, rows, length),
         tokens_BxT,
         config,
         use_memory=use_memory,
@@ -61,12 +56,7 @@ def score(
     )
     # The head's logits are the largest array: one chunk of columns at a time.
     pieces = [
-        decoder.apply(
-            {"params": params},
-            done.hidden_BxNxD[:, begin : begin + config.chunk],
-            targets_BxT[:, begin : begin + config.chunk],
-            method=Decoder.losses,
-        )
+        model.losses(done.hidden_BxNxD[:, begin : begin + config.chunk], targets_BxT[:, begin : begin + config.chunk])
         for begin in range(0, length, config.chunk)
     ]
     losses_BxT = jnp.where(tokens_BxT != PAD, jnp.concatenate(pieces, axis=1), 0.0)

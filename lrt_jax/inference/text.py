@@ -169,4 +169,4 @@ def _begin(
     stops = tuple(sorted({*method.stop_tokens, trained.tokenizer.bos_id}))
     method = dataclasses.replace(method, stop_tokens=stops)
     ids = [encode(trained.tokenizer, prompt) for prompt in prompts]
-    return Generation(trained.decoder, trained.decoding_params, ids, tokens, method, seeds)
+    return Generation(trained.decoding, ids, tokens, method, seeds)

@@ -9,11 +9,11 @@ import numpy as np
 from jax import lax
 
 from lrt_jax.method.partitions import Partition, Strided
-from lrt_jax.model import parameters
 from lrt_jax.model.backend import compute_dtype
-from lrt_jax.model.decoder import Buffer, Decoder, Forward, empty_buffer
+from lrt_jax.model.decoder import Buffer, Forward, empty_buffer
 from lrt_jax.model.embedding import Embedded, each_alone
 from lrt_jax.model.memory import shift_right
+from lrt_jax.model.model import Model
 from lrt_jax.model.pieces import SLOTS
 
 # With ``model.remat``: how many logits a device holds at once; 512 MB in float32.
@@ -24,22 +24,18 @@ LOGITS = 2**27
 Disturbed = Callable[[jax.Array, Any, Any], jax.Array]
 
 
-def token_losses(decoder: Decoder, params: Any, hidden_BxPxD: jax.Array, targets_BxP: jax.Array) -> jax.Array:
+def token_losses(model: Model, hidden_BxPxD: jax.Array, targets_BxP: jax.Array) -> jax.Array:
     """Cross entropy of each target, in nats: [B, P], float32 or wider.
 
     V is many times D, so with ``model.remat`` logits are the first of all activations to be computed again, and, where
     one device has many, some positions at a time. Devices that compute together would exchange weights and gradients of
     the head each time.
     """
-
-    def losses(hidden_BxPxD: jax.Array, targets_BxP: jax.Array) -> jax.Array:
-        return decoder.apply({"params": params}, hidden_BxPxD, targets_BxP, method=Decoder.losses)
-
-    if not decoder.config.remat:
-        return losses(hidden_BxPxD, targets_BxP)
-    count = -(-targets_BxP.size * decoder.config.vocab_size // LOGITS)
-    if count == 1 or (decoder.mesh is not None and decoder.mesh.size > 1):
-        return jax.checkpoint(losses)(hidden_BxPxD, targets_BxP)
+    if not model.config.remat:
+        return model.losses(hidden_BxPxD, targets_BxP)
+    count = -(-targets_BxP.size * model.config.vocab_size // LOGITS)
+    if count == 1 or (model.mesh is not None and model.mesh.size > 1):
+        return jax.checkpoint(model.losses)(hidden_BxPxD, targets_BxP)
 
     def cut(flat: jax.Array) -> jax.Array:
         """As ``count`` parts of one row each, the last one filled up."""
@@ -49,61 +45,18 @@ def token_losses(decoder: Decoder, params: Any, hidden_BxPxD: jax.Array, targets
         )
 
     parts = cut(hidden_BxPxD.reshape(-1, hidden_BxPxD.shape[-1])), cut(targets_BxP.reshape(-1))
-    losses_Nx1xn = lax.map(lambda part: jax.checkpoint(losses)(*part), parts)
+    losses_Nx1xn = lax.map(lambda part: jax.checkpoint(model.losses)(*part), parts)
     return losses_Nx1xn.reshape(-1)[: targets_BxP.size].reshape(targets_BxP.shape)
 
 
-def forward(
-    decoder: Decoder,
-    params: Any,
-    embedded: Embedded,
-    positions_P: jax.Array | np.ndarray,
-    memory_BxPxD: jax.Array | None,
-    buffer: Buffer | None,
-    slot: jax.Array | int,
-    *,
-    subsets: int | None = None,
-    keep_refreshable: bool = False,
-    states_only: bool = False,
-) -> Forward:
-    """:meth:`Decoder.__call__` with positions that are the same in all rows."""
-    return decoder.apply(
-        {"params": params},
-        embedded,
-        positions_P[None],
-        memory_BxPxD,
-        buffer,
-        slot,
-        subsets=subsets,
-        keep_refreshable=keep_refreshable,
-        states_only=states_only,
-    )
-
-
-def by_layer(decoder: Decoder, params: Any) -> Any:
-    """The parameters as several forwards should share them: cut up once, unless layers are scanned."""
-    return params if decoder.config.scan_layers else parameters.by_layer(decoder.config, params)
-
-
-def embed(decoder: Decoder, params: Any, *tokens_BxP: jax.Array) -> list[Embedded]:
-    """The tokens of as many forwards as a schedule wants, all looked up together."""
-    return decoder.apply({"params": params}, *tokens_BxP, method=Decoder.embed)
-
-
-def begin(decoder: Decoder, params: Any, tokens_BxT: jax.Array) -> Embedded:
+def begin(model: Model, tokens_BxT: jax.Array) -> Embedded:
     """All T tokens, looked up, with the layers computed that no forward's memory reaches: once for all of them."""
-    (embedded,) = embed(decoder, params, tokens_BxT)
-    return below(decoder, params, embedded)
-
-
-def below(decoder: Decoder, params: Any, embedded: Embedded) -> Embedded:
-    """:meth:`Decoder.below` of all T tokens."""
-    positions_T = np.arange(embedded.x0_BxPxD.shape[1], dtype=np.int32)
-    return decoder.apply({"params": params}, embedded, positions_T[None], method=Decoder.below)
+    (embedded,) = model.embed(tokens_BxT)
+    return model.below(embedded)
 
 
 def begin_subsets(
-    decoder: Decoder, params: Any, tokens_BxT: jax.Array, partition: Partition, *, unroll: bool, natural: bool = False
+    model: Model, tokens_BxT: jax.Array, partition: Partition, *, unroll: bool, natural: bool = False
 ) -> list[Embedded]:
     """:func:`begin` for each subset; with ``natural`` before them that of all tokens in natural order.
 
@@ -111,19 +64,19 @@ def begin_subsets(
     collect from other devices' columns, and to add to tables. On one CPU device, or where positions are sharded, ids
     are cheaper to reorder than what was looked up. What layers have computed is reordered in any case.
     """
-    alone = decoder.mesh is None or decoder.mesh.size == 1
-    computed = decoder.config.memory_range.start > 0
-    if computed or (alone and not each_alone(decoder.mesh, decoder.columns)):
-        whole = begin(decoder, params, tokens_BxT)
+    alone = model.mesh is None or model.mesh.size == 1
+    computed = model.config.memory_range.start > 0
+    if computed or (alone and not each_alone(model.mesh, model.decoder.columns)):
+        whole = begin(model, tokens_BxT)
         first = [whole] if natural else []
         slots = jax.tree.map(lambda leaf: partition.in_slots(leaf, _positions_axis(leaf)), whole)
     else:
         in_order = [tokens_BxT] if natural else []
         slots_BxT = partition.in_slots(tokens_BxT, 1)
         if unroll:
-            return embed(decoder, params, *in_order, *jnp.split(slots_BxT, partition.subsets, axis=1))
+            return model.embed(*in_order, *jnp.split(slots_BxT, partition.subsets, axis=1))
         # A scan over subsets reads stacks: one lookup, however many subsets there are.
-        *first, slots = embed(decoder, params, *in_order, slots_BxT)
+        *first, slots = model.embed(*in_order, slots_BxT)
     leaves, structure = jax.tree.flatten(slots)
     parts = [jnp.split(leaf, partition.subsets, axis=_positions_axis(leaf)) for leaf in leaves]
     return [*first, *(jax.tree.unflatten(structure, mine) for mine in zip(*parts, strict=True))]
@@ -134,35 +87,34 @@ def _positions_axis(leaf: jax.Array) -> int:
     return 1 if leaf.ndim == 3 else leaf.ndim - 3
 
 
-def initialization(
-    decoder: Decoder, params: Any, embedded: Embedded, *, keep_refreshable: bool = False, states_only: bool = False
-) -> Forward:
+def initialization(model: Model, embedded: Embedded, **options: bool) -> tuple[Forward, Model]:
     """The full forward with zero memory."""
-    return full(decoder, params, embedded, None, keep_refreshable=keep_refreshable, states_only=states_only)
+    return full(model, embedded, None, **options)
 
 
-def full(decoder: Decoder, params: Any, embedded: Embedded, memory_BxTxD: jax.Array | None, **options: bool) -> Forward:
+def full(model: Model, embedded: Embedded, memory_BxTxD: jax.Array | None, **options: bool) -> tuple[Forward, Model]:
     """A forward over all T positions that sees just these."""
     positions_T = np.arange(embedded.x0_BxPxD.shape[1], dtype=np.int32)
-    return forward(decoder, params, embedded, positions_T, memory_BxTxD, None, 0, subsets=1, **options)
+    return model(embedded, positions_T[None], memory_BxTxD, subsets=1, **options)
 
 
-def settled(decoder: Decoder, params: Any, embedded: Embedded, count: int, *, states_only: bool) -> Forward:
+def settled(model: Model, embedded: Embedded, count: int, *, states_only: bool) -> Forward:
     """The last of ``count`` full forwards in turn, all without gradient: memory near its fixed point.
 
     The first has zero memory; each other one reads the source states of the one before. Of all but the last, and with
     ``states_only`` of that, too, only the source states are computed.
     """
-    params, embedded = lax.stop_gradient((params, embedded))
-    if count == 1:
-        return lax.stop_gradient(initialization(decoder, params, embedded, states_only=states_only))
-    first_BxTxD = initialization(decoder, params, embedded, states_only=True).source_BxPxD
+    model, embedded = lax.stop_gradient((model, embedded))
 
-    def again(_: jax.Array, states_BxTxD: jax.Array) -> jax.Array:
-        return full(decoder, params, embedded, shift_right(states_BxTxD), states_only=True).source_BxPxD
+    def source_of(memory_BxTxD: jax.Array | None) -> jax.Array:
+        return full(model, embedded, memory_BxTxD, states_only=True)[0].source_BxPxD
 
-    before_BxTxD = lax.fori_loop(1, count - 1, again, first_BxTxD)
-    return lax.stop_gradient(full(decoder, params, embedded, shift_right(before_BxTxD), states_only=states_only))
+    memory_BxTxD = None
+    if count > 1:
+        again = lambda _, states_BxTxD: source_of(shift_right(states_BxTxD))  # noqa: E731
+        memory_BxTxD = shift_right(lax.fori_loop(1, count - 1, again, source_of(None)))
+    forward, _ = full(model, embedded, memory_BxTxD, states_only=states_only)
+    return lax.stop_gradient(forward)
 
 
 def in_pieces(piece: Any, count: int) -> tuple[Any, ...]:
@@ -193,15 +145,20 @@ class Subset(NamedTuple):
 
 
 def in_turn(
-    forward: Callable[[Any, Any, Any], tuple[Any, Any, Any]], params: Any, carry: Any, each: list[Any], *, unroll: bool
+    forward: Callable[[Model, Any, Any], tuple[Model, Any, Any]],
+    model: Model,
+    carry: Any,
+    each: list[Any],
+    *,
+    unroll: bool,
 ) -> tuple[Any, Any]:
     """``lax.scan`` of a forward over what each of several has of its own.
 
-    Unrolled, what each has is known while tracing, and each reads the parameters that the one before handed on.
+    Unrolled, what each has is known while tracing, and each reads the model that the one before handed on.
 
     Args:
-      forward: of parameters, carry and one of ``each``; returns parameters, carry and output.
-      params: of the first.
+      forward: of model, carry and one of ``each``; returns model, carry and output.
+      model: of the first.
       carry: of the first.
       each: one for each forward.
       unroll: unroll the scan.
@@ -211,17 +168,16 @@ def in_turn(
     """
     if not unroll:
         stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *each)
-        return lax.scan(lambda carry, one: forward(params, carry, one)[1:], carry, stacked)
+        return lax.scan(lambda carry, one: forward(model, carry, one)[1:], carry, stacked)
     outputs = []
     for one in each:
-        params, carry, output = forward(params, carry, one)
+        model, carry, output = forward(model, carry, one)
         outputs.append(output)
     return carry, jnp.stack(outputs)
 
 
 def subset_forwards(
-    decoder: Decoder,
-    params: Any,
+    model: Model,
     embedded: list[Embedded],
     targets_BxT: jax.Array,
     partition: Partition,
@@ -236,8 +192,7 @@ def subset_forwards(
     """One forward per subset, in turn, on a shared buffer: a scan over disjoint positions.
 
     Args:
-      decoder: the model.
-      params: its parameters.
+      model: the model.
       embedded: the inputs of each subset, looked up.
       targets_BxT: int targets.
       partition: the subsets.
@@ -257,15 +212,13 @@ def subset_forwards(
         latest_BxPxD = jnp.take(sources_BxTxD, previous_slots_P, axis=1)
         return jnp.where(positions_P[None, :, None] == 0, 0, latest_BxPxD)
 
-    def up_to_date(params: Any, buffer: Buffer, sources_BxTxD: jax.Array, slot: jax.Array) -> Buffer:
+    def up_to_date(model: Model, buffer: Buffer, sources_BxTxD: jax.Array, slot: jax.Array) -> Buffer:
         """The buffer with keys and values refreshed at all slots that no subset has visited: ``slot`` and later."""
         positions_T, previous_slots_T = (
             jnp.asarray(array).reshape(-1) for array in (partition.positions_SxP, partition.previous_slots_SxP)
         )
         memory_BxTxD = memory_of(sources_BxTxD, positions_T, previous_slots_T)
-        refreshed = decoder.apply(
-            {"params": params}, refreshable, memory_BxTxD, positions_T[None], method=Decoder.refresh
-        )
+        refreshed = model.refresh(refreshable, memory_BxTxD, positions_T[None])
         visited_Tx1 = (jnp.arange(len(positions_T)) < slot)[:, None]
         visited, latest = (in_pieces(array, len(buffer.pieces)) for array in (visited_Tx1, refreshed))
         # The mask has as many axes as a buffer's leaf, whatever that is: nothing is broadcast by rank.
@@ -279,27 +232,19 @@ def subset_forwards(
         )
         return Buffer(pieces, buffer.positions_BxN)
 
-    def subset_forward(params: Any, carry: tuple[Buffer, jax.Array], subset: Subset) -> Any:
+    def subset_forward(model: Model, carry: tuple[Buffer, jax.Array], subset: Subset) -> Any:
         buffer, sources_BxTxD = carry
         if refreshable is not None:
-            buffer = up_to_date(params, buffer, sources_BxTxD, subset.slot)
+            buffer = up_to_date(model, buffer, sources_BxTxD, subset.slot)
         positions_P, previous_slots_P = subset.positions_P, subset.previous_slots_P
         memory_BxPxD = memory_of(sources_BxTxD, positions_P, previous_slots_P)
         if disturbed is not None:
             memory_BxPxD = disturbed(memory_BxPxD, positions_P, subset.number)
-        out = forward(
-            decoder,
-            params,
-            subset.embedded,
-            positions_P,
-            memory_BxPxD,
-            buffer,
-            subset.slot,
-            subsets=partition.subsets if isinstance(partition, Strided) else None,
-        )
+        strided = partition.subsets if isinstance(partition, Strided) else None
+        out, model = model(subset.embedded, positions_P[None], memory_BxPxD, buffer, subset.slot, subsets=strided)
         sources_BxTxD = lax.dynamic_update_slice_in_dim(sources_BxTxD, out.source_BxPxD, subset.slot, axis=1)
-        losses_BxP = token_losses(decoder, params, out.hidden_BxPxD, subset.targets_BxP)
-        return out.params, (out.buffer, sources_BxTxD), losses_BxP
+        losses_BxP = token_losses(model, out.hidden_BxPxD, subset.targets_BxP)
+        return model, (out.buffer, sources_BxTxD), losses_BxP
 
     targets_SxBxP = jnp.split(partition.in_slots(targets_BxT, 1), partition.subsets, axis=1)
     subsets = [
@@ -313,15 +258,14 @@ def subset_forwards(
         )
         for number, index in enumerate(sweeps * list(range(partition.subsets)))
     ]
-    (_, sources_BxTxD), losses_WSxBxP = in_turn(subset_forward, params, (shared, sources_BxTxD), subsets, unroll=unroll)
+    (_, sources_BxTxD), losses_WSxBxP = in_turn(subset_forward, model, (shared, sources_BxTxD), subsets, unroll=unroll)
     losses_WxSxBxP = losses_WSxBxP.reshape(sweeps, partition.subsets, *losses_WSxBxP.shape[1:])
     split_sources = sources_BxTxD.reshape(sources_BxTxD.shape[0], partition.subsets, subset_length, -1)
     return partition.merge(jnp.moveaxis(losses_WxSxBxP, 1, 2), 2), partition.merge(split_sources, 1)
 
 
 def subset_forwards_alone(
-    decoder: Decoder,
-    params: Any,
+    model: Model,
     tokens_BxT: jax.Array,
     targets_BxT: jax.Array,
     partition: Partition,
@@ -329,12 +273,12 @@ def subset_forwards_alone(
     unroll: bool,
 ) -> tuple[jax.Array, jax.Array]:
     """Subset forwards without an initialization forward: the buffer and the memory begin empty."""
-    config, (rows, length) = decoder.config, tokens_BxT.shape
+    config, (rows, length) = model.config, tokens_BxT.shape
     empty = empty_buffer(config, rows, length, partition.subsets if unroll else 1)
     sources_BxTxD = jnp.zeros((rows, length, config.width), compute_dtype(config))
-    params = by_layer(decoder, params)
-    embedded = begin_subsets(decoder, params, tokens_BxT, partition, unroll=unroll)
+    model = model.by_layer()
+    embedded = begin_subsets(model, tokens_BxT, partition, unroll=unroll)
     losses_1xBxT, sources_BxTxD = subset_forwards(
-        decoder, params, embedded, targets_BxT, partition, empty, sources_BxTxD, unroll=unroll
+        model, embedded, targets_BxT, partition, empty, sources_BxTxD, unroll=unroll
     )
     return losses_1xBxT[0], sources_BxTxD

@@ -6,7 +6,6 @@ parameters, and gradients flow through every forward (METHOD.md, "Training sched
 
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,8 +14,9 @@ from flax import struct
 from jax import lax
 
 from lrt_jax.method import forwards, noise, partitions
-from lrt_jax.model.decoder import Buffer, Decoder
+from lrt_jax.model.decoder import Buffer
 from lrt_jax.model.memory import shift_right
+from lrt_jax.model.model import Model
 from lrt_jax.model.pieces import SLOTS
 from lrt_jax.setup.schedule import ScheduleConfig
 
@@ -47,7 +47,7 @@ class Outcome(struct.PyTreeNode):
         return jnp.sum(jnp.where(chosen_FxT[:, None, :], self.token_losses_FxBxT, 0.0), axis=0)
 
 
-Schedule = Callable[[Decoder, Any, jax.Array, jax.Array], Outcome]
+Schedule = Callable[[Model, jax.Array, jax.Array], Outcome]
 
 
 def forward_names(config: ScheduleConfig) -> list[str]:
@@ -56,7 +56,7 @@ def forward_names(config: ScheduleConfig) -> list[str]:
 
 
 def build(config: ScheduleConfig, sequence_length: int) -> Schedule:
-    """The schedule that ``config`` names, as a function of (decoder, params, tokens_BxT, targets_BxT).
+    """The schedule that ``config`` names, as a function of (model, tokens_BxT, targets_BxT).
 
     A staged schedule is several: build each of ``config.kinds``.
 
@@ -69,24 +69,22 @@ def build(config: ScheduleConfig, sequence_length: int) -> Schedule:
 
 
 def plain(
-    decoder: Decoder,
-    params: Any,
+    model: Model,
     tokens_BxT: jax.Array,
     targets_BxT: jax.Array,
     *,
     weights: tuple[float, ...] = (),
 ) -> Outcome:
     """One forward with zero memory: the baseline, and the initialization forward of other schedules."""
-    params = forwards.by_layer(decoder, params)
-    (embedded,) = forwards.embed(decoder, params, tokens_BxT)
-    forward = forwards.initialization(decoder, params, embedded)
-    losses_BxT = forwards.token_losses(decoder, params, forward.hidden_BxPxD, targets_BxT)
+    model = model.by_layer()
+    (embedded,) = model.embed(tokens_BxT)
+    forward, model = forwards.initialization(model, embedded)
+    losses_BxT = forwards.token_losses(model, forward.hidden_BxPxD, targets_BxT)
     return outcome(losses_BxT[None], jnp.ones((1, tokens_BxT.shape[1]), bool), forward.source_BxPxD, weights)
 
 
 def interleaved(
-    decoder: Decoder,
-    params: Any,
+    model: Model,
     tokens_BxT: jax.Array,
     targets_BxT: jax.Array,
     *,
@@ -105,8 +103,7 @@ def interleaved(
     before its queries attend to all of it, and its source states are written back for later subsets.
 
     Args:
-      decoder: the model.
-      params: its parameters.
+      model: the model.
       tokens_BxT: int inputs.
       targets_BxT: int targets.
       partition: the disjoint subsets.
@@ -119,14 +116,13 @@ def interleaved(
       unroll: unroll the scan over subsets; the same numbers, compiled longer and run faster.
       weights: of the forwards' losses, 1 + W S or, with ``settle``, W S; empty for equal.
     """
-    params = forwards.by_layer(decoder, params)
-    natural, *in_subsets = forwards.begin_subsets(decoder, params, tokens_BxT, partition, unroll=unroll, natural=True)
+    model = model.by_layer()
+    natural, *in_subsets = forwards.begin_subsets(model, tokens_BxT, partition, unroll=unroll, natural=True)
     if settle:
-        first = forwards.settled(decoder, params, natural, settle, states_only=False)
+        first = forwards.settled(model, natural, settle, states_only=False)
     else:
-        first = forwards.initialization(decoder, params, natural, keep_refreshable=kv_refresh)
-        init_losses_BxT = forwards.token_losses(decoder, params, first.hidden_BxPxD, targets_BxT)
-        params = first.params
+        first, model = forwards.initialization(model, natural, keep_refreshable=kv_refresh)
+        init_losses_BxT = forwards.token_losses(model, first.hidden_BxPxD, targets_BxT)
 
     (computed,) = first.buffer.pieces
     whole = jax.tree.map(lambda x: partition.in_slots(x, SLOTS), computed)
@@ -137,8 +133,7 @@ def interleaved(
     # Positions come before heads in what keys and values are refreshed from.
     refreshable = jax.tree.map(lambda x: partition.in_slots(x, -3), first.refreshable)
     losses_WxBxT, sources_BxTxD = forwards.subset_forwards(
-        decoder,
-        params,
+        model,
         in_subsets,
         targets_BxT,
         partition,
@@ -158,8 +153,7 @@ def interleaved(
 
 
 def multi_refinement(
-    decoder: Decoder,
-    params: Any,
+    model: Model,
     tokens_BxT: jax.Array,
     targets_BxT: jax.Array,
     *,
@@ -175,8 +169,7 @@ def multi_refinement(
     Forward k reads the source states of forward k - 1, shifted right by one position.
 
     Args:
-      decoder: the model.
-      params: its parameters.
+      model: the model.
       tokens_BxT: int inputs.
       targets_BxT: int targets.
       refinements: K.
@@ -188,27 +181,26 @@ def multi_refinement(
       weights: of the forwards' losses, 1 + K or, with ``settle``, K; empty for equal.
     """
     positions_T = np.arange(tokens_BxT.shape[1], dtype=np.int32)
-    params = forwards.by_layer(decoder, params)
-    embedded = forwards.begin(decoder, params, tokens_BxT)
+    model = model.by_layer()
+    embedded = forwards.begin(model, tokens_BxT)
     if settle:
-        first = forwards.settled(decoder, params, embedded, settle, states_only=True)
+        first = forwards.settled(model, embedded, settle, states_only=True)
     else:
-        first = forwards.initialization(decoder, params, embedded)
-        init_losses_BxT = forwards.token_losses(decoder, params, first.hidden_BxPxD, targets_BxT)
-        params = first.params
+        first, model = forwards.initialization(model, embedded)
+        init_losses_BxT = forwards.token_losses(model, first.hidden_BxPxD, targets_BxT)
 
     disturbed = _disturbed(noisy, tokens_BxT)
 
-    def refine(params: Any, sources_BxTxD: jax.Array, number: jax.Array) -> tuple[Any, jax.Array, jax.Array]:
+    def refine(model: Model, sources_BxTxD: jax.Array, number: jax.Array) -> tuple[Model, jax.Array, jax.Array]:
         memory_BxTxD = shift_right(lax.stop_gradient(sources_BxTxD) if detach else sources_BxTxD)
         if disturbed is not None:
             memory_BxTxD = disturbed(memory_BxTxD, positions_T, number)
-        out = forwards.full(decoder, params, embedded, memory_BxTxD)
-        losses_BxT = forwards.token_losses(decoder, params, out.hidden_BxPxD, targets_BxT)
-        return out.params, out.source_BxPxD, losses_BxT
+        out, model = forwards.full(model, embedded, memory_BxTxD)
+        losses_BxT = forwards.token_losses(model, out.hidden_BxPxD, targets_BxT)
+        return model, out.source_BxPxD, losses_BxT
 
     sources_BxTxD, losses_FxBxT = forwards.in_turn(
-        refine, params, first.source_BxPxD, list(range(refinements)), unroll=unroll
+        refine, model, first.source_BxPxD, list(range(refinements)), unroll=unroll
     )
     if not settle:
         losses_FxBxT = jnp.concatenate([init_losses_BxT[None], losses_FxBxT])
@@ -225,8 +217,7 @@ def _disturbed(noisy: noise.Noise | None, tokens_BxT: jax.Array) -> forwards.Dis
 
 
 def chunked(
-    decoder: Decoder,
-    params: Any,
+    model: Model,
     tokens_BxT: jax.Array,
     targets_BxT: jax.Array,
     *,
@@ -240,8 +231,7 @@ def chunked(
     positions, computed together with the ones before them, read zero memory.
 
     Args:
-      decoder: the model.
-      params: its parameters.
+      model: the model.
       tokens_BxT: int inputs.
       targets_BxT: int targets.
       chunks: N.
@@ -249,23 +239,19 @@ def chunked(
       weights: of the N forwards' losses; empty for equal.
     """
     partition = partitions.contiguous(tokens_BxT.shape[1], chunks)
-    losses_BxT, sources_BxTxD = forwards.subset_forwards_alone(
-        decoder, params, tokens_BxT, targets_BxT, partition, unroll=unroll
-    )
+    losses_BxT, sources_BxTxD = forwards.subset_forwards_alone(model, tokens_BxT, targets_BxT, partition, unroll=unroll)
     masks_NxT = jnp.asarray(partition.masks_SxT)
     return outcome(jnp.where(masks_NxT[:, None], losses_BxT[None], 0.0), masks_NxT, sources_BxTxD, weights)
 
 
-def sequential(decoder: Decoder, params: Any, tokens_BxT: jax.Array, targets_BxT: jax.Array) -> Outcome:
+def sequential(model: Model, tokens_BxT: jax.Array, targets_BxT: jax.Array) -> Outcome:
     """True recurrence, token by token, with exact backpropagation through time: one forward in T steps.
 
     The oracle of tests, and a way to train at small T: memory for the gradient grows with T².
     """
     length = tokens_BxT.shape[1]
     one_by_one = partitions.contiguous(length, length)
-    losses_BxT, sources_BxTxD = forwards.subset_forwards_alone(
-        decoder, params, tokens_BxT, targets_BxT, one_by_one, unroll=False
-    )
+    losses_BxT, sources_BxTxD = forwards.subset_forwards_alone(model, tokens_BxT, targets_BxT, one_by_one, unroll=False)
     return outcome(losses_BxT[None], jnp.ones((1, length), bool), sources_BxTxD, ())
 
 

@@ -51,16 +51,12 @@ class Forward(NamedTuple):
         just these.
       refreshable: where asked for, what :meth:`Decoder.refresh` starts from: a tuple of L
         :class:`Refreshable`, or one stacked as the buffer's pieces.
-      params: the parameters as they were. A forward that reads these, and not those that this one was given, hands
-        their gradients on to this one in the backward pass, which adds its own to them in place
-        (``model.recomputed``).
     """
 
     hidden_BxPxD: jax.Array
     source_BxPxD: jax.Array
     buffer: Buffer
     refreshable: Any = None
-    params: Any = None
 
 
 def empty_buffer(config: ModelConfig, rows: int, slots: int, pieces: int = 1) -> Buffer:
@@ -117,7 +113,7 @@ class Decoder(nn.Module):
         ragged: bool = False,
         keep_refreshable: bool = False,
         states_only: bool = False,
-    ) -> Forward:
+    ) -> tuple[Forward, dict[str, Any]]:
         """One forward over P positions.
 
         Args:
@@ -140,7 +136,7 @@ class Decoder(nn.Module):
           states_only: only the source states are wanted: layers above the source layer are left out.
 
         Returns:
-          The :class:`Forward`.
+          The :class:`Forward`, and the parameters as they were, for the next forward to read (``Model.__call__``).
 
         Raises:
           ValueError: shapes do not fit together.
@@ -179,13 +175,8 @@ class Decoder(nn.Module):
         written: tuple[Any, ...] = (ran.fresh,)
         if buffer is not None:
             written = pieces.write(ran.before if config.scan_layers else buffer.pieces, ran.fresh, slot)
-        return Forward(
-            layers.rms_norm(ran.x_BxPxD),
-            layers.rms_norm(ran.source_BxPxD),
-            Buffer(written, positions_BxN),
-            ran.refreshable,
-            handed_on,
-        )
+        hidden_BxPxD, source_BxPxD = layers.rms_norm(ran.x_BxPxD), layers.rms_norm(ran.source_BxPxD)
+        return Forward(hidden_BxPxD, source_BxPxD, Buffer(written, positions_BxN), ran.refreshable), handed_on
 
     def below(self, embedded: Embedded, positions_BxP: jax.Array) -> Embedded:
         """The same tokens with the residual stream below the first layer that reads memory, the same for any memory.

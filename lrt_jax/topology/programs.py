@@ -20,6 +20,7 @@ from lrt_jax.inference import decode
 from lrt_jax.method import schedules
 from lrt_jax.model import backend, costs
 from lrt_jax.model.decoder import Decoder
+from lrt_jax.model.model import Model
 from lrt_jax.model.parameters import axes_by_layer, table
 from lrt_jax.setup import mesh as meshes
 from lrt_jax.setup.config import Config
@@ -143,7 +144,6 @@ def train_steps_of(config: Config, mesh: Mesh) -> Iterator[tuple[str, Any, tuple
 
 def _decode(config: Config, mesh: Mesh) -> Iterator[tuple[str, Any, tuple[Any, ...]]]:
     """A step of decoding, one row for each device that holds rows of its own, with room for T tokens."""
-    decoder = decode.unrolled(Decoder(config.model, mesh))
     rows = meshes.whole_rows(mesh, 1)
 
     def spread(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
@@ -151,32 +151,35 @@ def _decode(config: Config, mesh: Mesh) -> Iterator[tuple[str, Any, tuple[Any, .
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
     before = jax.eval_shape(lambda: decode.start(config.model, rows, config.model.sequence_length))
-    function = jax.jit(lambda *arguments: decode.step(decoder, *arguments), donate_argnums=1)
+    function = jax.jit(decode.step, donate_argnums=1)
     tokens_B = jax.ShapeDtypeStruct((rows,), jnp.int32)
     yield "decode step", function, (_prepared(config, mesh), jax.tree.map(spread, before), spread(tokens_B))
 
 
-def _prepared(config: Config, mesh: Mesh) -> dict[str, Any]:
-    """The parameters as ``decode.prepared`` leaves them: by layer, matrices in the dtype of activations."""
+def _prepared(config: Config, mesh: Mesh) -> Model:
+    """The abstract model as ``Model.for_decoding`` leaves it: by layer, matrices in the dtype of activations."""
     params = state.abstract_params(Decoder(config.model), mesh)
-    shapes = jax.eval_shape(lambda params: decode.prepared(config.model, params), params)
-
+    shapes = jax.eval_shape(Model.for_decoding, Model(Decoder(config.model, mesh), params))
     axes = axes_by_layer(config.model)
 
     def placed(name: str, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=meshes.sharding_of(mesh, *axes[name]))
 
-    return {name: jax.tree.map(lambda leaf, name=name: placed(name, leaf), tree) for name, tree in shapes.items()}
+    return shapes.replace(
+        params={
+            name: jax.tree.map(lambda leaf, name=name: placed(name, leaf), tree) for name, tree in shapes.params.items()
+        }
+    )
 
 
 def _evaluate(config: Config, mesh: Mesh) -> Iterator[tuple[str, Any, tuple[Any, ...]]]:
     decoder = Decoder(config.model, mesh)
     shape = (meshes.whole_rows(mesh, config.eval.batch_size), config.model.sequence_length)
     batch = (_rows(mesh, shape), _rows(mesh, shape), _rows(mesh, shape, jnp.bool_))
-    arguments = (state.abstract_params(decoder, mesh), *batch)
-    parallel, sequential = bits_per_byte.programs(decoder, config, mesh)
+    arguments = (Model(decoder, state.abstract_params(decoder, mesh)), *batch)
+    parallel, sequential = bits_per_byte.programs(config, mesh)
     yield "parallel evaluation", parallel, arguments
     yield "sequential evaluation", sequential, arguments
-    measured = health.program(decoder, config, mesh)
+    measured = health.program(config, mesh)
     if measured is not None:
         yield "health of the recurrence", measured, arguments

@@ -11,6 +11,7 @@ from jax import lax
 from lrt_jax.method.schedules import Schedule
 from lrt_jax.model.backend import compute_dtype
 from lrt_jax.model.decoder import Decoder
+from lrt_jax.model.model import Model
 from lrt_jax.setup import mesh as meshes
 from lrt_jax.training import guard, replicas
 from lrt_jax.training.state import TrainState, state_shardings
@@ -96,7 +97,7 @@ def gradient_of(
 def _gradient_of(decoder: Decoder, schedule: Schedule, forward_names: list[str], accumulation: int) -> guard.Gradient:
     def gradient(params: Any, tokens_BxT: jax.Array, targets_BxT: jax.Array) -> tuple[dict[str, jax.Array], Any]:
         def objective(params: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
-            outcome = schedule(decoder, params, tokens_BxT, targets_BxT)
+            outcome = schedule(Model(decoder, params), tokens_BxT, targets_BxT)
             parts = {f"train/loss_{name}": outcome.forward_losses_F[i] for i, name in enumerate(forward_names)}
             return outcome.loss, {"train/loss": outcome.loss, **parts}
 

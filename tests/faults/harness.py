@@ -76,8 +76,8 @@ def nan(step):
     def marked(config, sequence_length):
         inner = build(config, sequence_length)
 
-        def schedule(decoder, params, tokens_BxT, targets_BxT):
-            outcome = inner(decoder, params, tokens_BxT, jnp.maximum(targets_BxT, -1 - targets_BxT))
+        def schedule(model, tokens_BxT, targets_BxT):
+            outcome = inner(model, tokens_BxT, jnp.maximum(targets_BxT, -1 - targets_BxT))
             return outcome.replace(loss=outcome.loss * jnp.where(jnp.any(targets_BxT < 0), jnp.nan, 1.0))
 
         return schedule
