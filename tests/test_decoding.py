@@ -208,7 +208,7 @@ def test_the_cache_is_the_same_in_one_write_or_many(tiny):
         parts = cache.write(parts, piece, jnp.asarray(positions[:, begin:end]))
     jax.tree.map(np.testing.assert_array_equal, parts, whole)
     np.testing.assert_array_equal(whole.position_B, [13, 10])
-    short, full = cache.held(whole)
+    short, full = cache.by_layer(whole)
     for held, size in ((short, 8), (full, 16)):
         for row, count in enumerate((13, 10)):
             expected = set(range(max(0, count - size), count))

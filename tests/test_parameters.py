@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lrt_jax.model import parameters
+from lrt_jax.model import weights
 from lrt_jax.model.decoder import Decoder
 from lrt_jax.model.model import Model
 
@@ -20,8 +20,8 @@ MODELS = [
 @pytest.mark.parametrize("model", MODELS, ids=lambda model: "-".join(map(str, model.values())))
 def test_parameters_by_layer_say_their_axes(tiny, random_params, model):
     config = tiny(**model)
-    made = parameters.by_layer(config, random_params(config))
-    axes = parameters.axes_by_layer(config)
+    made = weights.by_layer(config, random_params(config))
+    axes = weights.axes_by_layer(config)
     assert made.keys() == axes.keys()
     for name, arrays in made.items():
         for array in arrays if isinstance(arrays, tuple) else (arrays,):

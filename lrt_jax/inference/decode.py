@@ -10,8 +10,9 @@ from flax import struct
 from lrt_jax.model import cache as caches
 from lrt_jax.model.attention import EMPTY
 from lrt_jax.model.backend import compute_dtype
+from lrt_jax.model.buffer import Buffer
 from lrt_jax.model.cache import Cache
-from lrt_jax.model.decoder import Buffer, Forward
+from lrt_jax.model.decoder import Forward
 from lrt_jax.model.model import Model
 from lrt_jax.setup.config import ModelConfig
 

@@ -16,9 +16,9 @@ from jax import lax
 from lrt_jax.inference import decode
 from lrt_jax.inference.decode import PAD, DecodeState
 from lrt_jax.method.partitions import Strided
-from lrt_jax.model.decoder import Buffer, Forward
+from lrt_jax.model.buffer import SLOTS, Buffer
+from lrt_jax.model.decoder import Forward
 from lrt_jax.model.model import Model
-from lrt_jax.model.pieces import SLOTS
 
 
 class Guess(struct.PyTreeNode):

@@ -9,12 +9,13 @@ import numpy as np
 from jax import lax
 
 from lrt_jax.method.partitions import Partition, Strided
+from lrt_jax.model import buffer as buffers
 from lrt_jax.model.backend import compute_dtype
-from lrt_jax.model.decoder import Buffer, Forward, empty_buffer
+from lrt_jax.model.buffer import Buffer
+from lrt_jax.model.decoder import Forward
 from lrt_jax.model.embedding import Embedded, each_alone
 from lrt_jax.model.memory import shift_right
 from lrt_jax.model.model import Model
-from lrt_jax.model.pieces import SLOTS
 
 # With ``model.remat``: how many logits a device holds at once; 512 MB in float32.
 LOGITS = 2**27
@@ -117,13 +118,6 @@ def settled(model: Model, embedded: Embedded, count: int, *, states_only: bool) 
     return lax.stop_gradient(forward)
 
 
-def in_pieces(piece: Any, count: int) -> tuple[Any, ...]:
-    """A buffer's only piece cut into ``count`` of the same size, along its slots."""
-    leaves, structure = jax.tree.flatten(piece)
-    cut = [jnp.split(leaf, count, axis=SLOTS) for leaf in leaves]
-    return tuple(jax.tree.unflatten(structure, parts) for parts in zip(*cut, strict=True))
-
-
 class Subset(NamedTuple):
     """What one subset forward computes; in a scan all have a leading S axis.
 
@@ -219,18 +213,7 @@ def subset_forwards(
         )
         memory_BxTxD = memory_of(sources_BxTxD, positions_T, previous_slots_T)
         refreshed = model.refresh(refreshable, memory_BxTxD, positions_T[None])
-        visited_Tx1 = (jnp.arange(len(positions_T)) < slot)[:, None]
-        visited, latest = (in_pieces(array, len(buffer.pieces)) for array in (visited_Tx1, refreshed))
-        # The mask has as many axes as a buffer's leaf, whatever that is: nothing is broadcast by rank.
-        pieces = tuple(
-            jax.tree.map(
-                lambda old, new, mask=mask: jnp.where(mask.reshape((1,) * (old.ndim - 2) + mask.shape), old, new),
-                piece,
-                fresh,
-            )
-            for piece, fresh, mask in zip(buffer.pieces, latest, visited, strict=True)
-        )
-        return Buffer(pieces, buffer.positions_BxN)
+        return buffer.refreshed(refreshed, jnp.arange(len(positions_T)) < slot)
 
     def subset_forward(model: Model, carry: tuple[Buffer, jax.Array], subset: Subset) -> Any:
         buffer, sources_BxTxD = carry
@@ -274,7 +257,7 @@ def subset_forwards_alone(
 ) -> tuple[jax.Array, jax.Array]:
     """Subset forwards without an initialization forward: the buffer and the memory begin empty."""
     config, (rows, length) = model.config, tokens_BxT.shape
-    empty = empty_buffer(config, rows, length, partition.subsets if unroll else 1)
+    empty = buffers.empty(config, rows, length, partition.subsets if unroll else 1)
     sources_BxTxD = jnp.zeros((rows, length, config.width), compute_dtype(config))
     model = model.by_layer()
     embedded = begin_subsets(model, tokens_BxT, partition, unroll=unroll)

@@ -14,10 +14,8 @@ from flax import struct
 from jax import lax
 
 from lrt_jax.method import forwards, noise, partitions
-from lrt_jax.model.decoder import Buffer
 from lrt_jax.model.memory import shift_right
 from lrt_jax.model.model import Model
-from lrt_jax.model.pieces import SLOTS
 from lrt_jax.setup.schedule import ScheduleConfig
 
 
@@ -124,12 +122,9 @@ def interleaved(
         first, model = forwards.initialization(model, natural, keep_refreshable=kv_refresh)
         init_losses_BxT = forwards.token_losses(model, first.hidden_BxPxD, targets_BxT)
 
-    (computed,) = first.buffer.pieces
-    whole = jax.tree.map(lambda x: partition.in_slots(x, SLOTS), computed)
     # Unrolled, a subset's keys and values take the place of a piece, and nothing of the buffer is copied.
-    pieces = forwards.in_pieces(whole, partition.subsets if unroll else 1)
-    # Reordered once: without the barrier every subset forward would gather from the natural order again.
-    pieces = lax.optimization_barrier(pieces)
+    positions_1xT = jnp.asarray(partition.positions_SxP.reshape(1, -1))
+    buffer = first.buffer.reordered(partition.in_slots, positions_1xT, partition.subsets if unroll else 1)
     # Positions come before heads in what keys and values are refreshed from.
     refreshable = jax.tree.map(lambda x: partition.in_slots(x, -3), first.refreshable)
     losses_WxBxT, sources_BxTxD = forwards.subset_forwards(
@@ -137,7 +132,7 @@ def interleaved(
         in_subsets,
         targets_BxT,
         partition,
-        Buffer(pieces, jnp.asarray(partition.positions_SxP.reshape(1, -1))),
+        buffer,
         partition.in_slots(first.source_BxPxD, 1),
         sweeps=sweeps,
         refreshable=refreshable if kv_refresh else None,

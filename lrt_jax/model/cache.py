@@ -41,22 +41,62 @@ def empty_cache(config: ModelConfig, rows: int, slots: int) -> Cache:
     return Cache(tuple(zeros(window) for window in config.windows), jnp.zeros((rows,), jnp.int32))
 
 
-class Held(NamedTuple):
+class Cached(NamedTuple):
     """What one layer's attention reads of a cache.
 
     Attributes:
       kv: keys and values, [B, K, N, C] each.
       positions_BxN: int32, the position in each slot, EMPTY where there is none.
-      beside: pieces of a buffer, with keys and values of later positions; none where a forward has none.
     """
 
     kv: KV
     positions_BxN: jax.Array
-    beside: tuple[KV, ...] = ()
+
+    def attend(
+        self,
+        q_BxPxHxC: jax.Array,
+        keys: tuple[jax.Array, ...],
+        values: tuple[jax.Array, ...],
+        queries_BxP: jax.Array,
+        keys_BxN: jax.Array,
+        window: jax.Array | int,
+        *,
+        farthest: int,
+    ) -> jax.Array:
+        """Softmax attention of P new positions over the cache and over N newer ones; softmax in float32 or wider.
+
+        Args:
+          q_BxPxHxC: queries, H heads.
+          keys: of what the cache does not have, [B, K, n, C] in pieces: their own, and a buffer's beside it.
+          values: likewise.
+          queries_BxP: int32 positions; EMPTY where a row rests, whose result means nothing.
+          keys_BxN: the same, of keys.
+          window: how many positions before itself a query sees.
+          farthest: the same, where it is known.
+
+        Returns:
+          [B, P, H, C].
+        """
+        del farthest
+        rows, length, heads, width = q_BxPxHxC.shape
+        kv_heads, slots = self.kv.k.shape[1:3]
+        wide = jnp.promote_types(q_BxPxHxC.dtype, jnp.float32)
+        q = (q_BxPxHxC * width**-0.5).reshape(rows, length, kv_heads, heads // kv_heads, width)
+        k_BxKxNxC, v_BxKxNxC = (jnp.concatenate(pieces, axis=2) for pieces in (keys, values))
+
+        def scores(k_BxKxNxC: jax.Array, positions_BxN: jax.Array) -> jax.Array:
+            found = jnp.einsum("bpkgc,bknc->bkgpn", q, k_BxKxNxC, preferred_element_type=wide)
+            return jnp.where(visible(queries_BxP, positions_BxN, window)[:, None, None], found, MASKED)
+
+        past, newer = scores(self.kv.k, self.positions_BxN), scores(k_BxKxNxC, keys_BxN)
+        weights = jax.nn.softmax(jnp.concatenate([past, newer], axis=-1), axis=-1).astype(q.dtype)
+        mixed = jnp.einsum("bkgpn,bknc->bpkgc", weights[..., :slots], self.kv.v)
+        mixed += jnp.einsum("bkgpn,bknc->bpkgc", weights[..., slots:], v_BxKxNxC)
+        return mixed.reshape(rows, length, heads, width)
 
 
-def held(cache: Cache, pieces: tuple[tuple[KV, ...], ...] = ()) -> list[Held]:
-    """The cache, layer by layer, beside the pieces of a buffer."""
+def by_layer(cache: Cache) -> list[Cached]:
+    """The cache, layer by layer."""
     newest_Bx1 = cache.position_B[:, None] - 1
 
     def positions(slots: int) -> jax.Array:
@@ -65,8 +105,7 @@ def held(cache: Cache, pieces: tuple[tuple[KV, ...], ...] = ()) -> list[Held]:
 
     sizes = [ring.k.shape[2] for ring in cache.kv]
     by_size = {size: positions(size) for size in set(sizes)}
-    beside = list(zip(*pieces, strict=True)) or [()] * len(sizes)
-    return [Held(ring, by_size[size], own) for ring, size, own in zip(cache.kv, sizes, beside, strict=True)]
+    return [Cached(ring, by_size[size]) for ring, size in zip(cache.kv, sizes, strict=True)]
 
 
 def write(cache: Cache, fresh: tuple[KV, ...], positions_BxP: jax.Array) -> Cache:
@@ -94,46 +133,3 @@ def write(cache: Cache, fresh: tuple[KV, ...], positions_BxP: jax.Array) -> Cach
         )
 
     return Cache(tuple(put(ring, new) for ring, new in zip(cache.kv, fresh, strict=True)), after_B)
-
-
-def attend(
-    q_BxPxHxC: jax.Array,
-    k_BxKxNxC: jax.Array,
-    v_BxKxNxC: jax.Array,
-    queries_BxP: jax.Array,
-    keys_BxN: jax.Array,
-    window: jax.Array | int,
-    *,
-    held: Held,
-) -> jax.Array:
-    """Softmax attention of P new positions over a cache and over N newer ones; softmax in float32 or wider.
-
-    Args:
-      q_BxPxHxC: queries, H heads.
-      k_BxKxNxC: keys of what the cache does not have: their own, and those of the buffer beside it.
-      v_BxKxNxC: likewise.
-      queries_BxP: int32 positions; EMPTY where a row rests, whose result means nothing.
-      keys_BxN: the same, of keys.
-      window: how many positions before itself a query sees.
-      held: the cache.
-
-    Returns:
-      [B, P, H, C].
-    """
-    rows, length, heads, width = q_BxPxHxC.shape
-    kv_heads, slots = held.kv.k.shape[1:3]
-    wide = jnp.promote_types(q_BxPxHxC.dtype, jnp.float32)
-    q = (q_BxPxHxC * width**-0.5).reshape(rows, length, kv_heads, heads // kv_heads, width)
-
-    def scores(equation: str, keys: jax.Array, positions: jax.Array) -> jax.Array:
-        found = jnp.einsum(equation, q, keys, preferred_element_type=wide)
-        return jnp.where(visible(queries_BxP, positions, window)[:, None, None], found, MASKED)
-
-    past, own = (
-        scores("bpkgc,bknc->bkgpn", held.kv.k, held.positions_BxN),
-        scores("bpkgc,bknc->bkgpn", k_BxKxNxC, keys_BxN),
-    )
-    weights = jax.nn.softmax(jnp.concatenate([past, own], axis=-1), axis=-1).astype(q.dtype)
-    mixed = jnp.einsum("bkgpn,bknc->bpkgc", weights[..., :slots], held.kv.v)
-    mixed += jnp.einsum("bkgpn,bknc->bpkgc", weights[..., slots:], v_BxKxNxC)
-    return mixed.reshape(rows, length, heads, width)

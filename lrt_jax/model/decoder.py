@@ -10,35 +10,19 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from flax import struct
-from jax import lax
 from jax.sharding import Mesh
 
-from lrt_jax.model import attention, cache, embedding, head, layers, memory, pieces, stack
+from lrt_jax.model import cache, embedding, head, kernels, layers, memory, stack, weights
 from lrt_jax.model.backend import compute_dtype
+from lrt_jax.model.block import Before, Context, Inputs, Places
+from lrt_jax.model.buffer import Buffer, write
 from lrt_jax.model.cache import Cache
 from lrt_jax.model.embedding import Embedded
 from lrt_jax.model.memory import KV, Refreshable
-from lrt_jax.model.parameters import is_by_layer, table, unstack
+from lrt_jax.model.parameters import table
+from lrt_jax.model.weights import is_by_layer
 from lrt_jax.setup import mesh as meshes
 from lrt_jax.setup.config import ModelConfig
-
-
-class Buffer(struct.PyTreeNode):
-    """Keys and values of every layer, after gates, RoPE and QK norm: the shared buffer.
-
-    Of L layers; where those below the memory are known (:meth:`Decoder.below`), of the others.
-
-    Attributes:
-      pieces: its N slots, in one piece or in several of the same size. A piece is a tuple of L :class:`KV` with
-        leaves [B, K, N, C], or with ``scan_layers`` one KV with leaves [L, B, K, N, C]. A forward that fills a
-        whole piece takes its place, where within a piece it would have to copy what others still need.
-      positions_BxN: int32, the position each slot holds, ``attention.EMPTY`` where none; the first axis
-        is 1 where all rows are alike.
-    """
-
-    pieces: tuple[Any, ...]
-    positions_BxN: jax.Array
 
 
 class Forward(NamedTuple):
@@ -57,21 +41,6 @@ class Forward(NamedTuple):
     source_BxPxD: jax.Array
     buffer: Buffer
     refreshable: Any = None
-
-
-def empty_buffer(config: ModelConfig, rows: int, slots: int, pieces: int = 1) -> Buffer:
-    """A buffer with nothing in it: N = ``slots`` for each of B = ``rows`` sequences, in as many pieces of one size.
-
-    It is of the layers from the first on that reads memory (:meth:`Decoder.below`).
-    """
-    shape = (rows, config.kv_heads, slots // pieces, config.head_width)
-
-    def zeros(*layers: int) -> KV:
-        return KV(*(jnp.zeros((*layers, *shape), compute_dtype(config)) for _ in range(2)))
-
-    layers = config.layers - config.memory_range.start
-    kv = zeros(layers) if config.scan_layers else tuple(zeros() for _ in range(layers))
-    return Buffer((kv,) * pieces, jnp.full((1, slots), attention.EMPTY, jnp.int32))
 
 
 class Decoder(nn.Module):
@@ -151,30 +120,19 @@ class Decoder(nn.Module):
             memory_BxPxD = memory_BxPxD.astype(dtype) if config.recurrent else None
         if memory_BxPxD is not None:
             memory_BxPxD = meshes.constrain(self.mesh, memory_BxPxD, "batch", "sequence", None)
-        positions_BxN = positions_BxP
-        if buffer is not None:
-            written_BxP = jnp.broadcast_to(positions_BxP, (buffer.positions_BxN.shape[0], positions_BxP.shape[1]))
-            positions_BxN = lax.dynamic_update_slice_in_dim(buffer.positions_BxN, written_BxP, slot, axis=1)
-        before: Any = None if buffer is None else buffer.pieces  # by layer, or stacked where layers are scanned
-        if past is not None:
-            before = cache.held(past, () if buffer is None else buffer.pieces)
-        elif buffer is not None and not config.scan_layers:
-            before = list(zip(*buffer.pieces, strict=True))
-        context = self._context(
-            embedded,
-            positions_BxP,
-            positions_BxN,
-            memory_BxPxD,
-            pieces.attention_for(config, self.mesh, positions_BxP.shape[1], subsets, ragged, slot),
-            slot,
-            keep_refreshable,
-        )
+        positions_BxN = positions_BxP if buffer is None else buffer.positions_with(positions_BxP, slot)
+        attend = kernels.attention_for(config, self.mesh, positions_BxP.shape[1], subsets, ragged, slot)
+        places = self._places(positions_BxP, positions_BxN, slot)
+        context = self._context(embedded, memory_BxPxD, places, attend, keep_refreshable)
         first = 0 if embedded.x_BxPxD is None else config.memory_range.start
-        layers_run = range(first, config.source_index + 1 if states_only else config.layers)
-        ran, handed_on = self._run(context, embedded, before, layers_run)
-        written: tuple[Any, ...] = (ran.fresh,)
+        running = range(first, config.source_index + 1 if states_only else config.layers)
+        ran = self._run(context, embedded, _before(config, buffer, past, running), running)
+        handed_on = dict(self.parameters)
+        if len(running) == config.layers:
+            handed_on = weights.with_weights(handed_on, ran.weights)
+        written = (ran.written,)
         if buffer is not None:
-            written = pieces.write(ran.before if config.scan_layers else buffer.pieces, ran.fresh, slot)
+            written = write(ran.before.pieces if config.scan_layers else buffer.pieces, ran.written, slot)
         hidden_BxPxD, source_BxPxD = layers.rms_norm(ran.x_BxPxD), layers.rms_norm(ran.source_BxPxD)
         return Forward(hidden_BxPxD, source_BxPxD, Buffer(written, positions_BxN), ran.refreshable), handed_on
 
@@ -185,54 +143,46 @@ class Decoder(nn.Module):
           embedded: all T tokens, looked up.
           positions_BxP: int32, in order; the first axis may be 1.
         """
-        first = self.config.memory_range.start
-        if first == 0:
+        config, running = self.config, range(self.config.memory_range.start)
+        if not running:
             return embedded
-        attend = pieces.attention_for(self.config, self.mesh, positions_BxP.shape[1], 1, False, 0)
-        context = self._context(embedded, positions_BxP, positions_BxP, None, attend, 0, False)
-        ran, _ = self._run(context, embedded, None, range(first))
+        attend = kernels.attention_for(config, self.mesh, positions_BxP.shape[1], 1, False, 0)
+        context = self._context(embedded, None, self._places(positions_BxP, positions_BxP, 0), attend, False)
+        ran = self._run(context, embedded, _before(config, None, None, running), running)
         return embedded._replace(x_BxPxD=ran.x_BxPxD)
+
+    def _places(self, positions_BxP: jax.Array, positions_BxN: jax.Array, slot: jax.Array | int) -> Places:
+        config = self.config
+        rope = layers.rope_tables(positions_BxP, config.head_width, config.rope_base, compute_dtype(config))
+        return Places(rope, positions_BxP, positions_BxN, slot)
 
     def _context(
         self,
         embedded: Embedded,
-        positions_BxP: jax.Array,
-        positions_BxN: jax.Array,
         memory_BxPxD: jax.Array | None,
+        places: Places,
         attend: Any,
-        slot: jax.Array | int,
         keep_refreshable: bool,
-    ) -> stack.Context:
+    ) -> Context:
         """What all layers of one forward share."""
-        config, sharded = self.config, functools.partial(meshes.constrain, self.mesh)
-        x0_BxPxD = sharded(embedded.x0_BxPxD, "batch", "sequence", None)
-        projected = stack.shared_projection(config, memory_BxPxD, self.parameters)
-        return stack.Context(
-            config=config,
-            sharded=sharded,
-            attend=attend,
-            keep_refreshable=keep_refreshable,
-            inputs=stack.Inputs(x0_BxPxD, memory_BxPxD, projected),
-            places=stack.Places(
-                rope=layers.rope_tables(positions_BxP, config.head_width, config.rope_base, compute_dtype(config)),
-                queries_BxP=positions_BxP,
-                keys_BxN=positions_BxN,
-                slot=slot,
-            ),
-        )
+        x0_BxPxD = meshes.constrain(self.mesh, embedded.x0_BxPxD, "batch", "sequence", None)
+        projected = None
+        if self.config.memory == "shared" and memory_BxPxD is not None:
+            projected = memory.project(memory_BxPxD, self.parameters["memory_key"], self.parameters["memory_value"])
+        inputs = Inputs(x0_BxPxD, memory_BxPxD, projected)
+        return Context(self.config, self.mesh, attend, keep_refreshable, inputs, places)
 
-    def _run(
-        self, context: stack.Context, embedded: Embedded, before: Any, layers_run: range
-    ) -> tuple[stack.Ran, dict[str, Any]]:
-        """Some of the layers; and the parameters as the next forward should read them."""
-        config, arrays = self.config, self.parameters
-        axes = ("batch", "sequence", "kv_heads", None)  # of one layer's, or of all stacked
-        values = jax.tree.map(lambda x: context.sharded(x, *(None,) * (x.ndim - 4), *axes), embedded.values_ExBxPxKxC)
-        own = stack.per_layer(config, arrays, values)
-        weights = [name for name, array in own.items() if array is arrays.get(name)]
-        begins = context.inputs.x0_BxPxD if embedded.x_BxPxD is None else embedded.x_BxPxD
-        ran = stack.run(context, begins, own, before, weights, layers_run)
-        return ran, {**arrays, **{name: ran.own[name] for name in weights}}
+    def _run(self, context: Context, embedded: Embedded, before: Any, running: range) -> stack.Ran:
+        """Some of the layers."""
+        config, axes = self.config, ("batch", "sequence", "kv_heads", None)  # of one layer's, or of all stacked
+        values = jax.tree.map(
+            lambda x: meshes.constrain(self.mesh, x, *(None,) * (x.ndim - 4), *axes), embedded.values_ExBxPxKxC
+        )
+        own = stack.own_of_all_layers(config, self.parameters.get("value_gate"), values)
+        of_all, edges = weights.of_all_layers(config, self.parameters), (running.start, running.stop)
+        chosen = stack.Layers(running, weights.some(of_all, *edges), weights.some(own, *edges), before)
+        x_BxPxD = context.inputs.x0_BxPxD if embedded.x_BxPxD is None else embedded.x_BxPxD
+        return stack.run(context, x_BxPxD, chosen)
 
     def refresh(self, refreshable: Any, memory_BxPxD: jax.Array, positions_BxP: jax.Array) -> Any:
         """Keys and values of every layer under the latest memory (METHOD.md, "Training schedules").
@@ -245,12 +195,12 @@ class Decoder(nn.Module):
         Returns:
           A piece of a buffer.
         """
-        config, arrays = self.config, self.parameters
-        dtype = compute_dtype(config)
+        config, dtype = self.config, compute_dtype(self.config)
         memory_BxPxD = memory_BxPxD.astype(dtype)
         rope = layers.rope_tables(positions_BxP, config.head_width, config.rope_base, dtype)
+        projections = [self.parameters[name] for name in ("memory_key", "memory_value")]
         if config.memory == "shared":
-            projected = memory.project(memory_BxPxD, arrays["memory_key"], arrays["memory_value"])
+            projected = memory.project(memory_BxPxD, *projections)
             refreshed = functools.partial(memory.refresh, projected=projected, rope_tables=rope)
             return jax.vmap(refreshed)(refreshable) if config.scan_layers else tuple(map(refreshed, refreshable))
 
@@ -258,12 +208,9 @@ class Decoder(nn.Module):
             return memory.refresh(stale, memory.project(memory_BxPxD, key_DxKxC, value_DxKxC), rope)
 
         if config.scan_layers:
-            return jax.vmap(one)(refreshable, arrays["memory_key"], arrays["memory_value"])
-        own = unstack({name: arrays[name] for name in ("memory_key", "memory_value")}, config.layers)
-        return tuple(
-            one(stale, layer["memory_key"], layer["memory_value"])
-            for stale, layer in zip(refreshable, own, strict=True)
-        )
+            return jax.vmap(one)(refreshable, *projections)
+        each = [stack if isinstance(stack, tuple) else weights.cut(stack) for stack in projections]
+        return tuple(map(one, refreshable, *each))
 
     def embed(self, *tokens_BxP: jax.Array) -> list[Embedded]:
         """x⁰ and the value embeddings of int tokens [B, P], those of several forwards together."""
@@ -280,6 +227,16 @@ class Decoder(nn.Module):
     def _raw(self, hidden_BxPxD: jax.Array) -> jax.Array:
         raw_BxPxV = layers.linear(hidden_BxPxD, self.parameters["head"])
         return meshes.constrain(self.mesh, raw_BxPxV, "batch", "sequence", "vocab")
+
+
+def _before(config: ModelConfig, buffer: Buffer | None, past: Cache | None, running: range) -> Any:
+    """What each layer knows of other positions: stacked where layers are scanned, else a list."""
+    if config.scan_layers:
+        return Before(() if buffer is None else buffer.pieces)
+    nothing = [()] * len(running)
+    pieces = nothing if buffer is None else buffer.by_layer()
+    cached = [None] * len(running) if past is None else cache.by_layer(past)
+    return list(map(Before, pieces, cached))
 
 
 def _check_shapes(

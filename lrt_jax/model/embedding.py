@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 
 from lrt_jax.model import layers
 from lrt_jax.model.backend import compute_dtype, target
-from lrt_jax.model.parameters import cut
+from lrt_jax.model.weights import cut
 from lrt_jax.setup import mesh as meshes
 from lrt_jax.setup.config import ModelConfig
 

@@ -64,15 +64,39 @@ def mix_residual(
     return mixed.astype(x_BxPxD.dtype)
 
 
-def gates(h_BxPxD: jax.Array, gate_cxGxK: jax.Array) -> list[jax.Array]:
-    """2 sigmoid(G h[:c]): for each of the G kinds, one number per position and KV head, [B, P, K, 1].
+class Gates(NamedTuple):
+    """One number for each position and KV head, [B, P, K, 1]; None where there is none of this kind.
 
-    They are 1 where the gate's weights are 0, as at initialization.
+    Attributes:
+      local: g_loc, of the layer's own keys and values.
+      memory: g_mem.
+      value: g_ve, of value embeddings.
     """
-    h_BxPxc = h_BxPxD[..., : gate_cxGxK.shape[0]]
-    logits_BxPxGxK = linear(h_BxPxc, gate_cxGxK)
-    open_BxPxGxKx1 = (2 * jax.nn.sigmoid(logits_BxPxGxK))[..., None]
-    return [open_BxPxGxKx1[:, :, kind] for kind in range(gate_cxGxK.shape[1])]
+
+    local: jax.Array | None = None
+    memory: jax.Array | None = None
+    value: jax.Array | None = None
+
+
+def gates(h_BxPxD: jax.Array, memory_gate_cx2xK: jax.Array | None, value_gate_cxK: jax.Array | None) -> Gates:
+    """g = 2 sigmoid(G h[:c]), which is 1 where the gate's weights are 0, as at initialization.
+
+    Args:
+      h_BxPxD: the layer's normed input.
+      memory_gate_cx2xK: weights of g_loc and g_mem, or, as ``weights.by_layer`` may leave them, of g_ve as third; None
+        in a model without memory projections.
+      value_gate_cxK: weights of g_ve; None in a layer without value embeddings.
+    """
+
+    def opened(weight_cxGxK: jax.Array) -> list[jax.Array]:
+        logits_BxPxGxK = linear(h_BxPxD[..., : len(weight_cxGxK)], weight_cxGxK)
+        open_BxPxGxKx1 = (2 * jax.nn.sigmoid(logits_BxPxGxK))[..., None]
+        return [open_BxPxGxKx1[:, :, kind] for kind in range(weight_cxGxK.shape[1])]
+
+    local, recurrent, *value = (None, None) if memory_gate_cx2xK is None else opened(memory_gate_cx2xK)
+    if value_gate_cxK is not None and not value:
+        value = opened(value_gate_cxK[:, None])
+    return Gates(local, recurrent, *value)
 
 
 def project(memory_BxPxD: jax.Array, key_DxKxC: jax.Array, value_DxKxC: jax.Array) -> KV:
@@ -80,41 +104,25 @@ def project(memory_BxPxD: jax.Array, key_DxKxC: jax.Array, value_DxKxC: jax.Arra
     return KV(linear(memory_BxPxD, key_DxKxC), linear(memory_BxPxD, value_DxKxC))
 
 
-def mix_keys_values(
-    kv: KV,
-    h_BxPxD: jax.Array,
-    memory_gate_cx2xK: jax.Array | None,
-    projected: KV | None,
-    value_gate_cxK: jax.Array | None,
-    value_embedding_BxPxKxC: jax.Array | None,
-) -> tuple[KV, jax.Array | None]:
+def mix_keys_values(kv: KV, gates: Gates, projected: KV | None, value_embedding_BxPxKxC: jax.Array | None) -> KV:
     """KV projection, before RoPE and QK norm (METHOD.md, "Recurrent memory").
 
-    k ← g_loc ⊙ k + g_mem ⊙ Uk m_{t-1};  v ← g_loc ⊙ v + g_mem ⊙ Uv m_{t-1} + g_ve ⊙ VE[token].
+    k ← g_loc k + g_mem Uk m_{t-1};  v ← g_loc v + g_mem Uv m_{t-1} + g_ve VE[token].
 
     Args:
       kv: this layer's own k and v.
-      h_BxPxD: the layer's normed input, which the gates read.
-      memory_gate_cx2xK: weights of g_loc and g_mem, or, as ``parameters.by_layer`` may leave them, of g_ve as third;
-        None in a model without memory projections.
+      gates: a term whose gate is None is not there.
       projected: Uk m_{t-1} and Uv m_{t-1}; None for zero memory.
-      value_gate_cxK: weights of g_ve; None, with the next, in a layer without value embeddings.
-      value_embedding_BxPxKxC: VE[token].
-
-    Returns:
-      The mixed k and v, and g_mem as [B, P, K, 1], None in a model without memory projections.
+      value_embedding_BxPxKxC: VE[token]; None in a layer without value embeddings.
     """
     k, v = kv
-    recurrent, embedded = None, []
-    if memory_gate_cx2xK is not None:
-        local, recurrent, *embedded = gates(h_BxPxD, memory_gate_cx2xK)
-        k, v = local * k, local * v
-        if projected is not None:
-            k, v = k + recurrent * projected.k, v + recurrent * projected.v
-    if value_gate_cxK is not None and value_embedding_BxPxKxC is not None:
-        embedded = embedded or gates(h_BxPxD, value_gate_cxK[:, None])
-        v = v + embedded[0] * value_embedding_BxPxKxC
-    return KV(k, v), recurrent
+    if gates.local is not None:
+        k, v = gates.local * k, gates.local * v
+    if gates.memory is not None and projected is not None:
+        k, v = k + gates.memory * projected.k, v + gates.memory * projected.v
+    if gates.value is not None and value_embedding_BxPxKxC is not None:
+        v = v + gates.value * value_embedding_BxPxKxC
+    return KV(k, v)
 
 
 def refresh(stale: Refreshable, projected: KV, rope_tables: tuple[Array, Array]) -> KV:

@@ -9,7 +9,7 @@ import numpy as np
 from flax import struct
 from jax.sharding import Mesh
 
-from lrt_jax.model import parameters
+from lrt_jax.model import weights
 from lrt_jax.model.backend import compute_dtype
 from lrt_jax.model.decoder import Decoder, Forward
 from lrt_jax.model.embedding import Embedded
@@ -71,7 +71,7 @@ class Model(struct.PyTreeNode):
         """The model as several forwards should share it: parameters cut up once, unless layers are scanned."""
         if self.config.scan_layers:
             return self
-        return self.replace(params=parameters.by_layer(self.config, self.params))
+        return self.replace(params=weights.by_layer(self.config, self.params))
 
     def for_decoding(self) -> "Model":
         """The model as decoding reads it: unrolled, by layer, matrices in the dtype of computation."""
@@ -88,7 +88,7 @@ class Model(struct.PyTreeNode):
 
 @functools.partial(jax.jit, static_argnums=0)
 def _prepared(config: ModelConfig, params: Any) -> Any:
-    return parameters.by_layer(config, params, compute_dtype(config))
+    return weights.by_layer(config, params, compute_dtype(config))
 
 
 @functools.lru_cache

@@ -8,11 +8,10 @@ owns are stacked on a leading ``layers`` axis, so a checkpoint does not depend o
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from lrt_jax.setup.config import ModelConfig
 
@@ -121,68 +120,3 @@ def _memory_table(config: ModelConfig, fan_in: Initializer) -> dict[str, Paramet
             memory=True,
         )
     return parameters
-
-
-def by_layer(config: ModelConfig, params: dict[str, Any], dtype: jnp.dtype | None = None) -> dict[str, Any]:
-    """The parameters as several forwards share them best; the decoder takes either form.
-
-    Every stack becomes a tuple of one array per layer: a step of decoding reads each weight once, so cutting it out
-    of a stack, or casting it, in every step would cost as much as the step; and forwards that share what was cut out
-    add up its gradients layer by layer, where each would fill a stack. Queries, keys and values
-    become one matrix, ``attention_in`` [D, K, H/K + 2, C], and so do a layer's gates: a subset forward, or a decoding
-    step, has few rows, and its products are faster the wider they are.
-
-    Args:
-      config: the model.
-      params: as the table has them, or in this form already.
-      dtype: what to cast matrices to; None: leave them.
-    """
-    spec = table(config)
-    if is_by_layer(params):
-        return params
-    ready: dict[str, Any] = {}
-    for name, array in params.items():
-        matrix = spec[name].group in ("matrix", "embedding", "head")
-        array = array.astype(dtype) if matrix and dtype is not None else array
-        if spec[name].axes[0] == "layers" and name != "value_embedding":  # which is looked up for all layers at once
-            array = cut(array)
-        ready[name] = array
-    query, *key_value = (ready.pop(name) for name in ("query", "key", "value"))
-    # As many rows as there are: it may be a shard.
-    in_groups = (len(query[0]), config.kv_heads, -1, config.head_width)
-    ready["attention_in"] = tuple(
-        jnp.concatenate([array.reshape(in_groups) for array in arrays], axis=2)
-        for arrays in zip(query, *key_value, strict=True)
-    )
-    if "memory_gate" in ready and len(config.value_embedding_layers) == config.layers:
-        # All three gates of a layer as one product: for few rows, starting a product costs more than these do.
-        pairs = zip(ready["memory_gate"], ready["value_gate"], strict=True)
-        ready["memory_gate"] = tuple(jnp.concatenate([two, one[:, None]], axis=1) for two, one in pairs)
-    return ready
-
-
-def axes_by_layer(config: ModelConfig) -> dict[str, tuple[str | None, ...]]:
-    """Logical axes of what :func:`by_layer` makes; where that is a tuple, of one layer's array."""
-    axes: dict[str, tuple[str | None, ...]] = {
-        name: spec.axes[1:] if spec.axes[0] == "layers" and name != "value_embedding" else spec.axes
-        for name, spec in table(config).items()
-    }
-    for joined in ("query", "key", "value"):
-        del axes[joined]
-    return axes | {"attention_in": ("embed", "kv_heads", None, "head")}
-
-
-def is_by_layer(params: dict[str, Any]) -> bool:
-    """Whether these are parameters that :func:`by_layer` made."""
-    return "attention_in" in params
-
-
-def cut(stack: jax.Array) -> tuple[jax.Array, ...]:
-    """One array per layer. ``lax.split``'s gradient is one concatenation; indexing's would be L padded sums."""
-    return tuple(jnp.squeeze(part, axis=0) for part in lax.split(stack, [1] * len(stack), axis=0))
-
-
-def unstack(stacks: dict[str, Any], layers: int) -> list[dict[str, jax.Array]]:
-    """One tree per layer."""
-    pieces = {name: stack if isinstance(stack, tuple) else cut(stack) for name, stack in stacks.items()}
-    return [{name: parts[index] for name, parts in pieces.items()} for index in range(layers)]

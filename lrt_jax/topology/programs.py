@@ -21,7 +21,8 @@ from lrt_jax.method import schedules
 from lrt_jax.model import backend, costs
 from lrt_jax.model.decoder import Decoder
 from lrt_jax.model.model import Model
-from lrt_jax.model.parameters import axes_by_layer, table
+from lrt_jax.model.parameters import table
+from lrt_jax.model.weights import axes_by_layer
 from lrt_jax.setup import mesh as meshes
 from lrt_jax.setup.config import Config
 from lrt_jax.setup.durations import train_steps

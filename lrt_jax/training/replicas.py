@@ -14,7 +14,7 @@ from flax import linen as nn
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
-from lrt_jax.model import parameters
+from lrt_jax.model import parameters, weights
 from lrt_jax.model.backend import compute_dtype
 from lrt_jax.model.decoder import Decoder
 from lrt_jax.setup import mesh as meshes
@@ -45,8 +45,8 @@ def gradient_of(decoder: Decoder, of_rows: Callable[[Decoder], Gradient]) -> Gra
     def of_own_rows(params: Any, tokens_BxT: jax.Array, targets_BxT: jax.Array) -> tuple[Any, Any]:
         if config.scan_layers:
             return exchanged(params, axes, tokens_BxT, targets_BxT)
-        layers, back = jax.vjp(lambda params: parameters.by_layer(config, params), params)
-        metrics, grads = exchanged(layers, parameters.axes_by_layer(config), tokens_BxT, targets_BxT)
+        layers, back = jax.vjp(lambda params: weights.by_layer(config, params), params)
+        metrics, grads = exchanged(layers, weights.axes_by_layer(config), tokens_BxT, targets_BxT)
         return metrics, back(grads)[0]
 
     def exchanged(params: Any, axes: dict[str, Any], tokens_BxT: jax.Array, targets_BxT: jax.Array) -> tuple[Any, Any]:

@@ -1,4 +1,4 @@
-"""A buffer in pieces: what is written takes the place of one, and what attends to all of them."""
+"""What attends to a buffer in pieces: a kernel of the machine, tiles, or dense attention."""
 
 import functools
 from collections.abc import Callable
@@ -11,19 +11,8 @@ from jax.sharding import Mesh
 
 from lrt_jax.model import attention, blocks
 from lrt_jax.model.backend import HOMES, attention_kind, target
+from lrt_jax.model.buffer import SLOTS
 from lrt_jax.setup.config import ModelConfig
-
-# Slots are the last axis but one in every leaf of a buffer's pieces: [(L,) B, K, N, C].
-SLOTS = -2
-
-
-def write(pieces: tuple[Any, ...], fresh: Any, slot: jax.Array | int) -> tuple[Any, ...]:
-    """The pieces with P fresh positions at ``slot``: within the only piece, or, of several, in place of one."""
-    if len(pieces) == 1:
-        put = functools.partial(lax.dynamic_update_slice_in_dim, start_index=slot, axis=SLOTS)
-        return (jax.tree.map(put, pieces[0], fresh),)
-    index = int(slot) // jax.tree.leaves(fresh)[0].shape[SLOTS]  # known while tracing
-    return (*pieces[:index], fresh, *pieces[index + 1 :])
 
 
 def attention_for(
