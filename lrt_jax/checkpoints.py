@@ -4,10 +4,10 @@ from pathlib import Path
 
 from absl import flags
 
+from lrt_jax.durability import inventory, lock
 from lrt_jax.setup import flags as command_line
 from lrt_jax.setup import workdir as workdirs
 from lrt_jax.setup.config import ConfigError
-from lrt_jax.training import inventory, lock
 
 
 def define_flags() -> None:

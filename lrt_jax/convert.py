@@ -24,6 +24,7 @@ from lrt_jax.conversion import files, parity, reference
 from lrt_jax.conversion.errors import ConversionError
 from lrt_jax.conversion.reference import from_reference, to_reference
 from lrt_jax.data import tokenizer as tokenizers
+from lrt_jax.durability import binding, checkpoint
 from lrt_jax.inference import load
 from lrt_jax.model import costs
 from lrt_jax.model.parameters import table
@@ -32,7 +33,6 @@ from lrt_jax.setup import flags as command_line
 from lrt_jax.setup import workdir as workdirs
 from lrt_jax.setup.config import Config, ConfigError, ModelConfig
 from lrt_jax.setup.errors import UserError
-from lrt_jax.training import binding, checkpoint
 
 __all__ = ["export_weights", "from_reference", "import_weights", "to_reference", "verify"]
 

@@ -8,6 +8,7 @@ from typing import Any
 from absl import flags
 
 from lrt_jax.data import corpus, pipeline, records
+from lrt_jax.durability import binding
 from lrt_jax.evaluation.bits_per_byte import Evaluator
 from lrt_jax.inference import load
 from lrt_jax.setup import flags as command_line
@@ -15,7 +16,6 @@ from lrt_jax.setup import mesh as meshes
 from lrt_jax.setup import processes
 from lrt_jax.setup import workdir as workdirs
 from lrt_jax.setup.config import ConfigError, Prefill
-from lrt_jax.training import binding
 
 
 def define_flags() -> None:

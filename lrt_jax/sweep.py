@@ -20,12 +20,12 @@ from lrt_jax import main as training
 from lrt_jax.comparison import plan, plots, results
 from lrt_jax.data import records, tokenizer
 from lrt_jax.model import costs
+from lrt_jax.run.loop import TrainingError
 from lrt_jax.setup import flags as command_line
 from lrt_jax.setup import mesh as meshes
 from lrt_jax.setup import workdir as workdirs
 from lrt_jax.setup.config import ConfigError
 from lrt_jax.setup.durations import train_steps
-from lrt_jax.training.loop import TrainingError
 
 SECONDS = "seconds.json"  # in a run's folder: how long its sessions took
 

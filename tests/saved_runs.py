@@ -8,11 +8,12 @@ import grain
 import jax
 import numpy as np
 
+from lrt_jax.durability import checkpoint
 from lrt_jax.model.decoder import Decoder
 from lrt_jax.model.parameters import table
 from lrt_jax.setup import mesh as meshes
 from lrt_jax.setup.config import Config, MeshConfig, ModelConfig, OptimizerConfig, TrainConfig
-from lrt_jax.training import checkpoint, optimizer, state
+from lrt_jax.training import optimizer, state
 
 
 @dataclasses.dataclass

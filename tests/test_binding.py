@@ -12,8 +12,8 @@ from etils import epath
 from saved_runs import Run
 
 from lrt_jax.data import tokenizer
+from lrt_jax.durability import binding, manifest
 from lrt_jax.setup.config import ConfigError
-from lrt_jax.training import binding, manifest
 
 
 @pytest.fixture(scope="module")

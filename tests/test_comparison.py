@@ -12,8 +12,8 @@ from lrt_jax import sweep as command
 from lrt_jax.comparison import plan, results
 from lrt_jax.comparison.results import Result
 from lrt_jax.model import costs
+from lrt_jax.run.loop import TrainingError
 from lrt_jax.setup.config import ConfigError, default_config
-from lrt_jax.training.loop import TrainingError
 
 SWEEPS = sorted((Path(__file__).parents[1] / "configs" / "sweeps").glob("*.py"))
 

@@ -18,11 +18,11 @@ from lrt_jax import convert
 from lrt_jax.conversion import files, reference
 from lrt_jax.conversion.errors import ConversionError
 from lrt_jax.data import tokenizer
+from lrt_jax.durability import binding
 from lrt_jax.inference import load
 from lrt_jax.model.parameters import table
 from lrt_jax.setup.config import Config, ConfigError, DataConfig, ScheduleConfig, TrainConfig
 from lrt_jax.setup.errors import UserError
-from lrt_jax.training import binding
 
 GOLDEN = Path(__file__).parent / "golden"
 MODELS = {

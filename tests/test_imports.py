@@ -12,11 +12,13 @@ ORDER = [
     "model",
     "method",
     "training",
+    "durability",
     "inference",
     "conversion",
     "evaluation",
     "topology",
     "comparison",
+    "run",
 ]
 FILES = sorted(PACKAGE.rglob("*.py"))
 

@@ -20,10 +20,10 @@ from saved_runs import Run, assert_same
 
 from lrt_jax import checkpoints as command
 from lrt_jax.data import tokenizer
+from lrt_jax.durability import binding, checkpoint, inventory, manifest, readback
 from lrt_jax.inference import load
 from lrt_jax.setup.config import ConfigError
 from lrt_jax.setup.paths import LocalPath
-from lrt_jax.training import binding, checkpoint, inventory, manifest, readback
 
 
 @pytest.fixture(scope="module")

@@ -16,16 +16,16 @@ import pytest
 from lrt_jax import checkpoints, convert, evaluate, generate, main
 from lrt_jax.conversion.files import ArrayFile
 from lrt_jax.data import places
+from lrt_jax.durability import lock
+from lrt_jax.durability.inventory import CheckpointError
 from lrt_jax.setup import workdir as workdirs
 from lrt_jax.setup.config import Config, ConfigError, DataConfig, TrainConfig
 from lrt_jax.setup.config_file import ConfigFileParser
 from lrt_jax.setup.errors import UserError, WorkdirError
-from lrt_jax.training import lock
-from lrt_jax.training.inventory import CheckpointError
 
 HOLDER = """
 import pathlib, sys, time
-from lrt_jax.training import lock
+from lrt_jax.durability import lock
 with lock.held(pathlib.Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks import trace
-from lrt_jax.training.profiling import FOLDER, SKIPPED, Profiler
+from lrt_jax.run.profiling import FOLDER, SKIPPED, Profiler
 
 
 def run(profiler, steps):

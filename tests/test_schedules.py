@@ -14,13 +14,13 @@ from lrt_jax.model.decoder import Decoder
 from lrt_jax.model.memory import shift_right
 from lrt_jax.model.model import Model
 from lrt_jax.model.parameters import table
+from lrt_jax.run.stages import Plan, Stage
 from lrt_jax.setup.config import Config, ConfigError, MeshConfig, OptimizerConfig, ScheduleConfig, TrainConfig
 from lrt_jax.setup.mesh import make_mesh
 from lrt_jax.setup.schedule import SCHEDULES, Description, Pass
 from lrt_jax.setup.validation import validate
 from lrt_jax.topology import programs, traffic
 from lrt_jax.training import optimizer, state, step
-from lrt_jax.training.loop import Parts, Stage
 
 
 def test_loss_weights_choose_between_forwards(tiny, random_params, random_batch):
@@ -310,10 +310,10 @@ def test_impossible_schedules_are_explained(tiny, schedule, model, message):
 def test_effective_compute_of_a_staged_run():
     ends = [(6, 1.0), (8, 2.0), (10, 4.0)]
     stages = tuple(Stage(end, (), lambda step: 0, equivalent) for end, equivalent in ends)
-    parts = Parts(stages, *[None] * (len(dataclasses.fields(Parts)) - 1))
-    assert parts.steps == 10
-    assert [parts.stage_of(step).end for step in (1, 6, 7, 8, 9, 10)] == [6, 6, 8, 8, 10, 10]
-    assert [parts.forwards_until(step) for step in (0, 3, 6, 7, 8, 10)] == [0, 3, 6, 8, 10, 18]
+    plan = Plan(stages)
+    assert plan.steps == 10
+    assert [plan.stage_of(step).end for step in (1, 6, 7, 8, 9, 10)] == [6, 6, 8, 8, 10, 10]
+    assert [plan.forwards_until(step) for step in (0, 3, 6, 7, 8, 10)] == [0, 3, 6, 8, 10, 18]
 
 
 def twice(model, tokens_BxT, targets_BxT):

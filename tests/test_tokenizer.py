@@ -13,8 +13,8 @@ from lrt_jax.data import tokenizer as tokenizers
 from lrt_jax.data.corpus import is_held_out, open_corpus
 from lrt_jax.data.faults import DataError
 from lrt_jax.data.tokenizer import PROBE, Tokenizer, checked, keep, load_or_train, train
+from lrt_jax.durability.interruption import Stopped
 from lrt_jax.setup.config import Config, ConfigError, DataConfig, ModelConfig, TrainConfig
-from lrt_jax.training.interruption import Stopped
 
 SOURCES = [path.read_bytes().decode() for path in sorted(Path(sysconfig.get_path("stdlib")).glob("[a-d]*.py"))]
 MODEL = train(SOURCES[:12], 400)

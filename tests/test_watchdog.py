@@ -11,18 +11,18 @@ from pathlib import Path
 import jax
 import pytest
 
+from lrt_jax.durability.interruption import PATIENT, Stopped, StopRequests
+from lrt_jax.durability.watchdog import EXIT_CODE
+from lrt_jax.run.metrics import SUPERSEDED, Writer
+from lrt_jax.run.startup import Startup, seconds_since_start
 from lrt_jax.setup import mesh as meshes
 from lrt_jax.setup.config import MeshConfig
 from lrt_jax.setup.errors import WorkdirError
-from lrt_jax.training.interruption import PATIENT, Stopped, StopRequests
-from lrt_jax.training.metrics import SUPERSEDED, Writer
-from lrt_jax.training.startup import Startup, seconds_since_start
-from lrt_jax.training.watchdog import EXIT_CODE
 
 WATCHED = """
 import sys, time
 from pathlib import Path
-from lrt_jax.training import watchdog
+from lrt_jax.durability import watchdog
 watchdog.INTERVAL = 0.05
 def stuck():
     time.sleep(60)
@@ -42,7 +42,7 @@ print("the end")
 HELD = """
 import ctypes, sys, time
 from pathlib import Path
-from lrt_jax.training import watchdog
+from lrt_jax.durability import watchdog
 watchdog.INTERVAL, watchdog.FROZEN, watchdog.SLACK = 0.05, 0.3, 0.4
 def stuck():
     ctypes.PyDLL(None).sleep(60)  # and holds the interpreter's lock
@@ -60,7 +60,7 @@ import sys, time
 import jax
 from lrt_jax.setup import mesh as meshes
 from lrt_jax.setup.config import MeshConfig
-from lrt_jax.training.interruption import Stopped, StopRequests
+from lrt_jax.durability.interruption import Stopped, StopRequests
 mesh = meshes.make_mesh(MeshConfig())
 def once(when, then):
     stop = StopRequests()

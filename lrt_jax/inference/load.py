@@ -11,12 +11,13 @@ from jax.sharding import Mesh
 
 from lrt_jax.data import tokenizer
 from lrt_jax.data.tokenizer import Tokenizer
+from lrt_jax.durability import binding, inventory, readback
 from lrt_jax.model.decoder import Decoder
 from lrt_jax.model.model import Model
 from lrt_jax.setup import mesh as meshes
 from lrt_jax.setup import processes
 from lrt_jax.setup.config import Config, ConfigError, MeshConfig
-from lrt_jax.training import binding, inventory, readback, state
+from lrt_jax.training import state
 
 # How often another checkpoint is chosen, where a run has removed the last one while it was read.
 TRIES = 10

@@ -17,8 +17,8 @@ import pytest
 from runs import TINY, differing, errors_of, last_step, metrics_of, params_of
 
 from lrt_jax.data import tokenizer
-from lrt_jax.training import inventory
-from lrt_jax.training.watchdog import EXIT_CODE
+from lrt_jax.durability import inventory
+from lrt_jax.durability.watchdog import EXIT_CODE
 
 SCHEDULE = {"train__steps": 12, "train__save_every": 4, "train__eval_every": 0}
 LONG = {"train__steps": 100_000, "train__save_every": 1000}

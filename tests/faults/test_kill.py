@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from runs import differing, last_step, metrics_of, params_of
 
-from lrt_jax.training import inventory
+from lrt_jax.durability import inventory
 
 # Evaluations take longer than saves, so that some last when no save is under way.
 SCHEDULE = {"train__steps": 90, "train__save_every": 10, "train__eval_every": 15, "train__keep": 100, "eval__rows": 160}

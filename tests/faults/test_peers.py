@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from runs import differing, errors_of, last_step, params_of
 
+from lrt_jax.durability import inventory
+from lrt_jax.durability.watchdog import EXIT_CODE
 from lrt_jax.setup.flags import LOST_EXIT_CODE
-from lrt_jax.training import inventory
-from lrt_jax.training.watchdog import EXIT_CODE
 
 LONG = {"train__steps": 100_000, "train__save_every": 20}
 BOUND = 60.0  # seconds: heartbeats of 10, and a busy machine

@@ -17,9 +17,9 @@ from collections.abc import Callable, Sequence
 
 from etils import epath
 
+from lrt_jax.durability import manifest
 from lrt_jax.setup.errors import UserError
 from lrt_jax.setup.paths import LocalPath
-from lrt_jax.training import manifest
 
 FOLDER = "checkpoints"
 SAVING = "saving"

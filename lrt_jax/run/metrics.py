@@ -14,8 +14,8 @@ from tensorboardX import summary
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
+from lrt_jax.durability import manifest
 from lrt_jax.setup.errors import WorkdirError, writing
-from lrt_jax.training import manifest
 
 FILE = "metrics.jsonl"
 # Where lines of it go whose steps were computed once more, since the process ended before their save.

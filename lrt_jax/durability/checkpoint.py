@@ -1,6 +1,6 @@
 """Checkpoints: the state, the data iterator's position and the config, by orbax.
 
-With :mod:`lrt_jax.training.readback` the only module that knows orbax, whose API still moves.
+With :mod:`lrt_jax.durability.readback` the only module that knows orbax, whose API still moves.
 """
 
 import contextlib
@@ -17,15 +17,15 @@ import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
+from lrt_jax.durability import inventory, readback
 from lrt_jax.setup.config import Config
-from lrt_jax.training import inventory, readback
 from lrt_jax.training.state import TrainState
 
 
 class Checkpoints:
     """The checkpoints of one work dir, written by this run. Saving is asynchronous; :meth:`close` waits for it.
 
-    A save counts once its manifest is written, which :mod:`lrt_jax.training.inventory` does after orbax has
+    A save counts once its manifest is written, which :mod:`lrt_jax.durability.inventory` does after orbax has
     finished and finds what it wrote; older checkpoints are removed only after that.
     """
 

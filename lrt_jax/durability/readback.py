@@ -8,7 +8,7 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
-from lrt_jax.training import inventory
+from lrt_jax.durability import inventory
 
 Arrays = list[tuple[tuple[int, ...], str]]
 

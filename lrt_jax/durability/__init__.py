@@ -1,0 +1,1 @@
+"""What may end a run, and what it leaves: checkpoints, locks, signals, watchers."""

@@ -1,0 +1,1 @@
+"""A training run: assembled, driven step by step, and reported."""

@@ -1,0 +1,233 @@
+"""A run put together: from a config and a work dir to a trained, scored and sampled model."""
+
+import contextlib
+import dataclasses
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import optax
+from grain import DatasetIterator
+from jax.sharding import Mesh
+
+from lrt_jax.data import corpus, pipeline, records, tokenizer
+from lrt_jax.data.pipeline import HeldOut
+from lrt_jax.data.records import Records
+from lrt_jax.data.tokenizer import Tokenizer
+from lrt_jax.durability import binding, checkpoint, inventory, lock
+from lrt_jax.durability.interruption import Stopped, StopRequests
+from lrt_jax.durability.watchdog import Watchdog
+from lrt_jax.evaluation.bits_per_byte import Evaluator
+from lrt_jax.inference import load, text
+from lrt_jax.inference.generate import Method, check_lengths
+from lrt_jax.inference.sampling import Sampling
+from lrt_jax.model import costs
+from lrt_jax.model.backend import compute_dtype
+from lrt_jax.model.decoder import Decoder
+from lrt_jax.model.model import Model
+from lrt_jax.model.parameters import table
+from lrt_jax.run import loop, metrics, report, stages
+from lrt_jax.run.loop import Watched
+from lrt_jax.run.profiling import Profiler
+from lrt_jax.run.startup import Startup
+from lrt_jax.setup import hardware, processes
+from lrt_jax.setup import mesh as meshes
+from lrt_jax.setup import workdir as workdirs
+from lrt_jax.setup.config import Config
+from lrt_jax.setup.durations import require_ahead, train_steps
+from lrt_jax.setup.errors import one_line
+from lrt_jax.training import optimizer, state
+from lrt_jax.training.state import TrainState
+
+# In the work dir, where the watchdog puts the stacks of a process that it ends.
+WATCHDOG_LOG = "stacks.log"
+
+
+def run(config: Config, workdir: Path, profile: int = 0) -> dict[str, float]:
+    """Trains to the end, or to an interruption; scores and samples the result.
+
+    Of several processes, which share the work dir, all compute and read, and the first writes and prints.
+
+    Args:
+      config: the run.
+      workdir: where it lives, and no other run; if it holds checkpoints, the run goes on from the newest good one.
+      profile: how many steps to trace.
+
+    Returns:
+      The closing metrics; empty if the run was interrupted.
+
+    Raises:
+      UserError: something that the user can mend.
+    """
+    startup, stop = Startup(), StopRequests()
+    try:
+        with (
+            stop.listening(),
+            Watchdog(workdir / WATCHDOG_LOG) as watchdog,
+            watchdog.phase("set-up or closing", "config.train.phase_timeout", config.train.phase_timeout),
+            contextlib.ExitStack() as alone,
+        ):
+            processes.require_same("config", dataclasses.asdict(config))
+            processes.together(lambda: alone.enter_context(lock.held(workdir)) if processes.is_first() else None)
+            workdirs.require_shared(workdir)
+            return _run(config, workdir, Watched(stop, watchdog, startup, Profiler(workdir, profile)))
+    except Stopped:
+        processes.say("stopped by a signal; run the same command to go on")
+        return {}
+
+
+def _run(config: Config, workdir: Path, watched: Watched) -> dict[str, float]:
+    """:func:`run`, while signals are heard and a watchdog watches."""
+    began, startup = time.perf_counter(), watched.startup
+    mesh = _machine(config)
+    start = _recover(workdir)
+    changes = binding.check_config(config, workdir)
+    counts = costs.count_parameters(config.model)
+    steps = train_steps(config.train, config.model.sequence_length, counts.total)
+    require_ahead(config.train, steps, start or 0)
+    meshes.cache_compilations(workdir)
+    startup.lap("devices and checkpoints")
+    data = _data(config, workdir, mesh, start, watched.watchdog)
+    startup.lap("data")
+    decoder = Decoder(config.model, mesh)
+    transformation = optimizer.build(config.optimizer, table(config.model), steps, mesh)
+    evaluator = Evaluator(config, mesh, data.held_out, data.tokens.token_bytes)
+    checkpoints = checkpoint.Checkpoints(workdir, config.train.keep)
+    train_state, begins = _state(config, workdir, start, checkpoints, decoder, transformation, data.batches)
+    # Only now, so that a mistake in the config leaves nothing behind that binds the work dir to it.
+    if processes.is_first():
+        tokenizer.keep(data.tokens, workdir)
+        binding.write_config(config, workdir)
+    writer = metrics.Writer(workdir, start or 0, steps) if processes.is_first() else metrics.Silent()
+    for line in report.opening(config, counts, mesh, steps, [*changes, *_left_out(data.rows), f"{workdir}: {begins}"]):
+        writer.line(line)
+    startup.lap("state")
+
+    def evaluate(params: Any, rows: int | None) -> dict[str, float]:
+        def between() -> None:
+            watched.watchdog.beat()
+            watched.stop.check(mesh)
+
+        return evaluator(Model(decoder, params), rows, between)
+
+    parts = loop.Parts(
+        plan=stages.build(config, decoder, mesh, transformation, steps),
+        mesh=mesh,
+        batches=data.batches,
+        documents=lambda batch: pipeline.described(batch, data.tokens),
+        evaluate=evaluate,
+        checkpoints=checkpoints,
+        writer=writer,
+        constant={"data/left_out": data.rows.left_out} if config.data.on_bad_record == "skip" else {},
+        peak_flops=hardware.peak_flops(mesh.local_devices[0]) * mesh.size,
+        workdir=workdir,
+    )
+    params, scores = _trained(config, parts, watched, train_state)
+    if scores:
+        for line in report.closing(config, scores, evaluator, parts.plan, time.perf_counter() - began):
+            processes.say(line)
+        _sample(load.Trained(config, Model(decoder, params), data.tokens, steps))
+    return scores
+
+
+def _trained(
+    config: Config, parts: loop.Parts, watched: Watched, train_state: TrainState
+) -> tuple[dict[str, Any], dict[str, float]]:
+    """The parameters at the run's end, and their scores; these are empty if a signal ended it before."""
+    try:
+        trainer, scores = loop.Trainer(config, parts, watched, train_state), {}
+        if trainer.train():
+            with watched.stop.deferred():
+                scores = parts.evaluate(trainer.state.params, None)
+            parts.writer.write(trainer.step, scores)
+        else:
+            parts.writer.line(f"stopped at step {trainer.step:,}; run the same command to go on from there")
+        return trainer.state.params, scores
+    finally:
+        parts.writer.close()
+        parts.batches.close()
+        parts.checkpoints.close()
+
+
+def _machine(config: Config) -> Mesh:
+    """The mesh; what this machine cannot compute is refused now, and not when the tokens are made."""
+    mesh = meshes.make_mesh(config.mesh)
+    meshes.check(config, mesh.shape)
+    compute_dtype(config.model)
+    report.attention(config, mesh)
+    return mesh
+
+
+def _recover(workdir: Path) -> int | None:
+    """The newest good checkpoint's step; the first process puts the others away."""
+
+    def recover() -> bytes:
+        found = inventory.recover(workdir, lambda line: print(f"warning: {line}", file=sys.stderr, flush=True))
+        return b"" if found is None else str(found).encode()
+
+    found = processes.from_first(recover)
+    return int(found) if found else None
+
+
+class _Data(NamedTuple):
+    """What a run reads: the tokenizer, the corpus as tokens, this process's batches, and held-out rows."""
+
+    tokens: Tokenizer
+    rows: Records
+    batches: DatasetIterator
+    held_out: HeldOut
+
+
+def _data(config: Config, workdir: Path, mesh: Mesh, start: int | None, watchdog: Watchdog) -> _Data:
+    texts = corpus.open_corpus(config.data, records.begun(workdir, binding.records_of(workdir, start)))
+    processes.say(one_line(texts.read_as))
+    binding.check_tokenizer(config, workdir)
+    with watchdog.phase("making tokens", "none", 0.0):  # of a corpus of any size: no limit suits all
+        tokens = Tokenizer(processes.from_first(lambda: tokenizer.load_or_train(config, texts, workdir).model))
+        if config.eval.sample_tokens:  # said now, and not when all is trained
+            prompt = text.encode(tokens, config.eval.prompt)
+            check_lengths([prompt], config.eval.sample_tokens, config.model.sequence_length)
+        rows = records.prepare(config, texts, tokens, workdir)
+    batches = pipeline.training_batches(config, rows, meshes.local_rows(mesh, config.train.batch_size))
+    return _Data(tokens, rows, batches, pipeline.held_out_rows(config, texts, tokens, config.eval.final_rows))
+
+
+def _state(
+    config: Config,
+    workdir: Path,
+    start: int | None,
+    checkpoints: checkpoint.Checkpoints,
+    decoder: Decoder,
+    transformation: optax.GradientTransformation,
+    batches: DatasetIterator,
+) -> tuple[TrainState, str]:
+    """The state that training begins with, where ``batches`` then are too; and what it is, in words."""
+    assert decoder.mesh is not None
+    imported = binding.holds_parameters_only(workdir)
+    if start is not None and not imported:
+        restored = checkpoints.restore(state.abstract(decoder, transformation, decoder.mesh), batches, start)
+        return restored, f"going on from step {start:,}"
+    created = state.create(decoder, transformation, decoder.mesh, config.seed)
+    if not imported:
+        return created, "beginning at step 0"
+    params = checkpoints.restore_params(state.abstract_params(decoder, decoder.mesh), start or 0)
+    return created.replace(params=params), "beginning at step 0 with the parameters imported into it"
+
+
+def _left_out(rows: Records) -> Iterator[str]:
+    if rows.left_out:
+        yield f"{rows.left_out:,} bad records of the corpus are left out (config.data.on_bad_record = skip)"
+
+
+def _sample(trained: load.Trained) -> None:
+    """Prints what the model writes, as it comes."""
+    config = trained.config
+    if not config.eval.sample_tokens:
+        return
+    processes.say(f"\nA sample, decoded with the memory, after {config.eval.prompt!r}:\n")
+    method = Method(Sampling(temperature=config.eval.temperature), config.decode)
+    for piece in text.stream(trained, config.eval.prompt, tokens=config.eval.sample_tokens, method=method):
+        processes.say(piece, end="")
+    processes.say()

@@ -1,0 +1,52 @@
+"""Rates of steps, without the time for compilation, saves and evaluations."""
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Callable, Iterator
+
+
+@dataclasses.dataclass(frozen=True)
+class Rates:
+    """Of the steps between two reports.
+
+    Attributes:
+      steps_per_second: of those that count.
+      flops_per_second: of all devices together.
+    """
+
+    steps_per_second: float
+    flops_per_second: float
+
+
+class Clock:
+    """Measures from one report to the next."""
+
+    def __init__(self, step: int, flops_of: Callable[[int], float]):
+        """Begins after step ``step``; ``flops_of`` says what a step costs, counted from 1."""
+        self._flops_of = flops_of
+        self._step, self._time, self._paused = step, time.perf_counter(), 0.0
+        self._left_out: set[int] = set()
+
+    def leave_out_step(self, step: int) -> None:
+        """Leaves out a step, which runs as a part of its compilation."""
+        self._left_out.add(step)
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leaves out what happens within."""
+        begin = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._paused += time.perf_counter() - begin
+
+    def rates(self, step: int) -> Rates | None:
+        """Since the last call; None where no step but some that were left out has run since."""
+        now = time.perf_counter()
+        seconds = max(now - self._time - self._paused, 1e-9)
+        counted = [number for number in range(self._step + 1, step + 1) if number not in self._left_out]
+        self._step, self._time, self._paused = step, now, 0.0
+        if not counted:
+            return None
+        return Rates(len(counted) / seconds, sum(map(self._flops_of, counted)) / seconds)
