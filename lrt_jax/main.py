@@ -26,7 +26,7 @@ from lrt_jax.model.model import Model
 from lrt_jax.model.parameters import table
 from lrt_jax.setup import config as configs
 from lrt_jax.setup import flags as command_line
-from lrt_jax.setup import hardware, processes, streams
+from lrt_jax.setup import hardware, processes, streams, validation
 from lrt_jax.setup import mesh as meshes
 from lrt_jax.setup import workdir as workdirs
 from lrt_jax.setup.durations import require_ahead, train_steps
@@ -76,7 +76,7 @@ def main() -> int:
     streams.outlive_readers()
     if flags.FLAGS.config is None:
         raise configs.ConfigError("--config is not set; for the default run: --config=configs/base.py")
-    config = configs.from_config_dict(flags.FLAGS.config)
+    config = validation.from_config_dict(flags.FLAGS.config)
     name = config_flags.get_config_filename(flags.FLAGS["config"])
     place = workdirs.local(flags.FLAGS.workdir or str(default_workdir(name)))
     processes.start()

@@ -1,7 +1,7 @@
-"""The configuration: frozen dataclasses, their validation, and the sizes derived from them.
+"""The configuration: frozen dataclasses, and the sizes derived from them.
 
 A config file (``configs/*.py``) returns an ``ml_collections.ConfigDict``; command-line overrides edit
-that; :func:`from_config_dict` turns it into a :class:`Config` or raises :class:`ConfigError`. Everything
+that; ``setup.validation`` turns it into a :class:`Config` or raises :class:`ConfigError`. Everything
 behind ``main.py`` sees the dataclasses only.
 """
 
@@ -14,8 +14,12 @@ from ml_collections import ConfigDict
 
 from lrt_jax.setup import schema
 from lrt_jax.setup.schedule import ScheduleConfig
-from lrt_jax.setup.schema import ConfigError
-from lrt_jax.setup.validation import ALL, FINAL, refuse_idle_numbers, validate
+from lrt_jax.setup.schema import ConfigError as ConfigError
+
+# All layers read memory.
+ALL = "all"
+# The source layer that is the last one.
+FINAL = "final"
 
 Memory = Literal["shared", "layerwise", "none"]
 ValueEmbeddings = Literal["all", "alternate", "none"]
@@ -229,21 +233,8 @@ class Config:
     seed: int = 0
 
     def to_json(self) -> str:
-        """The config as indented JSON; :func:`from_json` inverts it."""
+        """The config as indented JSON; ``setup.validation.from_json`` inverts it."""
         return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
-
-
-def from_json(text: str) -> Config:
-    """Reads what :meth:`Config.to_json` wrote.
-
-    Raises:
-      ConfigError: the JSON is broken, or a field is unknown, misses or does not fit.
-    """
-    try:
-        fields = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"the config is not valid JSON ({error})") from None
-    return validate(schema.build(Config, fields, "config"))
 
 
 def fingerprint(config: Config) -> str:
@@ -267,17 +258,6 @@ def default_config(**required: Any) -> ConfigDict:
         groups.setdefault(group, {})[name] = value
     config = schema.build(Config, groups, "config")
     return ConfigDict(dataclasses.asdict(config))
-
-
-def from_config_dict(config: ConfigDict) -> Config:
-    """The validated :class:`Config` of a ConfigDict.
-
-    Raises:
-      ConfigError: a field is unknown, misses, has the wrong type, or contradicts another.
-    """
-    found = validate(schema.build(Config, config.to_dict(), "config"))
-    refuse_idle_numbers(found.schedule)
-    return found
 
 
 def field_type(path: str) -> Any:

@@ -1,28 +1,50 @@
-"""What values and combinations a config may have, beyond the types of its fields."""
+"""Reading a config, and what values and combinations it may have, beyond the types of its fields."""
 
 import dataclasses
+import json
 import math
 import re
-from typing import TYPE_CHECKING, Any, get_args
+from typing import Any, get_args
 
+from ml_collections import ConfigDict
+
+from lrt_jax.setup import schema
+from lrt_jax.setup.config import ALL, FINAL, Config, ModelConfig
 from lrt_jax.setup.durations import MOST_STEPS, UNITS
 from lrt_jax.setup.schedule import SCHEDULES, STAGED, Partition, ScheduleConfig
 from lrt_jax.setup.schema import ConfigError
 
-if TYPE_CHECKING:
-    from lrt_jax.setup.config import Config, ModelConfig
-
 # Forwards of one kind in a step: more than anybody runs, and few enough to be listed.
 MOST_FORWARDS = 1000
-# All layers read memory.
-ALL = "all"
-# The source layer that is the last one.
-FINAL = "final"
 # Batches made ahead: each has a place in a queue from the start.
 MOST_PREFETCH = 1024
 
 
-def validate(config: "Config") -> "Config":
+def from_json(text: str) -> Config:
+    """Reads what :meth:`Config.to_json` wrote.
+
+    Raises:
+      ConfigError: the JSON is broken, or a field is unknown, misses or does not fit.
+    """
+    try:
+        fields = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"the config is not valid JSON ({error})") from None
+    return validate(schema.build(Config, fields, "config"))
+
+
+def from_config_dict(config: ConfigDict) -> Config:
+    """The validated :class:`Config` of a ConfigDict.
+
+    Raises:
+      ConfigError: a field is unknown, misses, has the wrong type, or contradicts another.
+    """
+    found = validate(schema.build(Config, config.to_dict(), "config"))
+    refuse_idle_numbers(found.schedule)
+    return found
+
+
+def validate(config: Config) -> Config:
     """Checks every value and combination; returns ``config`` unchanged.
 
     Raises:
@@ -37,7 +59,7 @@ def validate(config: "Config") -> "Config":
     return config
 
 
-def _validate_ranges(config: "Config") -> None:
+def _validate_ranges(config: Config) -> None:
     positive = {
         "data": ("document_bytes", "tokenizer_bytes", "prefetch"),
         "optimizer": ("eps",),
@@ -112,7 +134,7 @@ def _validate_ranges(config: "Config") -> None:
     _require(len(rest) <= 1, "mesh", sizes, f'only one axis may be -1 ("the rest"), not {" and ".join(rest)}')
 
 
-def validate_model(model: "ModelConfig") -> "ModelConfig":
+def validate_model(model: ModelConfig) -> ModelConfig:
     """Checks a model config alone; returns it unchanged.
 
     Raises:
@@ -175,7 +197,7 @@ def validate_model(model: "ModelConfig") -> "ModelConfig":
     return model
 
 
-def _heads(model: "ModelConfig") -> str:
+def _heads(model: ModelConfig) -> str:
     """The numbers of heads that the width allows, listed: those that kv_heads divides too, if there are any."""
     fitting = [heads for heads in _divisors(model.width) if model.width // heads % 2 == 0]
     grouped = [heads for heads in fitting if heads % model.kv_heads == 0]
@@ -183,7 +205,7 @@ def _heads(model: "ModelConfig") -> str:
     return ", ".join(map(str, grouped or fitting)) + with_keys
 
 
-def _validate_schedule(config: "Config") -> None:
+def _validate_schedule(config: Config) -> None:
     schedule = config.schedule
     _require(
         schedule.name != STAGED or bool(schedule.stages),
@@ -235,7 +257,7 @@ def _refuse_idle(schedule: ScheduleConfig, fields: set[str]) -> None:
             _require(value == field.default or not names.isdisjoint(owners), f"schedule.{field.name}", value, allowed)
 
 
-def _validate_kind(model: "ModelConfig", schedule: ScheduleConfig) -> None:
+def _validate_kind(model: ModelConfig, schedule: ScheduleConfig) -> None:
     """One schedule that is not itself staged."""
     length, description = model.sequence_length, schedule.description
     if description.number:
@@ -305,13 +327,13 @@ def _validate_kind(model: "ModelConfig", schedule: ScheduleConfig) -> None:
     )
 
 
-def _validate_decode(config: "Config") -> None:
+def _validate_decode(config: Config) -> None:
     decode = config.decode
     allowed = f"it must be at most decode.chunk = {decode.chunk}"
     _require(decode.subsets <= decode.chunk, "decode.subsets", decode.subsets, allowed)
 
 
-def _validate_durations(config: "Config") -> None:
+def _validate_durations(config: Config) -> None:
     train = config.train
     _divides(train.accumulation, train.batch_size, "train.accumulation", "train.batch_size")
     chosen = [name for name in UNITS if getattr(train, name)]

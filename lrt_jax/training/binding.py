@@ -12,8 +12,9 @@ from typing import Any
 from etils import epath
 
 from lrt_jax.data import tokenizer
-from lrt_jax.setup.config import Config, ConfigError, from_json
+from lrt_jax.setup.config import Config, ConfigError
 from lrt_jax.setup.errors import writing
+from lrt_jax.setup.validation import from_json
 from lrt_jax.training import inventory, manifest
 
 CONFIG_FILE = "config.json"
