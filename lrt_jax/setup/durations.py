@@ -1,11 +1,9 @@
 """How long a run is: its steps, from whichever unit the config sets."""
 
-from lrt_jax.setup.config import TrainConfig
+from lrt_jax.setup.config import LARGEST, TrainConfig
 from lrt_jax.setup.schema import ConfigError
 
 UNITS = ("steps", "tokens", "tokens_per_parameter")
-# Steps are counted in int32 on the devices.
-MOST_STEPS = 2**31 - 1
 
 
 def train_steps(train: TrainConfig, sequence_length: int, parameters: int) -> int:
@@ -21,8 +19,8 @@ def train_steps(train: TrainConfig, sequence_length: int, parameters: int) -> in
     """
     per_step = train.batch_size * sequence_length
     tokens = train.steps * per_step or train.tokens or train.tokens_per_parameter * parameters
-    if tokens > MOST_STEPS * per_step:
-        raise ConfigError(f"{_set(train)}; that must be at most {MOST_STEPS:,} steps (2**31 - 1)")
+    if tokens > LARGEST * per_step:
+        raise ConfigError(f"{_set(train)}; that must be at most {LARGEST:,} steps (2**31 - 1)")
     return train.steps or max(1, round(tokens / per_step))
 
 

@@ -10,12 +10,15 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from fractions import Fraction
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 
-from lrt_jax.setup.schema import ConfigError
+from lrt_jax.setup.schema import ConfigError, NotNegative, Positive, build, within
 
+# Forwards of one kind in a step: more than anybody runs, and few enough to be listed.
+MOST_FORWARDS = 1000
+Forwards = Annotated[int, within(1, MOST_FORWARDS)]
 Partition = Literal["strided", "contiguous", "random"]
 
 
@@ -25,23 +28,23 @@ class ScheduleConfig:
 
     # One of SCHEDULES, or "staged": several, one after the other.
     name: str = "interleaved"
-    subsets: int = 2  # S, of interleaved; divides the sequence length
+    subsets: Positive[int] = 2  # S, of interleaved; divides the sequence length
     partition: Partition = "strided"  # which positions a subset holds
-    sweeps: int = 1  # interleaved: how often it goes through all subsets (Gauss-Seidel sweeps, arXiv 2608.18486)
+    sweeps: Forwards = 1  # interleaved: how often it goes through all subsets (Gauss-Seidel sweeps, arXiv 2608.18486)
     kv_refresh: bool = False  # interleaved: bring unvisited keys and values up to date between the forwards
-    refinements: int = 2  # K, of multi_refinement
+    refinements: Forwards = 2  # K, of multi_refinement
     # Interleaved, multi_refinement: so many forwards without gradient take the place of the initialization forward. The
     # first has zero memory, each other one reads the source states of the one before: memory near its fixed point
     # (PeterBjerreHansen/2d-recurrence; docs/RESULTS.md).
-    settle: int = 0
+    settle: Annotated[int, within(0, MOST_FORWARDS)] = 0
     # The same: of the initialization forward's loss, where others' is 1. It trains a mode that decoding never uses.
-    init_weight: float = 1.0
+    init_weight: NotNegative[float] = 1.0
     # The same, of the memory that refinements read (Full-bandwidth Transformer, arXiv 2608.08888): each entry moves by
     # a uniform draw from -jitter to jitter; it is zero up to a random position of each row.
-    jitter: float = 0.0
+    jitter: NotNegative[float] = 0.0
     plain_prefix: bool = False
     detach: bool = False  # multi_refinement: no gradient from one forward to the one before
-    chunks: int = 2  # N, of chunked; divides the sequence length
+    chunks: Positive[int] = 2  # N, of chunked; divides the sequence length
     # Of staged: schedules with their shares of the steps, "plain:0.8, interleaved(2):0.2". A stage may be a mixture,
     # "mix(plain 0.25, interleaved(2) 0.75):0.2": each of its steps draws one of them. Brackets may set any of the
     # schedule's own fields, "interleaved(2, settle=1)"; the others are as here.
@@ -276,7 +279,8 @@ def parse_stages(schedule: ScheduleConfig) -> tuple[Stage, ...]:
             raise ConfigError(
                 f"{said}, in which {text.strip()!r} is no stage: {wrong}; brackets of {name} {allowed}"
             ) from None
-        return dataclasses.replace(schedule, name=name, stages="", **changes), float(share)
+        one = dataclasses.asdict(schedule) | {"name": name, "stages": ""} | changes
+        return build(ScheduleConfig, one, "config.schedule"), float(share)
 
     stages = []
     for text in _separated(schedule.stages):
