@@ -61,8 +61,21 @@ def test_records_are_written_once_and_named_by_what_makes_them(folder, tmp_path)
 )
 def test_records_have_the_names_that_released_code_gave_them(fields, name):
     """So that runs of old work dirs go on with the tokens that they have, and no others are taken for them."""
+    assert name_of(DataConfig(**fields)) == name
+
+
+def test_a_new_field_changes_the_records_names_only_where_it_is_set():
+    @dataclasses.dataclass(frozen=True)
+    class Newer(DataConfig):
+        lowercase: bool = False
+
+    assert name_of(Newer()) == "f6aa3b5dffecdd60" and name_of(Newer(format="text")) == "f13c92eec6ce28e5"
+    assert len({name_of(Newer(format=kind, lowercase=set)) for kind in ("auto", "text") for set in (False, True)}) == 4
+
+
+def name_of(config: DataConfig) -> str:
     corpus = SimpleNamespace(shards=[SimpleNamespace(name="a.txt"), SimpleNamespace(name="b.txt")])
-    assert _name(DataConfig(**fields), corpus, SimpleNamespace(model=b"a tokenizer")) == name
+    return _name(config, corpus, SimpleNamespace(model=b"a tokenizer"))
 
 
 def test_a_file_that_changes_under_its_name_is_told(folder, tmp_path):

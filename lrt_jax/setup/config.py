@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from lrt_jax.setup import schema
 from lrt_jax.setup.schedule import ScheduleConfig
 from lrt_jax.setup.schema import ConfigError as ConfigError
-from lrt_jax.setup.schema import Must, NotEmpty, NotNegative, Positive, within
+from lrt_jax.setup.schema import Must, NotEmpty, NotNegative, Positive, T, within
 
 # All layers read memory.
 ALL = "all"
@@ -41,6 +41,13 @@ Width = Annotated[Size, Must("be even, since RoPE pairs the channels of heads", 
 Windows = Annotated[str, Must("be a string of S (half context) and L (full context)", re.compile("[SL]+").fullmatch)]
 Axis = Annotated[int, Must('be above 0, or -1 for "the rest"', lambda size: size > 0 or size == -1)]
 Seed = Annotated[int, Must("be from 0 to 2**63 - 1", lambda seed: 0 <= seed < 2**63)]
+
+# Whether the name of the token records (data.records) tells a field of DataConfig: always; or never, as it changes no
+# token, or the name has what it leads to. One that says neither is told where it is not at its default: so it is safe
+# to say nothing, and tokens of before there was such a field keep their name. New fields come last.
+NAMED, UNNAMED = "named", "unnamed"
+Named = Annotated[T, NAMED]
+Unnamed = Annotated[T, UNNAMED]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,15 +139,17 @@ class ModelConfig:
 class DataConfig:
     """Where documents come from, and how they become rows of tokens."""
 
-    corpus: NotEmpty[str] = "stdlib"  # "stdlib": the Python standard library's source; else a file, folder or glob
-    held_out: HeldOut = 0.02  # share of documents kept for validation, chosen by a hash of the text
-    document_bytes: Positive[int] = 16384  # longer text files are cut, at line ends, into documents of about this size
+    corpus: Unnamed[NotEmpty[str]] = "stdlib"  # the Python standard library's source; else a file, folder or glob
+    held_out: Named[HeldOut] = 0.02  # share of documents kept for validation, chosen by a hash of the text
+    document_bytes: Named[Positive[int]] = 16384  # longer texts are cut at line ends, into documents of about this size
     format: Literal["auto", "text", "jsonl", "parquet"] = "auto"  # what all its files are; auto: by their suffixes
-    text_field: NotEmpty[str] = "text"  # the field or column of JSONL and Parquet records
-    tokenizer: str = ""  # a SentencePiece model to use; "" trains one and keeps it in the work dir
-    tokenizer_bytes: Positive[int] = 8_000_000  # how much text the tokenizer is trained on
-    prefetch: Annotated[int, within(1, 1024)] = 16  # batches made ahead; each has a place in a queue from the start
-    on_bad_record: Literal["stop", "skip"] = "stop"  # what cannot be read ends the run, or is left out and counted
+    text_field: Named[NotEmpty[str]] = "text"  # the field or column of JSONL and Parquet records
+    tokenizer: Unnamed[str] = ""  # a SentencePiece model to use; "" trains one and keeps it in the work dir
+    tokenizer_bytes: Unnamed[Positive[int]] = 8_000_000  # how much text the tokenizer is trained on
+    # Batches made ahead; each has a place in a queue from the start.
+    prefetch: Unnamed[Annotated[int, within(1, 1024)]] = 16
+    # What cannot be read ends the run, or is left out and counted.
+    on_bad_record: Unnamed[Literal["stop", "skip"]] = "stop"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -108,6 +108,12 @@ def _finite(value: float, where: str) -> float:
     return number
 
 
+def marked(kind: Any, mark: str) -> list[str]:
+    """The fields of the dataclass ``kind`` with a mark among their annotations."""
+    hints = typing.get_type_hints(kind, include_extras=True)
+    return [name for name, hint in hints.items() if mark in getattr(hint, "__metadata__", ())]
+
+
 def field_type(kind: Any, path: str) -> Any:
     """The type of a field of the dataclass ``kind``, by its dotted path: ``model.layers`` → ``int``.
 
