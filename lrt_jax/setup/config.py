@@ -283,12 +283,3 @@ def default_config(**required: Any) -> ConfigDict:
         groups.setdefault(group, {})[name] = value
     config = schema.build(Config, groups, "config")
     return ConfigDict(dataclasses.asdict(config))
-
-
-def field_type(path: str) -> Any:
-    """The type of a config field, by its dotted path below the config: ``model.layers`` → ``int``.
-
-    Raises:
-      ConfigError: there is no such field.
-    """
-    return schema.field_type(Config, path)

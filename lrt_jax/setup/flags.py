@@ -15,7 +15,7 @@ import jax
 from absl import app, flags, logging
 
 from lrt_jax.setup import host_memory, processes, schema, streams
-from lrt_jax.setup.config import ConfigError, DecodeConfig, Prefill, field_type
+from lrt_jax.setup.config import Config, ConfigError, DecodeConfig, Prefill
 from lrt_jax.setup.config_file import ConfigFileParser
 from lrt_jax.setup.errors import UserError
 
@@ -114,7 +114,7 @@ def parse(arguments: list[str]) -> list[str]:
       ConfigError: a flag or field is unknown, or has a value of the wrong type.
     """
     given = list(_overrides(arguments))
-    types = {name: field_type(name) for name, _ in given}
+    types = {name: schema.field_type(Config, name) for name, _ in given}
     if "config" in flags.FLAGS:
         flags.FLAGS["config"].parser = ConfigFileParser(tuple(types))
     try:
@@ -137,7 +137,7 @@ def define_decode_flags(name: str, about: str) -> None:
     """Declares how given tokens are read: the flag ``name``, and those of :func:`decode_flags`."""
     flags.DEFINE_enum(name, None, typing.get_args(Prefill), about)
     for field, said in DECODE_FLAGS.items():
-        define = flags.DEFINE_float if field_type(f"decode.{field}") is float else flags.DEFINE_integer
+        define = flags.DEFINE_float if schema.field_type(DecodeConfig, field) is float else flags.DEFINE_integer
         define(field, None, f"{said}; default: config.decode.{field}.")
 
 

@@ -26,7 +26,7 @@ def from_json(text: str) -> Config:
     """
     try:
         fields = json.loads(text)
-    except json.JSONDecodeError as error:
+    except ValueError as error:  # also of more digits than Python reads
         raise ConfigError(f"the config is not valid JSON ({error})") from None
     return validate(fields)
 
