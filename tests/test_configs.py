@@ -14,17 +14,10 @@ from lrt_jax.model.decoder import Decoder
 from lrt_jax.model.parameters import table
 from lrt_jax.setup import flags as command_line
 from lrt_jax.setup import mesh as meshes
-from lrt_jax.setup.config import (
-    Config,
-    ConfigError,
-    TrainConfig,
-    default_config,
-    fingerprint,
-    from_config_dict,
-    from_json,
-)
+from lrt_jax.setup.config import Config, ConfigError, TrainConfig, default_config, fingerprint
 from lrt_jax.setup.config_file import ConfigFileParser
 from lrt_jax.setup.durations import require_ahead, train_steps
+from lrt_jax.setup.validation import from_config_dict, from_json
 from lrt_jax.training import optimizer, state, step
 
 ROOT = Path(__file__).parents[1]
@@ -128,9 +121,23 @@ def test_json_round_trip():
         ),
         ({"optimizer.b2": 1.0}, "config.optimizer.b2 is 1.0; it must be 0 or more, and below 1"),
         ({"optimizer.momentum_start": 1.0}, "config.optimizer.momentum_start is 1.0; it must be 0 or more, and below"),
-        ({"optimizer.momentum_warmup": 2**31}, "config.optimizer.momentum_warmup is 2147483648; it must be at most"),
-        ({"train.steps": 3_000_000_000}, "config.train.steps is 3000000000; it must be at most 2,147,483,647"),
-        ({"data.prefetch": 10**9}, "config.data.prefetch is 1000000000; it must be at most 1,024"),
+        (
+            {"optimizer.momentum_warmup": 2**31},
+            "config.optimizer.momentum_warmup is 2147483648; it must be 0 or more, and",
+        ),
+        ({"train.steps": 3_000_000_000}, "steps is 3000000000; it must be 0 or more, and at most 2,147,483,647"),
+        ({"data.prefetch": 10**9}, "prefetch is 1000000000; it must be 1 or more, and at most 1,024"),
+        ({"model.layers": 10**40}, "config.model.layers is 10*; it must be 1 or more, and at most 10,000"),
+        (
+            {"model.width": 2 * 10**40 + 2},
+            "config.model.width is 20*2; it must be 1 or more, and at most 2,147,483,647",
+        ),
+        ({"model.width": True}, "config.model.width is True; it must be int"),
+        ({"model.gate_width": 1.0}, "config.model.gate_width is 1.0; it must be int"),
+        ({"data.held_out": 1}, "config.data.held_out is 1.0; it must be above 0, and below 1"),
+        ({"train.spike_factor": 0.5}, "config.train.spike_factor is 0.5; it must be above 1, or 0 for no limit"),
+        ({"mesh.tensor": 0}, 'config.mesh.tensor is 0; it must be above 0, or -1 for "the rest"'),
+        ({"seed": 2**63}, r"config.seed is 9223372036854775808; it must be from 0 to 2\*\*63 - 1"),
         ({"data.corpus": ""}, "config.data.corpus is ''; it must not be empty"),
         ({"data.text_field": ""}, "config.data.text_field is ''; it must not be empty"),
     ],
@@ -141,8 +148,8 @@ def test_impossible_configs_end_in_one_clear_line(change, message):
     spec.loader.exec_module(module)
     config = module.get_config("interleaved")
     for name, value in change.items():
-        group, field = name.split(".")
-        config[group][field] = value
+        with config.ignore_type():
+            config.update_from_flattened_dict({name: value})
     with pytest.raises(ConfigError, match=message) as error:
         from_config_dict(config)
     assert "\n" not in str(error.value)

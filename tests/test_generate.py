@@ -53,6 +53,8 @@ def test_a_tolerance_that_is_no_finite_number_is_refused(run, module, tolerance)
         (["--prompt=x", "--seed=-1"], "--seed is -1; with --samples=1 allowed are 0 to 4294967295"),
         (["--prompt=x", "--seed=4294967296"], "--seed is 4294967296; with --samples=1 allowed are 0 to 4294967295"),
         (["--prompt=x", "--seed=4294967295", "--samples=2"], ".* with --samples=2 allowed are 0 to 4294967294"),
+        (["--prompt=x", "--chunk=0"], "--chunk is 0; it must be above 0"),
+        (["--prompt=x", "--tolerance=-1"], r"--tolerance is -1\.0; it must be 0 or more"),
         (["--prompt=x", "--temperature=inf"], "temperature is inf; it must be 0 or more and finite"),
     ],
 )

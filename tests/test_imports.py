@@ -1,6 +1,7 @@
 """The parts of the package are layers: each may import itself and those below it."""
 
 import ast
+import graphlib
 from pathlib import Path
 
 import pytest
@@ -72,3 +73,13 @@ def test_the_rule_itself(place, source, found):
 
 def test_no_file_is_called_utils():
     assert not [path for path in FILES if path.stem in ("utils", "util", "helpers", "misc")]
+
+
+def test_no_file_imports_itself_by_way_of_others():
+    """Not for its types either: what is checked needs what checks it, never the other way round."""
+    files = {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for path in FILES}
+    graph = {}
+    for name, path in files.items():
+        found = imported(path, path.read_text())
+        graph[name] = {one if one in files else one.rpartition(".")[0] for one in found} & files.keys() - {name}
+    graphlib.TopologicalSorter(graph).prepare()  # raises a CycleError

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +14,8 @@ from rows import TEXTS, TOKENIZER, TRAINING, T, config_of, records_of
 from lrt_jax.data.corpus import open_corpus
 from lrt_jax.data.faults import DataError
 from lrt_jax.data.pipeline import held_out_rows
-from lrt_jax.data.records import prepare
+from lrt_jax.data.records import _name, prepare
+from lrt_jax.setup.config import DataConfig
 
 
 @pytest.fixture
@@ -42,6 +44,38 @@ def test_records_are_written_once_and_named_by_what_makes_them(folder, tmp_path)
     (folder / "12.jsonl").write_text(json.dumps({"text": "more"}))
     assert records_of(config, workdir).name != before.name
     assert records_of(config_of(folder, held_out=0.3), workdir).name != before.name
+
+
+@pytest.mark.parametrize(
+    ("fields", "name"),
+    [
+        ({}, "f6aa3b5dffecdd60"),
+        ({"held_out": 0.3}, "7d70136fb7a837fa"),
+        ({"document_bytes": 7}, "875ac406e9b87ee3"),
+        ({"text_field": "body"}, "519ef8df51469d0f"),
+        ({"format": "text"}, "f13c92eec6ce28e5"),
+        # Of these the name has the names of files and the model that they lead to; the others change no token.
+        ({"corpus": "x", "tokenizer": "y", "tokenizer_bytes": 3}, "f6aa3b5dffecdd60"),
+        ({"prefetch": 2, "on_bad_record": "skip"}, "f6aa3b5dffecdd60"),
+    ],
+)
+def test_records_have_the_names_that_released_code_gave_them(fields, name):
+    """So that runs of old work dirs go on with the tokens that they have, and no others are taken for them."""
+    assert name_of(DataConfig(**fields)) == name
+
+
+def test_a_new_field_changes_the_records_names_only_where_it_is_set():
+    @dataclasses.dataclass(frozen=True)
+    class Newer(DataConfig):
+        lowercase: bool = False
+
+    assert name_of(Newer()) == "f6aa3b5dffecdd60" and name_of(Newer(format="text")) == "f13c92eec6ce28e5"
+    assert len({name_of(Newer(format=kind, lowercase=set)) for kind in ("auto", "text") for set in (False, True)}) == 4
+
+
+def name_of(config: DataConfig) -> str:
+    corpus = SimpleNamespace(shards=[SimpleNamespace(name="a.txt"), SimpleNamespace(name="b.txt")])
+    return _name(config, corpus, SimpleNamespace(model=b"a tokenizer"))
 
 
 def test_a_file_that_changes_under_its_name_is_told(folder, tmp_path):

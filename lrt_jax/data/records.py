@@ -6,6 +6,7 @@ wrote the files or read them: a place in the data is one number.
 """
 
 import bisect
+import dataclasses
 import hashlib
 import itertools
 import json
@@ -22,8 +23,8 @@ from lrt_jax.data.corpus import Corpus, is_held_out
 from lrt_jax.data.faults import DataError
 from lrt_jax.data.shards import Shard
 from lrt_jax.data.tokenizer import Tokenizer
-from lrt_jax.setup import processes
-from lrt_jax.setup.config import Config, DataConfig
+from lrt_jax.setup import processes, schema
+from lrt_jax.setup.config import NAMED, UNNAMED, Config, DataConfig
 from lrt_jax.setup.errors import writing
 from lrt_jax.setup.paths import LocalPath, bytes_of
 
@@ -124,9 +125,12 @@ def begun(workdir: epath.PathLike, name: str | None, *, binding: bool = True) ->
 
 
 def _name(config: DataConfig, corpus: Corpus, tokenizer: Tokenizer) -> str:
-    """Whatever changes the tokens changes the name."""
-    parts = [hashlib.blake2b(tokenizer.model).hexdigest(), config.held_out, config.document_bytes, config.text_field]
-    parts += [] if config.format == "auto" else [config.format]  # so that names of before there was one stay
+    """Whatever changes the tokens changes the name: of the config what the annotations of ``DataConfig`` say."""
+    named, unnamed = (schema.marked(type(config), mark) for mark in (NAMED, UNNAMED))
+    newer = [field.name for field in dataclasses.fields(config) if field.name not in (*named, *unnamed)]
+    while newer and getattr(config, newer[-1]) == getattr(type(config), newer[-1]):
+        newer.pop()
+    parts = [hashlib.blake2b(tokenizer.model).hexdigest(), *(getattr(config, name) for name in (*named, *newer))]
     text = json.dumps([*parts, [shard.name for shard in corpus.shards]])
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 

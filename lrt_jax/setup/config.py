@@ -1,21 +1,29 @@
-"""The configuration: frozen dataclasses, their validation, and the sizes derived from them.
+"""The configuration: frozen dataclasses, and the sizes derived from them.
 
 A config file (``configs/*.py``) returns an ``ml_collections.ConfigDict``; command-line overrides edit
-that; :func:`from_config_dict` turns it into a :class:`Config` or raises :class:`ConfigError`. Everything
+that; ``setup.validation`` turns it into a :class:`Config` or raises :class:`ConfigError`. Everything
 behind ``main.py`` sees the dataclasses only.
 """
 
 import dataclasses
 import hashlib
 import json
-from typing import Any, Literal
+import re
+from typing import Annotated, Any, Literal
 
 from ml_collections import ConfigDict
 
 from lrt_jax.setup import schema
 from lrt_jax.setup.schedule import ScheduleConfig
-from lrt_jax.setup.schema import ConfigError
-from lrt_jax.setup.validation import ALL, FINAL, refuse_idle_numbers, validate
+from lrt_jax.setup.schema import ConfigError as ConfigError
+from lrt_jax.setup.schema import Must, NotEmpty, NotNegative, Positive, T, within
+
+# All layers read memory.
+ALL = "all"
+# The source layer that is the last one.
+FINAL = "final"
+# Sizes of arrays, and steps, are counted in int32 on the devices.
+LARGEST = 2**31 - 1
 
 Memory = Literal["shared", "layerwise", "none"]
 ValueEmbeddings = Literal["all", "alternate", "none"]
@@ -23,24 +31,42 @@ Dtype = Literal["auto", "float32", "bfloat16", "float64"]
 Prefill = Literal["sequential", "fixed_point"]
 Gather = Literal["auto", "step", "forward"]
 
+Size = Annotated[int, within(1, LARGEST)]
+Steps = Annotated[int, within(0, LARGEST)]
+Share = Annotated[float, within(0, 1)]
+Decay = Annotated[float, Must("be 0 or more, and below 1", lambda decay: 0 <= decay < 1)]
+HeldOut = Annotated[float, Must("be above 0, and below 1", lambda share: 0 < share < 1)]
+Spike = Annotated[float, Must("be above 1, or 0 for no limit", lambda factor: factor == 0 or factor > 1)]
+Width = Annotated[Size, Must("be even, since RoPE pairs the channels of heads", lambda width: width % 2 == 0)]
+Windows = Annotated[str, Must("be a string of S (half context) and L (full context)", re.compile("[SL]+").fullmatch)]
+Axis = Annotated[int, Must('be above 0, or -1 for "the rest"', lambda size: size > 0 or size == -1)]
+Seed = Annotated[int, Must("be from 0 to 2**63 - 1", lambda seed: 0 <= seed < 2**63)]
+
+# Whether the name of the token records (data.records) tells a field of DataConfig: always; or never, as it changes no
+# token, or the name has what it leads to. One that says neither is told where it is not at its default: so it is safe
+# to say nothing, and tokens of before there was such a field keep their name. New fields come last.
+NAMED, UNNAMED = "named", "unnamed"
+Named = Annotated[T, NAMED]
+Unnamed = Annotated[T, UNNAMED]
+
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """The decoder's shape and switches (METHOD.md, "Backbone", "Recurrent memory")."""
 
-    layers: int  # L
-    width: int  # D
-    heads: int  # H
-    kv_heads: int  # K, divides heads
-    sequence_length: int  # T: training context, and the longest that decoding accepts
-    vocab_size: int  # V, also the size of the tokenizer that is trained
-    window_pattern: str = "SSSL"  # tiled over the layers; the last layer is always L
-    softcap: float = 15.0  # logits = softcap · tanh(· / softcap)
-    rope_base: float = 10000.0
+    layers: Annotated[int, within(1, 10_000)]  # L; few enough to be listed
+    width: Width  # D
+    heads: Positive[int]  # H
+    kv_heads: Positive[int]  # K, divides heads
+    sequence_length: Size  # T: training context, and the longest that decoding accepts
+    vocab_size: Size  # V, also the size of the tokenizer that is trained
+    window_pattern: Windows = "SSSL"  # tiled over the layers; the last layer is always L
+    softcap: Positive[float] = 15.0  # logits = softcap · tanh(· / softcap)
+    rope_base: Positive[float] = 10000.0
     alpha: bool = True  # α: learned scale of the residual stream, per layer
     beta: bool = True  # β: learned share of x⁰, per layer
     value_embeddings: ValueEmbeddings = "all"
-    gate_width: int = 0  # c: channels of h that the gates read; 0 = all D
+    gate_width: NotNegative[int] = 0  # c: channels of h that the gates read; 0 = all D
     memory: Memory = "shared"  # who owns the memory projections Uk, Uv
     residual_injection: bool = True  # the γ m_{t-1} term
     source_layer: str = FINAL  # "final", or the number 1..L of the layer whose output is the source state
@@ -113,17 +139,17 @@ class ModelConfig:
 class DataConfig:
     """Where documents come from, and how they become rows of tokens."""
 
-    corpus: str = "stdlib"  # "stdlib": the Python standard library's source; else a file, folder or glob
-    held_out: float = 0.02  # share of documents kept for validation, chosen by a hash of the text
-    document_bytes: int = 16384  # longer text files are cut, at line ends, into documents of about this size
+    corpus: Unnamed[NotEmpty[str]] = "stdlib"  # the Python standard library's source; else a file, folder or glob
+    held_out: Named[HeldOut] = 0.02  # share of documents kept for validation, chosen by a hash of the text
+    document_bytes: Named[Positive[int]] = 16384  # longer texts are cut at line ends, into documents of about this size
     format: Literal["auto", "text", "jsonl", "parquet"] = "auto"  # what all its files are; auto: by their suffixes
-    text_field: str = "text"  # the field or column of JSONL and Parquet records
-    tokenizer: str = ""  # a SentencePiece model to use; "" trains one and keeps it in the work dir
-    tokenizer_bytes: int = 8_000_000  # how much text the tokenizer is trained on
-    prefetch: int = 16  # batches made ahead
-    on_bad_record: Literal["stop", "skip"] = (
-        "stop"  # unreadable file, broken record: end the run, or leave out and count
-    )
+    text_field: Named[NotEmpty[str]] = "text"  # the field or column of JSONL and Parquet records
+    tokenizer: Unnamed[str] = ""  # a SentencePiece model to use; "" trains one and keeps it in the work dir
+    tokenizer_bytes: Unnamed[Positive[int]] = 8_000_000  # how much text the tokenizer is trained on
+    # Batches made ahead; each has a place in a queue from the start.
+    prefetch: Unnamed[Annotated[int, within(1, 1024)]] = 16
+    # What cannot be read ends the run, or is left out and counted.
+    on_bad_record: Unnamed[Literal["stop", "skip"]] = "stop"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,62 +157,64 @@ class OptimizerConfig:
     """Muon for matrices with AdamW for the rest, or AdamW for all; one learning-rate shape for both."""
 
     name: Literal["muon", "adamw"] = "muon"
-    muon_lr: float = 0.02  # attention, MLP, memory projections and gates, under Muon
-    matrix_lr: float = 0.002  # the same, under AdamW
-    embedding_lr: float = 0.3  # token and value embeddings
-    head_lr: float = 0.004
-    alpha_lr: float = 0.005
-    scalar_lr: float = 0.5  # β and γ
-    weight_decay: float = 0.0  # of matrices; falls linearly to 0 over the run
-    b1: float = 0.8  # AdamW
-    b2: float = 0.95
-    beta_b1: float = 0.96  # AdamW's b1 for β
-    eps: float = 1e-10
-    momentum: float = 0.95  # Muon
-    momentum_start: float = 0.85  # Muon's momentum rises from here …
-    momentum_warmup: int = 300  # … over this many steps
-    clip: float = 0.0  # largest global gradient norm; 0 = no clipping
-    warmup: float = 0.0  # share of the run in which the rate rises linearly
-    warmdown: float = 0.5  # share of the run, at its end, in which it falls linearly
-    final_lr: float = 0.0  # the rate's last value, as a share of its highest
+    muon_lr: NotNegative[float] = 0.02  # attention, MLP, memory projections and gates, under Muon
+    matrix_lr: NotNegative[float] = 0.002  # the same, under AdamW
+    embedding_lr: NotNegative[float] = 0.3  # token and value embeddings
+    head_lr: NotNegative[float] = 0.004
+    alpha_lr: NotNegative[float] = 0.005
+    scalar_lr: NotNegative[float] = 0.5  # β and γ
+    weight_decay: NotNegative[float] = 0.0  # of matrices; falls linearly to 0 over the run
+    b1: Decay = 0.8  # AdamW
+    b2: Decay = 0.95
+    beta_b1: Decay = 0.96  # AdamW's b1 for β
+    eps: Positive[float] = 1e-10
+    momentum: Decay = 0.95  # Muon
+    momentum_start: Decay = 0.85  # Muon's momentum rises from here …
+    momentum_warmup: Steps = 300  # … over this many steps
+    clip: NotNegative[float] = 0.0  # largest global gradient norm; 0 = no clipping
+    warmup: Share = 0.0  # share of the run in which the rate rises linearly
+    warmdown: Share = 0.5  # share of the run, at its end, in which it falls linearly
+    final_lr: Share = 0.0  # the rate's last value, as a share of its highest
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
     """Batch, duration (exactly one of three units) and how often things happen (0 = never)."""
 
-    batch_size: int  # rows of T tokens per step, over all devices
-    accumulation: int = 1  # microbatches a step is computed in
-    steps: int = 0
-    tokens: int = 0
-    tokens_per_parameter: float = 0.0
-    log_every: int = 10
-    eval_every: int = 0  # in steps; the end is always evaluated
-    save_every: int = 0  # in steps; the end and a stop are always saved
-    keep: int = 2  # newest checkpoints kept
+    batch_size: Size  # rows of T tokens per step, over all devices
+    accumulation: Positive[int] = 1  # microbatches a step is computed in
+    steps: Steps = 0
+    tokens: NotNegative[int] = 0
+    tokens_per_parameter: NotNegative[float] = 0.0
+    log_every: Positive[int] = 10
+    eval_every: NotNegative[int] = 0  # in steps; the end is always evaluated
+    save_every: NotNegative[int] = 0  # in steps; the end and a stop are always saved
+    keep: Positive[int] = 2  # newest checkpoints kept
     on_bad_step: Literal["stop", "skip"] = "stop"  # loss or gradient norm not finite, or a spike: with a report; or on
-    spike_factor: float = 0.0  # a step is a spike if either is above so many times its running mean; 0 = never
-    bad_steps: int = 10  # so many skipped in a row end the run
-    step_timeout: float = 900.0  # seconds without a step, after which the process ends with its stacks; 0 = never
-    phase_timeout: float = 7200.0  # the same for set-up, compilation, a save, a batch of an evaluation
+    spike_factor: Spike = 0.0  # a step is a spike if either is above so many times its running mean; 0 = never
+    bad_steps: Positive[int] = 10  # so many skipped in a row end the run
+    step_timeout: NotNegative[float] = (
+        900.0  # seconds without a step, until the process ends with its stacks; 0 = never
+    )
+    phase_timeout: NotNegative[float] = 7200.0  # the same for set-up, compilation, a save, a batch of an evaluation
 
 
 @dataclasses.dataclass(frozen=True)
 class EvalConfig:
     """How much held-out text is scored, and the sample that closes a run."""
 
-    batch_size: int = 32
-    rows: int = 64  # rows scored at intervals
-    final_rows: int = 256  # rows scored at the end and by ``lrt_jax.evaluate``
+    batch_size: Positive[int] = 32
+    rows: Positive[int] = 64  # rows scored at intervals
+    final_rows: Positive[int] = 256  # rows scored at the end and by ``lrt_jax.evaluate``
     scoring: Prefill = "sequential"  # how val/bpb_sequential is computed
-    passes: int = 4  # full forwards that show how memory settles (evaluation.health); 0 = not measured
-    gap: float = 0.01  # a warning is due where sequential BPB is above merged by more than this share of it
+    passes: NotNegative[int] = 4  # full forwards that show how memory settles (evaluation.health); 0 = not measured
+    gap: NotNegative[float] = 0.01  # a warning is due where sequential BPB is above merged by more than this share
     # What a plain model came to with the compute of the run that has this fingerprint, for its closing table.
-    baseline: float = 0.0
+    baseline: NotNegative[float] = 0.0
     baseline_of: str = ""
     prompt: str = "def "
-    sample_tokens: int = 128  # 0 = no sample
-    temperature: float = 0.8
+    sample_tokens: NotNegative[int] = 128  # 0 = no sample
+    temperature: NotNegative[float] = 0.8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,21 +222,22 @@ class DecodeConfig:
     """How given tokens are read before others are generated or scored (METHOD.md, "Decoding and evaluation")."""
 
     prefill: Prefill = "sequential"  # of prompts: exact, token by token, or by full forwards until they agree
-    tolerance: float = 0.1  # of fixed_point: the largest change of a source state's entry that counts as none
-    max_refinements: int = 32  # fixed_point falls back to sequential after so many forwards; 0 = never
-    subsets: int = 1  # S: a refinement of fixed_point is a sweep over so many strided subsets; 1: a full forward
-    chunk: int = 512  # fixed_point reads so many tokens at once; more are read in chunks
+    tolerance: NotNegative[float] = 0.1  # of fixed_point: the largest change of a source state that counts as none
+    max_refinements: NotNegative[int] = 32  # fixed_point falls back to sequential after so many forwards; 0 = never
+    # S: a refinement of fixed_point is a sweep over so many strided subsets; 1: a full forward
+    subsets: Positive[int] = 1
+    chunk: Positive[int] = 512  # fixed_point reads so many tokens at once; more are read in chunks
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
     """Devices along each mesh axis; at most one may be -1, "the rest" (docs/SCALING.md has how to choose)."""
 
-    data: int = -1  # copies of the parameters, each with rows of its own
-    fsdp: int = 1  # parameters, optimizer state and rows, sharded together
-    tensor: int = 1  # heads, MLP and vocabulary
-    sequence: int = 1  # positions: T of a full forward, P = T/S of a subset
-    slices: int = 1  # of a multi-slice TPU; a factor of data, the one axis that goes over them
+    data: Axis = -1  # copies of the parameters, each with rows of its own
+    fsdp: Axis = 1  # parameters, optimizer state and rows, sharded together
+    tensor: Axis = 1  # heads, MLP and vocabulary
+    sequence: Axis = 1  # positions: T of a full forward, P = T/S of a subset
+    slices: Positive[int] = 1  # of a multi-slice TPU; a factor of data, the one axis that goes over them
     # When weights are gathered over fsdp, and gradients summed over rows: once a "step", or by every "forward", which
     # needs less memory; auto: once a step where only data and fsdp are above 1.
     gather: Gather = "auto"
@@ -226,24 +255,11 @@ class Config:
     eval: EvalConfig = EvalConfig()
     decode: DecodeConfig = DecodeConfig()
     mesh: MeshConfig = MeshConfig()
-    seed: int = 0
+    seed: Seed = 0
 
     def to_json(self) -> str:
-        """The config as indented JSON; :func:`from_json` inverts it."""
+        """The config as indented JSON; ``setup.validation.from_json`` inverts it."""
         return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
-
-
-def from_json(text: str) -> Config:
-    """Reads what :meth:`Config.to_json` wrote.
-
-    Raises:
-      ConfigError: the JSON is broken, or a field is unknown, misses or does not fit.
-    """
-    try:
-        fields = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"the config is not valid JSON ({error})") from None
-    return validate(schema.build(Config, fields, "config"))
 
 
 def fingerprint(config: Config) -> str:
@@ -267,23 +283,3 @@ def default_config(**required: Any) -> ConfigDict:
         groups.setdefault(group, {})[name] = value
     config = schema.build(Config, groups, "config")
     return ConfigDict(dataclasses.asdict(config))
-
-
-def from_config_dict(config: ConfigDict) -> Config:
-    """The validated :class:`Config` of a ConfigDict.
-
-    Raises:
-      ConfigError: a field is unknown, misses, has the wrong type, or contradicts another.
-    """
-    found = validate(schema.build(Config, config.to_dict(), "config"))
-    refuse_idle_numbers(found.schedule)
-    return found
-
-
-def field_type(path: str) -> Any:
-    """The type of a config field, by its dotted path below the config: ``model.layers`` → ``int``.
-
-    Raises:
-      ConfigError: there is no such field.
-    """
-    return schema.field_type(Config, path)

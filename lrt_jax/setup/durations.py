@@ -1,18 +1,12 @@
 """How long a run is: its steps, from whichever unit the config sets."""
 
-from typing import TYPE_CHECKING
-
+from lrt_jax.setup.config import LARGEST, TrainConfig
 from lrt_jax.setup.schema import ConfigError
 
-if TYPE_CHECKING:
-    from lrt_jax.setup.config import TrainConfig
-
 UNITS = ("steps", "tokens", "tokens_per_parameter")
-# Steps are counted in int32 on the devices.
-MOST_STEPS = 2**31 - 1
 
 
-def train_steps(train: "TrainConfig", sequence_length: int, parameters: int) -> int:
+def train_steps(train: TrainConfig, sequence_length: int, parameters: int) -> int:
     """The run's number of optimizer steps, from whichever unit of duration is set (at least 1).
 
     Args:
@@ -25,12 +19,12 @@ def train_steps(train: "TrainConfig", sequence_length: int, parameters: int) -> 
     """
     per_step = train.batch_size * sequence_length
     tokens = train.steps * per_step or train.tokens or train.tokens_per_parameter * parameters
-    if tokens > MOST_STEPS * per_step:
-        raise ConfigError(f"{_set(train)}; that must be at most {MOST_STEPS:,} steps (2**31 - 1)")
+    if tokens > LARGEST * per_step:
+        raise ConfigError(f"{_set(train)}; that must be at most {LARGEST:,} steps (2**31 - 1)")
     return train.steps or max(1, round(tokens / per_step))
 
 
-def require_ahead(train: "TrainConfig", steps: int, step: int) -> None:
+def require_ahead(train: TrainConfig, steps: int, step: int) -> None:
     """Checks that a run does not end before the step that it has come to.
 
     Args:
@@ -51,7 +45,7 @@ def require_ahead(train: "TrainConfig", steps: int, step: int) -> None:
     )
 
 
-def _set(train: "TrainConfig") -> str:
+def _set(train: TrainConfig) -> str:
     """The field that is set, and to what."""
     unit = next(unit for unit in UNITS if getattr(train, unit))
     return f"config.train.{unit} is {getattr(train, unit)!r}"

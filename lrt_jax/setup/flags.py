@@ -3,7 +3,6 @@
 import atexit
 import contextlib
 import dataclasses
-import math
 import os
 import re
 import sys
@@ -15,8 +14,8 @@ from typing import Any, NoReturn
 import jax
 from absl import app, flags, logging
 
-from lrt_jax.setup import host_memory, processes, streams
-from lrt_jax.setup.config import ConfigError, Prefill, field_type
+from lrt_jax.setup import host_memory, processes, schema, streams
+from lrt_jax.setup.config import Config, ConfigError, DecodeConfig, Prefill
 from lrt_jax.setup.config_file import ConfigFileParser
 from lrt_jax.setup.errors import UserError
 
@@ -25,6 +24,13 @@ OVERRIDE = re.compile(r"--?(?:no)?config\.([^=]*)(?:=(.*))?", re.DOTALL)
 # How the runtime's messages tell that another process is gone, and the exit code then: "try again" in sysexits.h.
 LOST = re.compile(r"Gloo|NCCL|Connection (reset|closed|refused)|heartbeat|unhealthy|another task|Socket closed")
 LOST_EXIT_CODE = 75
+# Fields of config.decode that flags of their own override, and what these are for.
+DECODE_FLAGS = {
+    "tolerance": "Of fixed_point: the largest change that counts as none",
+    "max_refinements": "fixed_point falls back to sequential after so many, 0 = never",
+    "chunk": "Tokens read at once",
+    "subsets": "fixed_point goes over so many subsets in turn",
+}
 
 
 def run(command: Callable[..., int | None], *, takes_arguments: bool = False) -> None:
@@ -108,7 +114,7 @@ def parse(arguments: list[str]) -> list[str]:
       ConfigError: a flag or field is unknown, or has a value of the wrong type.
     """
     given = list(_overrides(arguments))
-    types = {name: field_type(name) for name, _ in given}
+    types = {name: schema.field_type(Config, name) for name, _ in given}
     if "config" in flags.FLAGS:
         flags.FLAGS["config"].parser = ConfigFileParser(tuple(types))
     try:
@@ -130,30 +136,20 @@ def parse(arguments: list[str]) -> list[str]:
 def define_decode_flags(name: str, about: str) -> None:
     """Declares how given tokens are read: the flag ``name``, and those of :func:`decode_flags`."""
     flags.DEFINE_enum(name, None, typing.get_args(Prefill), about)
-    flags.DEFINE_float("tolerance", None, "Of fixed_point; default: config.decode.tolerance.", lower_bound=0.0)
-    flags.DEFINE_integer(
-        "max_refinements",
-        None,
-        "fixed_point falls back to sequential after so many, 0 = never; default: config.decode.max_refinements.",
-        lower_bound=0,
-    )
-    flags.DEFINE_integer("chunk", None, "Tokens read at once; default: config.decode.chunk.", lower_bound=1)
-    flags.DEFINE_integer(
-        "subsets", None, "fixed_point goes over so many subsets in turn; default: config.decode.subsets.", lower_bound=1
-    )
+    for field, said in DECODE_FLAGS.items():
+        define = flags.DEFINE_float if schema.field_type(DecodeConfig, field) is float else flags.DEFINE_integer
+        define(field, None, f"{said}; default: config.decode.{field}.")
 
 
 def decode_flags() -> dict[str, Any]:
     """The fields of ``config.decode`` that were given by flags.
 
     Raises:
-      ConfigError: ``--tolerance`` is not finite.
+      ConfigError: one may not have such a value.
     """
-    given = {name: getattr(flags.FLAGS, name) for name in ("tolerance", "max_refinements", "chunk", "subsets")}
-    found = {name: value for name, value in given.items() if value is not None}
-    if not 0 <= found.get("tolerance", 0.0) < math.inf:  # absl lets NaN through every bound
-        raise ConfigError(f"--tolerance is {found['tolerance']}; it must be a finite number, 0 or more")
-    return found
+    hints = typing.get_type_hints(DecodeConfig, include_extras=True)
+    given = {name: getattr(flags.FLAGS, name) for name in DECODE_FLAGS}
+    return {name: schema.checked(hints[name], value, f"--{name}") for name, value in given.items() if value is not None}
 
 
 def _overrides(arguments: list[str]) -> Iterator[tuple[str, str]]:

@@ -8,14 +8,17 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from fractions import Fraction
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 
-from lrt_jax.setup.schema import ConfigError
+from lrt_jax.setup.schema import ConfigError, NotNegative, Positive, build, within
 
+# Forwards of one kind in a step: more than anybody runs, and few enough to be listed.
+MOST_FORWARDS = 1000
+Forwards = Annotated[int, within(1, MOST_FORWARDS)]
 Partition = Literal["strided", "contiguous", "random"]
 
 
@@ -25,23 +28,23 @@ class ScheduleConfig:
 
     # One of SCHEDULES, or "staged": several, one after the other.
     name: str = "interleaved"
-    subsets: int = 2  # S, of interleaved; divides the sequence length
+    subsets: Positive[int] = 2  # S, of interleaved; divides the sequence length
     partition: Partition = "strided"  # which positions a subset holds
-    sweeps: int = 1  # interleaved: how often it goes through all subsets (Gauss-Seidel sweeps, arXiv 2608.18486)
+    sweeps: Forwards = 1  # interleaved: how often it goes through all subsets (Gauss-Seidel sweeps, arXiv 2608.18486)
     kv_refresh: bool = False  # interleaved: bring unvisited keys and values up to date between the forwards
-    refinements: int = 2  # K, of multi_refinement
+    refinements: Forwards = 2  # K, of multi_refinement
     # Interleaved, multi_refinement: so many forwards without gradient take the place of the initialization forward. The
     # first has zero memory, each other one reads the source states of the one before: memory near its fixed point
     # (PeterBjerreHansen/2d-recurrence; docs/RESULTS.md).
-    settle: int = 0
+    settle: Annotated[int, within(0, MOST_FORWARDS)] = 0
     # The same: of the initialization forward's loss, where others' is 1. It trains a mode that decoding never uses.
-    init_weight: float = 1.0
+    init_weight: NotNegative[float] = 1.0
     # The same, of the memory that refinements read (Full-bandwidth Transformer, arXiv 2608.08888): each entry moves by
     # a uniform draw from -jitter to jitter; it is zero up to a random position of each row.
-    jitter: float = 0.0
+    jitter: NotNegative[float] = 0.0
     plain_prefix: bool = False
     detach: bool = False  # multi_refinement: no gradient from one forward to the one before
-    chunks: int = 2  # N, of chunked; divides the sequence length
+    chunks: Positive[int] = 2  # N, of chunked; divides the sequence length
     # Of staged: schedules with their shares of the steps, "plain:0.8, interleaved(2):0.2". A stage may be a mixture,
     # "mix(plain 0.25, interleaved(2) 0.75):0.2": each of its steps draws one of them. Brackets may set any of the
     # schedule's own fields, "interleaved(2, settle=1)"; the others are as here.
@@ -68,11 +71,8 @@ class ScheduleConfig:
         """As a stage names it: ``interleaved(2, settle=1)``."""
         description = self.description
         said = [str(getattr(self, description.number))] if description.number else []
-        said += [
-            f"{field}={getattr(self, field)}"
-            for field, neutral in description.own.items()
-            if getattr(self, field) != neutral
-        ]
+        changed = [field for field in description.own if getattr(self, field) != getattr(ScheduleConfig, field)]
+        said += [f"{field}={getattr(self, field)}" for field in changed]
         return f"{self.name}({', '.join(said)})" if said else self.name
 
     @property
@@ -132,7 +132,7 @@ class Description:
       passes: its forwards, in order.
       number: the field of the config that a number in brackets sets, as in ``interleaved(4)``; empty: it takes none.
       divides: whether that number must divide the sequence length: so many parts are its forwards' positions.
-      own: fields of the config that not all schedules have, each with the value that it has for the others.
+      own: fields of the config that not all schedules have; for the others they are at their defaults.
       recurrent: whether it needs a model with memory.
       strided: S, where each forward computes all positions or a strided subset of S; None where one does neither.
     """
@@ -140,14 +140,14 @@ class Description:
     passes: Callable[[ScheduleConfig], list[Pass]]
     number: str = ""
     divides: bool = False
-    own: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    own: tuple[str, ...] = ()
     recurrent: bool = True
     strided: Callable[[ScheduleConfig], int | None] = lambda _: 1
 
 
 FIRST = Pass("init", reads_memory=False)
 # Fields of the schedules that refine what an initialization forward began.
-REFINING = {"settle": 0, "init_weight": 1.0, "jitter": 0.0, "plain_prefix": False}
+REFINING = ("settle", "init_weight", "jitter", "plain_prefix")
 
 
 def _before(schedule: ScheduleConfig, *, fills: bool) -> list[Pass]:
@@ -202,10 +202,10 @@ SCHEDULES: dict[str, Description] = {
         _interleaved,
         number="subsets",
         divides=True,
-        own={"partition": "strided", "sweeps": 1, "kv_refresh": False, **REFINING},
+        own=("partition", "sweeps", "kv_refresh", *REFINING),
         strided=lambda schedule: schedule.subsets if schedule.partition == "strided" else None,
     ),
-    "multi_refinement": Description(_multi_refinement, number="refinements", own={"detach": False, **REFINING}),
+    "multi_refinement": Description(_multi_refinement, number="refinements", own=("detach", *REFINING)),
     "chunked": Description(_chunked, number="chunks", divides=True, strided=lambda _: None),
     "sequential": Description(lambda _: [Pass("sequential")], strided=lambda _: None),
 }
@@ -254,7 +254,7 @@ def parse_stages(schedule: ScheduleConfig) -> tuple[Stage, ...]:
     """The stages that ``schedule.stages`` lists; what a stage does not say is taken from ``schedule``.
 
     Raises:
-      ConfigError: the list cannot be read, or its shares do not add up to 1.
+      ConfigError: the list cannot be read, sets what cannot be, or its shares do not add up to 1.
     """
     said = f"config.schedule.stages is {schedule.stages!r}"
 
@@ -276,7 +276,8 @@ def parse_stages(schedule: ScheduleConfig) -> tuple[Stage, ...]:
             raise ConfigError(
                 f"{said}, in which {text.strip()!r} is no stage: {wrong}; brackets of {name} {allowed}"
             ) from None
-        return dataclasses.replace(schedule, name=name, stages="", **changes), float(share)
+        one = dataclasses.asdict(schedule) | {"name": name, "stages": ""} | changes
+        return build(ScheduleConfig, one, "config.schedule"), float(share)
 
     stages = []
     for text in _separated(schedule.stages):
@@ -303,11 +304,11 @@ def _settings(description: Description, text: str | None) -> dict[str, Any]:
         field, equals, value = (piece.strip() for piece in part.rpartition("="))
         if not equals and index == 0:
             field = description.number
-        if not field or not (field == description.number or field in description.own):
+        if not field or field not in (description.number, *description.own):
             raise ValueError(f"{part.strip()!r} sets none of its fields")
         if field in found:
             raise ValueError(f"it sets {field} twice")
-        kind = type(description.own.get(field, 0))
+        kind = type(getattr(ScheduleConfig, field))
         try:
             found[field] = {"True": True, "False": False}[value] if kind is bool else kind(value)
         except (KeyError, ValueError):

@@ -1,39 +1,62 @@
-"""From nested mappings to typed dataclasses, with one clear sentence for every name or type that does not fit."""
+"""From nested mappings to typed dataclasses, with one clear sentence for every name, type or value that does not fit.
+
+What a field may be stands beside it, in its annotation: ``keep: Positive[int] = 2``.
+"""
 
 import dataclasses
 import difflib
 import math
 import typing
-from collections.abc import Mapping
-from typing import Any, Literal
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 from lrt_jax.setup.errors import UserError
 
+T = TypeVar("T")
+
 
 class ConfigError(UserError, ValueError):
-    """A config field is unknown, has the wrong type, or contradicts another; one sentence says which."""
+    """A config field is unknown, has the wrong type or value, or contradicts another; one sentence says which."""
+
+
+class Must(NamedTuple):
+    """A bound, as the annotation of a field: ``Annotated[int, Must("be even", lambda n: n % 2 == 0)]``."""
+
+    what: str
+    holds: Callable[[Any], object]
+
+
+def within(low: float, high: float) -> Must:
+    """The bound of a number that lies between two others, or is one of them."""
+    return Must(f"be {low:,} or more, and at most {high:,}", lambda value: low <= value <= high)
+
+
+Positive = Annotated[T, Must("be above 0", lambda value: value > 0)]
+NotNegative = Annotated[T, Must("be 0 or more", lambda value: value >= 0)]
+NotEmpty = Annotated[T, Must("not be empty", bool)]
 
 
 def build(kind: type, values: Any, path: str) -> Any:
-    """A dataclass from nested mappings, with every field's name and type checked.
+    """A dataclass from nested mappings, or from one that code has made, with every field checked.
 
     Raises:
       ConfigError: naming the field, what was found and what is allowed.
     """
+    fields = {field.name: field for field in dataclasses.fields(kind)}
+    hints = typing.get_type_hints(kind, include_extras=True)
+    if isinstance(values, kind):
+        values = {name: getattr(values, name) for name in fields}
     if not isinstance(values, Mapping):
         raise ConfigError(f"{path} is {values!r}; it must be a group of fields")
-    fields = {field.name: field for field in dataclasses.fields(kind)}
-    hints = typing.get_type_hints(kind)
     for name in values:
         if name not in fields:
             raise ConfigError(_unknown_field(path, name, list(fields)))
     built = {}
     for name, field in fields.items():
-        where = f"{path}.{name}"
         if name in values:
-            built[name] = _check_type(hints[name], values[name], where)
+            built[name] = checked(hints[name], values[name], f"{path}.{name}")
         elif field.default is dataclasses.MISSING:
-            raise ConfigError(f"{where} is not set; it has no default")
+            raise ConfigError(f"{path}.{name} is not set; it has no default")
     return kind(**built)
 
 
@@ -46,17 +69,27 @@ def _unknown_field(path: str, name: str, allowed: list[str]) -> str:
     return f"{path}.{name} is not a field; {hint}allowed are: {', '.join(allowed)}"
 
 
-def _check_type(hint: Any, value: Any, where: str) -> Any:
-    """``value`` as the type ``hint``, or a ConfigError; the only conversions are int → float, list → tuple."""
+def checked(hint: Any, value: Any, where: str) -> Any:
+    """``value`` as the type ``hint``, within its bounds; the only conversions are int → float, list → tuple.
+
+    Raises:
+      ConfigError: naming ``where``, what was found and what is allowed.
+    """
     if dataclasses.is_dataclass(hint):
         return build(typing.cast(type, hint), value, where)
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Annotated:
+        value = checked(arguments[0], value, where)
+        for bound in arguments[1:]:
+            if isinstance(bound, Must) and not bound.holds(value):
+                raise ConfigError(f"{where} is {value!r}; it must {bound.what}")
+        return value
     if origin is Literal:
         if value not in arguments or isinstance(value, bool):
             raise ConfigError(f"{where} is {value!r}; allowed are: {', '.join(map(str, arguments))}")
         return value
     if origin is tuple and isinstance(value, (tuple, list)):
-        return tuple(_check_type(arguments[0], item, f"{where}[{i}]") for i, item in enumerate(value))
+        return tuple(checked(arguments[0], item, f"{where}[{i}]") for i, item in enumerate(value))
     wanted = hint if isinstance(hint, type) else None
     if wanted is float and isinstance(value, (int, float)) and not isinstance(value, bool):
         return _finite(value, where)
@@ -73,6 +106,12 @@ def _finite(value: float, where: str) -> float:
     if not math.isfinite(number):
         raise ConfigError(f"{where} is {value!r}; it must be a finite number")
     return number
+
+
+def marked(kind: Any, mark: str) -> list[str]:
+    """The fields of the dataclass ``kind`` with a mark among their annotations."""
+    hints = typing.get_type_hints(kind, include_extras=True)
+    return [name for name, hint in hints.items() if mark in getattr(hint, "__metadata__", ())]
 
 
 def field_type(kind: Any, path: str) -> Any:
