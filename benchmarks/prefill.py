@@ -71,7 +71,7 @@ def measure(
     def program(how: DecodeConfig) -> Callable[[np.ndarray], Any]:
         def read(model: Model, tokens_BxN: jax.Array) -> tuple[jax.Array, Any]:
             state = decode.start(model.config, len(tokens_BxN), length)
-            done = prefill.run(model, state, tokens_BxN, how, fresh=True)
+            done = prefill.run(model, state, tokens_BxN, how, from_start=True)
             return model.logits(done.hidden_BxNxD), done.state
 
         return functools.partial(jax.jit(read), model)

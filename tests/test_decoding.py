@@ -97,7 +97,7 @@ def test_generated_logits_are_the_sequential_oracles(tiny, random_params, combin
                 tokens_BxN,
                 way,
                 keep_hidden=True,
-                fresh=True,
+                from_start=True,
             )
             for way in ways
         ]
@@ -258,7 +258,7 @@ def test_long_prompts_of_unequal_length_are_read_in_blocks_of_attention(tiny, ra
     def read(tokens_BxN):  # without memory, so that one forward is exact
         ways = DecodeConfig(), EXACT, dataclasses.replace(EXACT, chunk=140)
         state = decode.start(config, 3, 420)
-        run = lambda way: prefill.run(model, state, tokens_BxN, way, use_memory=False, fresh=True)  # noqa: E731
+        run = lambda way: prefill.run(model, state, tokens_BxN, way, use_memory=False, from_start=True)  # noqa: E731
         return [(one.hidden_BxNxD, one.state.cache) for one in map(run, ways)]
 
     expected, *others = jax.jit(read)(tokens_BxN)

@@ -73,7 +73,7 @@ def forward(
     buffer: Buffer | None = None,
     subset: int = 0,
     *,
-    fresh: bool = False,
+    from_start: bool = False,
 ) -> Forward:
     """One forward for each row's next tokens, PAD among them only before others; the state stays as it was.
 
@@ -85,7 +85,7 @@ def forward(
       positions_BxP: of :func:`positions_of`.
       buffer: keys and values of all the next tokens, of which these are one strided subset; None: these are all.
       subset: which one.
-      fresh: the state is that of :func:`start`, so there is nothing in its cache.
+      from_start: the state is that of :func:`start`, so there is nothing in its cache.
 
     Returns:
       The forward, whose buffer holds the next tokens' keys and values.
@@ -98,9 +98,9 @@ def forward(
         memory_BxPxD,
         buffer,
         subset * length,
-        past=None if fresh else state.cache,
+        past=None if from_start else state.cache,
         # Where PAD is only before other tokens, columns are apart as far as positions are.
-        subsets=subsets if fresh else None,
+        subsets=subsets if from_start else None,
         ragged=True,
     )
     return out

@@ -111,7 +111,7 @@ def programs(method: Method) -> Programs:
     ) -> tuple[Carry, prefill.Prefilled]:
         rows = len(prompts_BxN)
         state = decode.start(model.config, rows, slots, seeds_B)
-        done = prefill.run(model, state, prompts_BxN, method.decode, use_memory=method.use_memory, fresh=True)
+        done = prefill.run(model, state, prompts_BxN, method.decode, use_memory=method.use_memory, from_start=True)
         logits_BxV = model.logits(done.hidden_BxNxD)[:, 0]
         empty = Carry(
             state=done.state,

@@ -60,7 +60,7 @@ def run(
     *,
     use_memory: bool = True,
     keep_hidden: bool = False,
-    fresh: bool = False,
+    from_start: bool = False,
 ) -> Prefilled:
     """Prefill as ``config.prefill`` says, in chunks of at most ``config.chunk`` tokens.
 
@@ -71,7 +71,7 @@ def run(
       config: how.
       use_memory: False zeroes the memory that the model reads.
       keep_hidden: return the hidden states of all tokens, not of the last alone.
-      fresh: ``state`` is that of :func:`decode.start`.
+      from_start: ``state`` is that of :func:`decode.start`.
     """
     rows, length = tokens_BxN.shape
     if config.prefill == "sequential":
@@ -85,11 +85,13 @@ def run(
     padded_BxN = jnp.pad(tokens_BxN, ((0, 0), (chunks * size - length, 0)), constant_values=PAD)
     chunks_MxBxP = padded_BxN.reshape(rows, chunks, size).swapaxes(0, 1)
 
-    def one(state: DecodeState, chunk_BxP: jax.Array, fresh: bool = False) -> tuple[DecodeState, Prefilled]:
-        done = fixed_point(model, state, chunk_BxP, config, use_memory=use_memory, keep_hidden=keep_hidden, fresh=fresh)
+    def one(state: DecodeState, chunk_BxP: jax.Array, from_start: bool = False) -> tuple[DecodeState, Prefilled]:
+        done = fixed_point(
+            model, state, chunk_BxP, config, use_memory=use_memory, keep_hidden=keep_hidden, from_start=from_start
+        )
         return done.state, done
 
-    state, first = one(state, chunks_MxBxP[0], fresh)
+    state, first = one(state, chunks_MxBxP[0], from_start)
     if chunks == 1:
         return first.replace(hidden_BxNxD=first.hidden_BxNxD[:, -length:])
     # Each chunk's fixed point is found given the cache of the chunks before: exact, in bounded memory.
@@ -148,7 +150,7 @@ def fixed_point(
     *,
     use_memory: bool = True,
     keep_hidden: bool = True,
-    fresh: bool = False,
+    from_start: bool = False,
 ) -> Prefilled:
     """Prefill of one chunk by fixed-point refinement (METHOD.md, "Decoding and evaluation").
 
@@ -165,7 +167,7 @@ def fixed_point(
       config: tolerance, subsets and most refinements.
       use_memory: False zeroes the memory, so that one forward is exact.
       keep_hidden: see :func:`run`, as the next.
-      fresh: there is nothing in the state's cache.
+      from_start: there is nothing in the state's cache.
     """
     length, recurrent = tokens_BxP.shape[1], model.config.recurrent and use_memory
     chunk = Chunk(
@@ -174,7 +176,7 @@ def fixed_point(
         tokens_BxP=tokens_BxP,
         positions_BxP=decode.positions_of(state, tokens_BxP),
         partition=partitions.strided(length, config.subsets),
-        fresh=fresh,
+        from_start=from_start,
     )
     needed_B = chunk.needed_B * recurrent
     most = chunk.needed_by(length)
@@ -195,12 +197,9 @@ def fixed_point(
     after = decode.absorb(state, out, chunk.positions_BxP)
     hidden_BxNxD = out.hidden_BxPxD if keep_hidden else out.hidden_BxPxD[:, -1:]
     if limit < most and recurrent:
-
-        def exact() -> tuple[DecodeState, jax.Array]:
-            found = sequential(model, state, tokens_BxP, use_memory, keep_hidden)
-            return _choose(diverged_B, found, (after, hidden_BxNxD))
-
-        after, hidden_BxNxD = lax.cond(jnp.any(diverged_B), exact, lambda: (after, hidden_BxNxD))
+        found = (after, hidden_BxNxD)
+        exact = lambda: sequential(model, state, tokens_BxP, use_memory, keep_hidden)  # noqa: E731
+        after, hidden_BxNxD = lax.cond(jnp.any(diverged_B), lambda: _choose(diverged_B, exact(), found), lambda: found)
     return Prefilled(after, hidden_BxNxD, guess.refinements_B, guess.residual_B, diverged_B.astype(jnp.int32))
 
 

@@ -49,7 +49,7 @@ class Chunk:
       tokens_BxP: int32, PAD only on the left.
       positions_BxP: of ``decode.positions_of``.
       partition: of the P columns.
-      fresh: there is nothing in the state's cache.
+      from_start: there is nothing in the state's cache.
     """
 
     model: Model
@@ -57,7 +57,7 @@ class Chunk:
     tokens_BxP: jax.Array
     positions_BxP: jax.Array
     partition: Strided
-    fresh: bool
+    from_start: bool
 
     @property
     def begun_BxP(self) -> jax.Array:
@@ -97,7 +97,7 @@ class Chunk:
             memory_BxPxD,
             positions_BxP,
             *buffer_and_subset,
-            fresh=self.fresh,
+            from_start=self.from_start,
         )
 
 
@@ -109,7 +109,7 @@ def first(chunk: Chunk, needed_B: jax.Array, *, zero_memory: bool) -> Guess:
       needed_B: how many refinements make a row exact.
       zero_memory: each row's first token has zero memory, too.
     """
-    nothing = zero_memory or chunk.fresh  # in a fresh state the first memory is zero
+    nothing = zero_memory or chunk.from_start  # in the first state the first memory is zero
     memory = None if nothing else chunk.memory(None, None, chunk.first_BxP)
     out = chunk.forward((chunk.tokens_BxP, chunk.positions_BxP), memory)
     wide = jnp.promote_types(out.source_BxPxD.dtype, jnp.float32)

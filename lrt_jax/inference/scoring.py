@@ -52,7 +52,7 @@ def score(
         config,
         use_memory=use_memory,
         keep_hidden=True,
-        fresh=True,
+        from_start=True,
     )
     # The head's logits are the largest array: one chunk of columns at a time.
     pieces = [

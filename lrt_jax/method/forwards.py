@@ -1,5 +1,6 @@
 """The forwards that schedules are made of, and their losses: the initialization forward, and subset forwards."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -138,6 +139,49 @@ class Subset(NamedTuple):
     slot: Any
 
 
+@dataclasses.dataclass(frozen=True)
+class SubsetForward:
+    """A forward over one subset, as :func:`in_turn` takes it: it reads and writes the shared buffer and source states.
+
+    Attributes:
+      partition: the subsets.
+      refreshable: for KV refresh, in slot order; None: keys and values stay as they are until their turn.
+      disturbed: what to do to the memory that it reads.
+    """
+
+    partition: Partition
+    refreshable: Any
+    disturbed: Disturbed | None
+
+    def __call__(self, model: Model, carry: tuple[Buffer, jax.Array], subset: Subset) -> tuple[Model, Any, jax.Array]:
+        """The model for the next one, the buffer and source states [B, T, D] in slot order, and losses [B, P]."""
+        buffer, sources_BxTxD = carry
+        if self.refreshable is not None:
+            buffer = self._refreshed(model, buffer, sources_BxTxD, subset.slot)
+        memory_BxPxD = _memory(sources_BxTxD, subset.positions_P, subset.previous_slots_P)
+        if self.disturbed is not None:
+            memory_BxPxD = self.disturbed(memory_BxPxD, subset.positions_P, subset.number)
+        strided = self.partition.subsets if isinstance(self.partition, Strided) else None
+        positions_1xP = subset.positions_P[None]
+        out, model = model(subset.embedded, positions_1xP, memory_BxPxD, buffer, subset.slot, subsets=strided)
+        sources_BxTxD = lax.dynamic_update_slice_in_dim(sources_BxTxD, out.source_BxPxD, subset.slot, axis=1)
+        losses_BxP = token_losses(model, out.hidden_BxPxD, subset.targets_BxP)
+        return model, (out.buffer, sources_BxTxD), losses_BxP
+
+    def _refreshed(self, model: Model, buffer: Buffer, sources_BxTxD: jax.Array, slot: jax.Array) -> Buffer:
+        """The buffer with keys and values refreshed at all slots that no subset has visited: ``slot`` and later."""
+        positions_T = jnp.asarray(self.partition.positions_SxP).reshape(-1)
+        memory_BxTxD = _memory(sources_BxTxD, positions_T, jnp.asarray(self.partition.previous_slots_SxP).reshape(-1))
+        latest = model.refresh(self.refreshable, memory_BxTxD, positions_T[None])
+        return buffer.refreshed(latest, jnp.arange(len(positions_T)) < slot)
+
+
+def _memory(sources_BxTxD: jax.Array, positions_P: jax.Array, previous_slots_P: jax.Array) -> jax.Array:
+    """m_{t-1}: the latest source state of the position before, 0 for the first."""
+    latest_BxPxD = jnp.take(sources_BxTxD, previous_slots_P, axis=1)
+    return jnp.where(positions_P[None, :, None] == 0, 0, latest_BxPxD)
+
+
 def in_turn(
     forward: Callable[[Model, Any, Any], tuple[Model, Any, Any]],
     model: Model,
@@ -201,34 +245,7 @@ def subset_forwards(
       Each position's losses [W, B, T] and last source state [B, T, D], in natural order.
     """
     subset_length = partition.positions_SxP.shape[1]
-
-    def memory_of(sources_BxTxD: jax.Array, positions_P: jax.Array, previous_slots_P: jax.Array) -> jax.Array:
-        latest_BxPxD = jnp.take(sources_BxTxD, previous_slots_P, axis=1)
-        return jnp.where(positions_P[None, :, None] == 0, 0, latest_BxPxD)
-
-    def up_to_date(model: Model, buffer: Buffer, sources_BxTxD: jax.Array, slot: jax.Array) -> Buffer:
-        """The buffer with keys and values refreshed at all slots that no subset has visited: ``slot`` and later."""
-        positions_T, previous_slots_T = (
-            jnp.asarray(array).reshape(-1) for array in (partition.positions_SxP, partition.previous_slots_SxP)
-        )
-        memory_BxTxD = memory_of(sources_BxTxD, positions_T, previous_slots_T)
-        refreshed = model.refresh(refreshable, memory_BxTxD, positions_T[None])
-        return buffer.refreshed(refreshed, jnp.arange(len(positions_T)) < slot)
-
-    def subset_forward(model: Model, carry: tuple[Buffer, jax.Array], subset: Subset) -> Any:
-        buffer, sources_BxTxD = carry
-        if refreshable is not None:
-            buffer = up_to_date(model, buffer, sources_BxTxD, subset.slot)
-        positions_P, previous_slots_P = subset.positions_P, subset.previous_slots_P
-        memory_BxPxD = memory_of(sources_BxTxD, positions_P, previous_slots_P)
-        if disturbed is not None:
-            memory_BxPxD = disturbed(memory_BxPxD, positions_P, subset.number)
-        strided = partition.subsets if isinstance(partition, Strided) else None
-        out, model = model(subset.embedded, positions_P[None], memory_BxPxD, buffer, subset.slot, subsets=strided)
-        sources_BxTxD = lax.dynamic_update_slice_in_dim(sources_BxTxD, out.source_BxPxD, subset.slot, axis=1)
-        losses_BxP = token_losses(model, out.hidden_BxPxD, subset.targets_BxP)
-        return model, (out.buffer, sources_BxTxD), losses_BxP
-
+    one = SubsetForward(partition, refreshable, disturbed)
     targets_SxBxP = jnp.split(partition.in_slots(targets_BxT, 1), partition.subsets, axis=1)
     subsets = [
         Subset(
@@ -241,7 +258,7 @@ def subset_forwards(
         )
         for number, index in enumerate(sweeps * list(range(partition.subsets)))
     ]
-    (_, sources_BxTxD), losses_WSxBxP = in_turn(subset_forward, model, (shared, sources_BxTxD), subsets, unroll=unroll)
+    (_, sources_BxTxD), losses_WSxBxP = in_turn(one, model, (shared, sources_BxTxD), subsets, unroll=unroll)
     losses_WxSxBxP = losses_WSxBxP.reshape(sweeps, partition.subsets, *losses_WSxBxP.shape[1:])
     split_sources = sources_BxTxD.reshape(sources_BxTxD.shape[0], partition.subsets, subset_length, -1)
     return partition.merge(jnp.moveaxis(losses_WxSxBxP, 1, 2), 2), partition.merge(split_sources, 1)

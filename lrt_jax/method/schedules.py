@@ -6,6 +6,7 @@ parameters, and gradients flow through every forward (METHOD.md, "Training sched
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -97,7 +98,7 @@ def interleaved(
     """Interleaved training: an initialization forward, then one subset forward after the other.
 
     The initialization forward fills the shared buffer. Subset i then recomputes its own positions
-    only: memory is the latest source state of t-1, fresh keys and values are written into the buffer
+    only: memory is the latest source state of t-1, its new keys and values are written into the buffer
     before its queries attend to all of it, and its source states are written back for later subsets.
 
     Args:
@@ -117,11 +118,10 @@ def interleaved(
     model = model.by_layer()
     natural, *in_subsets = forwards.begin_subsets(model, tokens_BxT, partition, unroll=unroll, natural=True)
     if settle:
-        first = forwards.settled(model, natural, settle, states_only=False)
+        first, before = forwards.settled(model, natural, settle, states_only=False), []
     else:
         first, model = forwards.initialization(model, natural, keep_refreshable=kv_refresh)
-        init_losses_BxT = forwards.token_losses(model, first.hidden_BxPxD, targets_BxT)
-
+        before = [forwards.token_losses(model, first.hidden_BxPxD, targets_BxT)]
     # Unrolled, a subset's keys and values take the place of a piece, and nothing of the buffer is copied.
     positions_1xT = jnp.asarray(partition.positions_SxP.reshape(1, -1))
     buffer = first.buffer.reordered(partition.in_slots, positions_1xT, partition.subsets if unroll else 1)
@@ -141,10 +141,7 @@ def interleaved(
     )
     masks_FxT = jnp.tile(jnp.asarray(partition.masks_SxT), (sweeps, 1))
     losses_FxBxT = jnp.where(masks_FxT[:, None], jnp.repeat(losses_WxBxT, partition.subsets, axis=0), 0.0)
-    if not settle:
-        losses_FxBxT = jnp.concatenate([init_losses_BxT[None], losses_FxBxT])
-        masks_FxT = jnp.concatenate([jnp.ones_like(masks_FxT[:1]), masks_FxT])
-    return outcome(losses_FxBxT, masks_FxT, sources_BxTxD, weights)
+    return _outcome_after(before, losses_FxBxT, masks_FxT, sources_BxTxD, weights)
 
 
 def multi_refinement(
@@ -179,11 +176,10 @@ def multi_refinement(
     model = model.by_layer()
     embedded = forwards.begin(model, tokens_BxT)
     if settle:
-        first = forwards.settled(model, embedded, settle, states_only=True)
+        first, before = forwards.settled(model, embedded, settle, states_only=True), []
     else:
         first, model = forwards.initialization(model, embedded)
-        init_losses_BxT = forwards.token_losses(model, first.hidden_BxPxD, targets_BxT)
-
+        before = [forwards.token_losses(model, first.hidden_BxPxD, targets_BxT)]
     disturbed = _disturbed(noisy, tokens_BxT)
 
     def refine(model: Model, sources_BxTxD: jax.Array, number: jax.Array) -> tuple[Model, jax.Array, jax.Array]:
@@ -197,10 +193,8 @@ def multi_refinement(
     sources_BxTxD, losses_FxBxT = forwards.in_turn(
         refine, model, first.source_BxPxD, list(range(refinements)), unroll=unroll
     )
-    if not settle:
-        losses_FxBxT = jnp.concatenate([init_losses_BxT[None], losses_FxBxT])
-    masks_FxT = jnp.ones((len(losses_FxBxT), len(positions_T)), bool)
-    return outcome(losses_FxBxT, masks_FxT, sources_BxTxD, weights)
+    masks_FxT = jnp.ones((refinements, len(positions_T)), bool)
+    return _outcome_after(before, losses_FxBxT, masks_FxT, sources_BxTxD, weights)
 
 
 def _disturbed(noisy: noise.Noise | None, tokens_BxT: jax.Array) -> forwards.Disturbed | None:
@@ -262,6 +256,16 @@ def outcome(
     weights_F = jnp.asarray(weights or (1.0,) * len(masks_FxT), forward_losses_F.dtype)
     loss = jnp.sum(forward_losses_F * weights_F) / jnp.sum(weights_F)
     return Outcome(loss, forward_losses_F, token_losses_FxBxT, masks_FxT, sources_BxTxD)
+
+
+def _outcome_after(
+    before: list[jax.Array], losses_FxBxT: jax.Array, masks_FxT: jax.Array, sources_BxTxD: jax.Array, weights: Any
+) -> Outcome:
+    """The outcome of F forwards behind others over all positions, whose losses are [B, T] each."""
+    if before:
+        losses_FxBxT = jnp.concatenate([jnp.stack(before), losses_FxBxT])
+        masks_FxT = jnp.concatenate([jnp.ones((len(before), masks_FxT.shape[1]), bool), masks_FxT])
+    return outcome(losses_FxBxT, masks_FxT, sources_BxTxD, weights)
 
 
 def _build_interleaved(config: ScheduleConfig, sequence_length: int) -> Schedule:

@@ -29,7 +29,7 @@ class Inputs(NamedTuple):
     projected: KV | None
 
 
-class Places(NamedTuple):
+class Positions(NamedTuple):
     """Where the positions of one forward are: the same for every layer, and without a gradient.
 
     Attributes:
@@ -53,7 +53,7 @@ class Context(NamedTuple):
     attend: Callable[..., jax.Array]
     keep_refreshable: bool
     inputs: Inputs
-    places: Places
+    positions: Positions
 
     def stream(self, x_BxPxD: jax.Array) -> jax.Array:
         """The residual stream, where the mesh wants it."""
@@ -72,7 +72,7 @@ class Context(NamedTuple):
         return tuple(meshes.constrain(self.mesh, leaf, "batch", "kv_heads", None, None) for leaf in leaves)
 
 
-class Own(NamedTuple):
+class LayerInputs(NamedTuple):
     """What a layer has in one forward beside its weights; of all layers, as ``Weights``.
 
     Attributes:
@@ -94,7 +94,7 @@ class Before(NamedTuple):
 
 
 def block(
-    context: Context, x_BxPxD: jax.Array, weights: Weights, own: Own, before: Before, farthest: int
+    context: Context, x_BxPxD: jax.Array, weights: Weights, own: LayerInputs, before: Before, farthest: int
 ) -> tuple[jax.Array, KV, Refreshable | None]:
     """One layer (METHOD.md, "Backbone", "Recurrent memory").
 
@@ -110,7 +110,7 @@ def block(
       The residual stream, the keys and values that were written, [B, K, P, C] each, and where asked for what KV refresh
       begins with.
     """
-    inputs, places = context.inputs, context.places
+    inputs, positions = context.inputs, context.positions
     x_BxPxD = memory.mix_residual(x_BxPxD, inputs.x0_BxPxD, inputs.memory_BxPxD, *weights.residual)
 
     h_BxPxD = rms_norm(x_BxPxD)
@@ -120,11 +120,11 @@ def block(
     kv = memory.mix_keys_values(kv, gates, projected, own.value_embedding)
     stale = Refreshable(*kv, gates.memory) if context.keep_refreshable and gates.memory is not None else None
 
-    q, k = (rms_norm(rope(each, *places.rope)) for each in (q, kv.k))
+    q, k = (rms_norm(rope(each, *positions.rope)) for each in (q, kv.k))
     written = context.written(KV(k, kv.v).heads_first)
-    keys, values = map(context.gathered, zip(*buffer.write(before.pieces, written, places.slot), strict=True))
+    keys, values = map(context.gathered, zip(*buffer.write(before.pieces, written, positions.slot), strict=True))
     attend = context.attend if before.cached is None else before.cached.attend
-    where = (places.queries_BxP, places.keys_BxN, own.window)
+    where = (positions.queries_BxP, positions.keys_BxN, own.window)
     attended = context.heads(attend(context.heads(q), keys, values, *where, farthest=farthest))
     x_BxPxD = context.stream(x_BxPxD + linear(attended, weights.output, inputs=2))
     x_BxPxD = x_BxPxD + mlp(rms_norm(x_BxPxD), weights.mlp_in, weights.mlp_out)

@@ -108,12 +108,12 @@ def by_layer(cache: Cache) -> list[Cached]:
     return [Cached(ring, by_size[size]) for ring, size in zip(cache.kv, sizes, strict=True)]
 
 
-def write(cache: Cache, fresh: tuple[KV, ...], positions_BxP: jax.Array) -> Cache:
+def write(cache: Cache, computed: tuple[KV, ...], positions_BxP: jax.Array) -> Cache:
     """The cache after P more positions.
 
     Args:
       cache: before them.
-      fresh: a tuple of L :class:`KV` with leaves [B, K, P, C], as a forward returns them.
+      computed: a tuple of L :class:`KV` with leaves [B, K, P, C], as a forward returns them.
       positions_BxP: int32, each row's next positions, ascending; EMPTY in columns where a row rests.
     """
     after_B = cache.position_B + jnp.sum(positions_BxP != EMPTY, axis=1, dtype=jnp.int32)
@@ -132,4 +132,4 @@ def write(cache: Cache, fresh: tuple[KV, ...], positions_BxP: jax.Array) -> Cach
             )
         )
 
-    return Cache(tuple(put(ring, new) for ring, new in zip(cache.kv, fresh, strict=True)), after_B)
+    return Cache(tuple(put(ring, new) for ring, new in zip(cache.kv, computed, strict=True)), after_B)

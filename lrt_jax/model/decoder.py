@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from lrt_jax.model import cache, embedding, head, kernels, layers, memory, stack, weights
 from lrt_jax.model.backend import compute_dtype
-from lrt_jax.model.block import Before, Context, Inputs, Places
+from lrt_jax.model.block import Before, Context, Inputs, Positions
 from lrt_jax.model.buffer import Buffer, write
 from lrt_jax.model.cache import Cache
 from lrt_jax.model.embedding import Embedded
@@ -110,20 +110,13 @@ class Decoder(nn.Module):
         Raises:
           ValueError: shapes do not fit together.
         """
-        config, dtype = self.config, compute_dtype(self.config)
+        config = self.config
         embedded = tokens_BxP if isinstance(tokens_BxP, Embedded) else self.embed(tokens_BxP)[0]
-        rows, length = embedded.x0_BxPxD.shape[:2]
-        _check_shapes((rows, length), positions_BxP, memory_BxPxD, buffer)
-        if past is not None and (config.scan_layers or len(past.position_B) != rows):
-            raise ValueError("a cache needs as many rows as there are tokens, and scan_layers off")
-        if memory_BxPxD is not None:
-            memory_BxPxD = memory_BxPxD.astype(dtype) if config.recurrent else None
-        if memory_BxPxD is not None:
-            memory_BxPxD = meshes.constrain(self.mesh, memory_BxPxD, "batch", "sequence", None)
+        _check_shapes(config, embedded.x0_BxPxD.shape[:2], positions_BxP, memory_BxPxD, buffer, past)
         positions_BxN = positions_BxP if buffer is None else buffer.positions_with(positions_BxP, slot)
         attend = kernels.attention_for(config, self.mesh, positions_BxP.shape[1], subsets, ragged, slot)
-        places = self._places(positions_BxP, positions_BxN, slot)
-        context = self._context(embedded, memory_BxPxD, places, attend, keep_refreshable)
+        positions = self._positions(positions_BxP, positions_BxN, slot)
+        context = self._context(embedded, memory_BxPxD, positions, attend, keep_refreshable)
         first = 0 if embedded.x_BxPxD is None else config.memory_range.start
         running = range(first, config.source_index + 1 if states_only else config.layers)
         ran = self._run(context, embedded, _before(config, buffer, past, running), running)
@@ -147,32 +140,36 @@ class Decoder(nn.Module):
         if not running:
             return embedded
         attend = kernels.attention_for(config, self.mesh, positions_BxP.shape[1], 1, False, 0)
-        context = self._context(embedded, None, self._places(positions_BxP, positions_BxP, 0), attend, False)
+        context = self._context(embedded, None, self._positions(positions_BxP, positions_BxP, 0), attend, False)
         ran = self._run(context, embedded, _before(config, None, None, running), running)
         return embedded._replace(x_BxPxD=ran.x_BxPxD)
 
-    def _places(self, positions_BxP: jax.Array, positions_BxN: jax.Array, slot: jax.Array | int) -> Places:
+    def _positions(self, positions_BxP: jax.Array, positions_BxN: jax.Array, slot: jax.Array | int) -> Positions:
         config = self.config
         rope = layers.rope_tables(positions_BxP, config.head_width, config.rope_base, compute_dtype(config))
-        return Places(rope, positions_BxP, positions_BxN, slot)
+        return Positions(rope, positions_BxP, positions_BxN, slot)
 
     def _context(
         self,
         embedded: Embedded,
         memory_BxPxD: jax.Array | None,
-        places: Places,
+        positions: Positions,
         attend: Any,
         keep_refreshable: bool,
     ) -> Context:
         """What all layers of one forward share."""
+        if memory_BxPxD is not None:
+            memory_BxPxD = memory_BxPxD.astype(compute_dtype(self.config)) if self.config.recurrent else None
+        if memory_BxPxD is not None:
+            memory_BxPxD = meshes.constrain(self.mesh, memory_BxPxD, "batch", "sequence", None)
         x0_BxPxD = meshes.constrain(self.mesh, embedded.x0_BxPxD, "batch", "sequence", None)
         projected = None
         if self.config.memory == "shared" and memory_BxPxD is not None:
             projected = memory.project(memory_BxPxD, self.parameters["memory_key"], self.parameters["memory_value"])
         inputs = Inputs(x0_BxPxD, memory_BxPxD, projected)
-        return Context(self.config, self.mesh, attend, keep_refreshable, inputs, places)
+        return Context(self.config, self.mesh, attend, keep_refreshable, inputs, positions)
 
-    def _run(self, context: Context, embedded: Embedded, before: Any, running: range) -> stack.Ran:
+    def _run(self, context: Context, embedded: Embedded, before: Any, running: range) -> stack.LayersOutput:
         """Some of the layers."""
         config, axes = self.config, ("batch", "sequence", "kv_heads", None)  # of one layer's, or of all stacked
         values = jax.tree.map(
@@ -240,7 +237,12 @@ def _before(config: ModelConfig, buffer: Buffer | None, past: Cache | None, runn
 
 
 def _check_shapes(
-    shape: tuple[int, ...], positions_BxP: jax.Array, memory_BxPxD: jax.Array | None, buffer: Buffer | None
+    config: ModelConfig,
+    shape: tuple[int, ...],
+    positions_BxP: jax.Array,
+    memory_BxPxD: jax.Array | None,
+    buffer: Buffer | None,
+    past: Cache | None,
 ) -> None:
     rows, length = shape
     if positions_BxP.shape not in ((rows, length), (1, length)):
@@ -251,3 +253,5 @@ def _check_shapes(
         found = buffer.positions_BxN.shape
         if found[0] not in (1, rows) or found[1] < length or (found[0] == 1 and positions_BxP.shape[0] != 1):
             raise ValueError(f"the buffer's positions have shape {found}; {(rows, length)} tokens do not fit")
+    if past is not None and (config.scan_layers or len(past.position_B) != rows):
+        raise ValueError("a cache needs as many rows as there are tokens, and scan_layers off")

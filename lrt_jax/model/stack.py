@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from lrt_jax.model import recomputed
-from lrt_jax.model.block import Before, Context, Inputs, Own, block
+from lrt_jax.model.block import Before, Context, Inputs, LayerInputs, block
 from lrt_jax.model.memory import KV, Refreshable
 from lrt_jax.model.weights import Weights, cut, some, unstacked
 from lrt_jax.setup.config import ModelConfig
@@ -27,7 +27,7 @@ class Layers(NamedTuple):
 
     indices: range
     weights: Weights
-    own: Own
+    own: LayerInputs
     before: Any
 
     def part(self, indices: range) -> "Layers":
@@ -40,7 +40,7 @@ class Layers(NamedTuple):
         return Layers(indices, some(self.weights, begin, end), some(self.own, begin, end), before)
 
 
-class Ran(NamedTuple):
+class LayersOutput(NamedTuple):
     """What layers of one forward computed, and what the next forward is to read.
 
     Attributes:
@@ -60,12 +60,12 @@ class Ran(NamedTuple):
     before: Any
 
 
-def own_of_all_layers(config: ModelConfig, value_gate: Any, values_ExBxPxKxC: Any) -> Own:
+def own_of_all_layers(config: ModelConfig, value_gate: Any, values_ExBxPxKxC: Any) -> LayerInputs:
     """What each layer has in one forward; ``value_gate`` and the embeddings are of the E layers that own a table."""
     window = jnp.asarray(config.windows, jnp.int32)
     if values_ExBxPxKxC is None:
-        return Own(window)
-    return Own(window, *(_for_all_layers(config, owned) for owned in (value_gate, values_ExBxPxKxC)))
+        return LayerInputs(window)
+    return LayerInputs(window, *(_for_all_layers(config, owned) for owned in (value_gate, values_ExBxPxKxC)))
 
 
 def _for_all_layers(config: ModelConfig, owned: Any) -> Any:
@@ -83,7 +83,7 @@ def _for_all_layers(config: ModelConfig, owned: Any) -> Any:
     return tuple(by_owner.get(layer) for layer in range(config.layers))
 
 
-def run(context: Context, x_BxPxD: jax.Array, layers: Layers) -> Ran:
+def run(context: Context, x_BxPxD: jax.Array, layers: Layers) -> LayersOutput:
     """Layers in turn; of them ``config.memory_range`` reads the memory."""
     config, inputs = context.config, context.inputs
     reading = config.memory_range if inputs.memory_BxPxD is not None else layers.indices
@@ -101,7 +101,7 @@ def run(context: Context, x_BxPxD: jax.Array, layers: Layers) -> Ran:
     holders = [part for part, indices in zip(parts, stretches, strict=True) if config.source_index in indices]
     written, refreshable = (_joined([getattr(part, name) for part in parts]) for name in ("written", "refreshable"))
     source_BxPxD = (holders or parts)[0].source_BxPxD
-    return Ran(x_BxPxD, source_BxPxD, written, refreshable, layers.weights, layers.before)
+    return LayersOutput(x_BxPxD, source_BxPxD, written, refreshable, layers.weights, layers.before)
 
 
 def _joined(parts: list[Any]) -> Any:
@@ -113,7 +113,7 @@ def _joined(parts: list[Any]) -> Any:
     return tuple(itertools.chain(*parts))
 
 
-def _run(context: Context, x_BxPxD: jax.Array, layers: Layers) -> Ran:
+def _run(context: Context, x_BxPxD: jax.Array, layers: Layers) -> LayersOutput:
     config = context.config
     if not config.scan_layers:
         return _run_unrolled(context, x_BxPxD, layers)
@@ -129,10 +129,10 @@ def _run(context: Context, x_BxPxD: jax.Array, layers: Layers) -> Ran:
     carry = (x_BxPxD, jnp.zeros_like(x_BxPxD))
     indices = jnp.arange(layers.indices.start, layers.indices.stop)
     (x_BxPxD, source_BxPxD), (written, refreshable) = lax.scan(body, carry, (indices, *layers[1:]))
-    return Ran(x_BxPxD, source_BxPxD, written, refreshable, layers.weights, layers.before)
+    return LayersOutput(x_BxPxD, source_BxPxD, written, refreshable, layers.weights, layers.before)
 
 
-def _run_unrolled(context: Context, x_BxPxD: jax.Array, layers: Layers) -> Ran:
+def _run_unrolled(context: Context, x_BxPxD: jax.Array, layers: Layers) -> LayersOutput:
     config, computed, source_BxPxD = context.config, [], jnp.zeros_like(x_BxPxD)
     reads = (unstacked(layers.weights, len(layers.indices)), unstacked(layers.own, len(layers.indices)), layers.before)
     for index, *each in zip(layers.indices, *reads, strict=True):
@@ -142,24 +142,24 @@ def _run_unrolled(context: Context, x_BxPxD: jax.Array, layers: Layers) -> Ran:
         computed.append(each)
     weights = jax.tree.map(recomputed.summed, layers.weights) if config.remat else layers.weights
     written, refreshable = zip(*computed, strict=True)
-    return Ran(x_BxPxD, source_BxPxD, written, refreshable, weights, layers.before)
+    return LayersOutput(x_BxPxD, source_BxPxD, written, refreshable, weights, layers.before)
 
 
-def _run_recomputed(context: Context, x_BxPxD: jax.Array, layers: Layers) -> Ran:
+def _run_recomputed(context: Context, x_BxPxD: jax.Array, layers: Layers) -> LayersOutput:
     """Scanned by ``recomputed.scan``, which wants to be told apart what has gradients, and whom they belong to."""
     config, pieces = context.config, layers.before.pieces
-    arrays, structure = jax.tree.flatten(context.places)
+    arrays, structure = jax.tree.flatten(context.positions)
     traced = {index: leaf for index, leaf in enumerate(arrays) if isinstance(leaf, jax.Array)}
     # Of several pieces, this forward's own takes the place of one, which nobody reads: it has no gradient.
     several = len(pieces) > 1
-    place = int(context.places.slot) // x_BxPxD.shape[1] if several else 0
+    place = int(context.positions.slot) // x_BxPxD.shape[1] if several else 0
     others = (*pieces[:place], *pieces[place + 1 :]) if several else ()
 
     def layer(known: Any, inputs: Inputs, x_BxPxD: jax.Array, reads: Any) -> Any:
         (traced, window), ((weights, others), (own, only)) = known, reads
-        places = jax.tree.unflatten(structure, [traced.get(index, leaf) for index, leaf in enumerate(arrays)])
+        positions = jax.tree.unflatten(structure, [traced.get(index, leaf) for index, leaf in enumerate(arrays)])
         seen = (*others[:place], None, *others[place:]) if several else only
-        here = context._replace(inputs=inputs, places=places)
+        here = context._replace(inputs=inputs, positions=positions)
         own = own._replace(window=window)
         x_BxPxD, *computed = block(here, x_BxPxD, weights, own, Before(seen), max(config.windows))
         return x_BxPxD, tuple(computed)
@@ -177,4 +177,4 @@ def _run_recomputed(context: Context, x_BxPxD: jax.Array, layers: Layers) -> Ran
     )
     if several:
         pieces = (*others[:place], pieces[place], *others[place:])
-    return Ran(x_BxPxD, source_BxPxD, written, refreshable, weights, Before(pieces))
+    return LayersOutput(x_BxPxD, source_BxPxD, written, refreshable, weights, Before(pieces))
