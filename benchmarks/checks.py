@@ -5,9 +5,8 @@ import dataclasses
 import json
 from collections.abc import Iterator
 
-from lrt_jax.setup.config import ModelConfig, ScheduleConfig
+from lrt_jax.setup.config import ModelConfig, ScheduleConfig, from_json
 from lrt_jax.setup.errors import UserError
-from lrt_jax.setup.validation import from_json
 
 
 @contextlib.contextmanager

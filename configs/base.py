@@ -13,8 +13,7 @@ there is one.
 
 from ml_collections import ConfigDict
 
-from lrt_jax.setup.config import ConfigError, default_config, fingerprint
-from lrt_jax.setup.validation import from_config_dict
+from lrt_jax.setup.config import ConfigError, default_config, fingerprint, from_config_dict
 
 VARIANTS = ("debug", "plain", "interleaved")
 # But for debug they cost as much as 1,500 plain ones (model.costs.forwards_equivalent), which came to this BPB.

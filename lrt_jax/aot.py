@@ -14,7 +14,6 @@ from ml_collections import config_flags
 from lrt_jax.setup import config as configs
 from lrt_jax.setup import flags as command_line
 from lrt_jax.setup import mesh as meshes
-from lrt_jax.setup import validation
 from lrt_jax.topology import programs, search
 from lrt_jax.topology.chips import chip_of
 from lrt_jax.topology.report import Report
@@ -38,7 +37,7 @@ def main() -> int:
             raise configs.ConfigError(f"--{name} is not set; see python -m lrt_jax.aot --help")
     chip_of(flags.FLAGS.topology)
     jax.config.update("jax_platforms", "cpu")  # nothing runs here, and a TPU's library must not look for its chips
-    config = validation.from_config_dict(flags.FLAGS.config)
+    config = configs.from_config_dict(flags.FLAGS.config)
     if flags.FLAGS.search:
         return _search(config)
     report = compiled(config, flags.FLAGS.topology, flags.FLAGS.slices, tuple(dict.fromkeys(flags.FLAGS.program)))

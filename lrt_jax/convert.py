@@ -30,7 +30,6 @@ from lrt_jax.model import costs
 from lrt_jax.model.parameters import table
 from lrt_jax.setup import config as configs
 from lrt_jax.setup import flags as command_line
-from lrt_jax.setup import validation
 from lrt_jax.setup import workdir as workdirs
 from lrt_jax.setup.config import Config, ConfigError, ModelConfig
 from lrt_jax.setup.errors import UserError
@@ -106,7 +105,7 @@ def import_weights(
         raise ConfigError(f"--out is {str(workdir)!r}, which is there already; import into a new folder")
     file = files.read(path)
     run, params = _config_and_params(
-        file, path, None if config is None else validation.from_config_dict(config), reference_config
+        file, path, None if config is None else configs.from_config_dict(config), reference_config
     )
     found = _tokenizer(file, path, run, tokenizer, config is not None)
     wide = {name: array for name, array in params.items() if array.dtype == np.float64}
@@ -148,7 +147,7 @@ def _stated_config(file: files.ArrayFile, path: Path, reference_path: str | None
     """The config that the file, or the authors' fields beside it, describes; None if there is neither."""
     if CONFIG_KEY in file.metadata:
         with _naming(path):
-            return validation.from_json(file.metadata[CONFIG_KEY])
+            return configs.from_json(file.metadata[CONFIG_KEY])
     fields = files.reference_config(file.metadata, path)
     if reference_path:
         place = workdirs.expanded(reference_path, "--reference_config")
@@ -159,7 +158,7 @@ def _stated_config(file: files.ArrayFile, path: Path, reference_path: str | None
     train = configs.TrainConfig(batch_size=BATCH_SIZE, tokens_per_parameter=10.0)
     with _naming(Path(reference_path) if reference_path else path):
         model, schedule = reference.model_config(fields), reference.schedule_config(fields)
-        return validation.validate(Config(model=model, train=train, schedule=schedule))
+        return configs.validate(Config(model=model, train=train, schedule=schedule))
 
 
 def _read(path: Path, reference_path: str) -> str:

@@ -9,7 +9,7 @@ from ml_collections import config_flags
 from lrt_jax.run.assemble import run
 from lrt_jax.setup import config as configs
 from lrt_jax.setup import flags as command_line
-from lrt_jax.setup import processes, streams, validation
+from lrt_jax.setup import processes, streams
 from lrt_jax.setup import workdir as workdirs
 
 
@@ -38,7 +38,7 @@ def main() -> int:
     streams.outlive_readers()
     if flags.FLAGS.config is None:
         raise configs.ConfigError("--config is not set; for the default run: --config=configs/base.py")
-    config = validation.from_config_dict(flags.FLAGS.config)
+    config = configs.from_config_dict(flags.FLAGS.config)
     name = config_flags.get_config_filename(flags.FLAGS["config"])
     place = workdirs.local(flags.FLAGS.workdir or str(default_workdir(name)))
     processes.start()

@@ -14,10 +14,17 @@ from lrt_jax.model.decoder import Decoder
 from lrt_jax.model.parameters import table
 from lrt_jax.setup import flags as command_line
 from lrt_jax.setup import mesh as meshes
-from lrt_jax.setup.config import Config, ConfigError, TrainConfig, default_config, fingerprint
+from lrt_jax.setup.config import (
+    Config,
+    ConfigError,
+    TrainConfig,
+    default_config,
+    fingerprint,
+    from_config_dict,
+    from_json,
+)
 from lrt_jax.setup.config_file import ConfigFileParser
 from lrt_jax.setup.durations import require_ahead, train_steps
-from lrt_jax.setup.validation import from_config_dict, from_json
 from lrt_jax.training import optimizer, state, step
 
 ROOT = Path(__file__).parents[1]

@@ -41,7 +41,7 @@ def test_metrics_are_those_of_repeated_forwards(tiny, random_params, random_batc
     outcome = jax.jit(lambda model: built(model, *batch))(model)
     for k in range(1, PASSES + 1):
         expected = np.sum(np.asarray(outcome.token_losses_FxBxT[k]) * counted)
-        np.testing.assert_allclose(found[f"val/bpb_after/{k}"], expected, rtol=1e-5)
+        np.testing.assert_allclose(found[f"val/bpb_after_{k}"], expected, rtol=1e-5)
 
     states = [np.zeros_like(outcome.sources_BxTxD)]
     for _ in range(PASSES + 1):
@@ -85,7 +85,7 @@ def test_decoding_that_is_worse_than_training_shows_is_said():
 
 
 def test_the_table_shows_what_was_measured():
-    scores = {"val/bpb_init": 2.0, "val/bpb_after/1": 1.5, "val/bpb_after/2": 1.25, "val/contraction": 0.125}
+    scores = {"val/bpb_init": 2.0, "val/bpb_after_1": 1.5, "val/bpb_after_2": 1.25, "val/contraction": 0.125}
     scores |= {"val/bpb_memory/shuffled": 1.75, "val/bpb_memory/old": 1.875}
     scores |= {f"memory/{name}/{layer}": layer / 8 for name in ("gate", "gamma") for layer in (1, 2)}
     text = "\n".join(health.lines(scores))

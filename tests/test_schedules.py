@@ -15,10 +15,9 @@ from lrt_jax.model.memory import shift_right
 from lrt_jax.model.model import Model
 from lrt_jax.model.parameters import table
 from lrt_jax.run.stages import Plan, Stage
-from lrt_jax.setup.config import Config, ConfigError, MeshConfig, OptimizerConfig, ScheduleConfig, TrainConfig
+from lrt_jax.setup.config import Config, ConfigError, MeshConfig, OptimizerConfig, ScheduleConfig, TrainConfig, validate
 from lrt_jax.setup.mesh import make_mesh
 from lrt_jax.setup.schedule import SCHEDULES, Description, Pass
-from lrt_jax.setup.validation import validate
 from lrt_jax.topology import programs, traffic
 from lrt_jax.training import optimizer, state, step
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from lrt_jax.comparison.plan import Run, Sweep
 from lrt_jax.model import costs
+from lrt_jax.setup.config import from_config_dict
 from lrt_jax.setup.config_file import module
-from lrt_jax.setup.validation import from_config_dict
 
 VARIANTS = {"plain": "plain", "LRT": ""}
 

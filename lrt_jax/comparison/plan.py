@@ -9,9 +9,8 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from lrt_jax.model import costs
-from lrt_jax.setup.config import Config, ConfigError
+from lrt_jax.setup.config import Config, ConfigError, from_config_dict
 from lrt_jax.setup.config_file import found, module, reason
-from lrt_jax.setup.validation import from_config_dict
 
 
 @dataclasses.dataclass(frozen=True)

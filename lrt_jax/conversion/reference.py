@@ -13,8 +13,7 @@ import numpy as np
 from lrt_jax.conversion.errors import ConversionError
 from lrt_jax.conversion.files import widened
 from lrt_jax.model.parameters import Parameter, table
-from lrt_jax.setup.config import ConfigError, Dtype, ModelConfig, ScheduleConfig, ValueEmbeddings
-from lrt_jax.setup.validation import validate_model
+from lrt_jax.setup.config import ConfigError, Dtype, ModelConfig, ScheduleConfig, ValueEmbeddings, validate_model
 
 # Their vocabulary is padded to a multiple of this; the rows beyond V are never read.
 VOCAB_MULTIPLE = 64

@@ -13,9 +13,8 @@ from etils import epath
 
 from lrt_jax.data import tokenizer
 from lrt_jax.durability import inventory, manifest
-from lrt_jax.setup.config import Config, ConfigError
+from lrt_jax.setup.config import Config, ConfigError, from_json
 from lrt_jax.setup.errors import writing
-from lrt_jax.setup.validation import from_json
 
 CONFIG_FILE = "config.json"
 # Where in a checkpoint's folder orbax keeps the config, and the place in the data.

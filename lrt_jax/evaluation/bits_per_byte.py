@@ -70,7 +70,7 @@ class Evaluator:
           ``val/bpb_sequential`` (true recurrence, as in decoding), and the latter by position, from A to B
           exclusive, as ``val/bpb_sequential/A_to_B``. Where that was scored by fixed point also ``val/refinements``,
           mean of the rows, and ``val/fallbacks``, the share of chunks that did not converge and were scored exactly.
-          ``val/gap`` is sequential less merged; the rest is of ``health.metrics``.
+          ``val/gap`` is sequential / merged - 1; the rest is of ``health.metrics``.
         """
         rows = self.rows if rows is None else min(rows, self.rows)
         sums: dict[str, np.ndarray] = {}
@@ -83,7 +83,7 @@ class Evaluator:
         bytes_T = self._token_bytes[self.held_out.targets_NxT[:rows]].sum(axis=0)
         names = {"merged": "val/bpb", "init": "val/bpb_init", "sequential": "val/bpb_sequential"}
         metrics = {names[name]: _bits_per_byte(sums[name].sum(), bytes_T.sum()) for name in names}
-        metrics["val/gap"] = metrics["val/bpb_sequential"] - metrics["val/bpb"]
+        metrics["val/gap"] = metrics["val/bpb_sequential"] / metrics["val/bpb"] - 1
         if "after" in sums:
             bits_per_byte = functools.partial(_bits_per_byte, count=bytes_T.sum())
             metrics |= health.metrics(sums, self._reading, bits_per_byte)

@@ -98,12 +98,12 @@ def metrics(sums: dict[str, np.ndarray], reading: range, bits_per_byte: Callable
       bits_per_byte: of a sum of losses in nats.
 
     Returns:
-      ``val/bpb_after/k`` of the k-th full forward; ``val/contraction``, by what factor the last one changed source
+      ``val/bpb_after_K`` of the K-th full forward; ``val/contraction``, by what factor the last one changed source
       states less than the one before; ``val/bpb_memory/shuffled`` with another row's memory and
       ``val/bpb_memory/old`` with that of OLD tokens before; by layer ``memory/gate/l``, the mean of g_mem, and
       ``memory/gamma/l``.
     """
-    found = {f"val/bpb_after/{k}": bits_per_byte(loss) for k, loss in enumerate(sums["after"], 1)}
+    found = {f"val/bpb_after_{k}": bits_per_byte(loss) for k, loss in enumerate(sums["after"], 1)}
     if len(sums["changes"]) > 1:
         *_, before, last = sums["changes"]
         found["val/contraction"] = math.sqrt(last / before) if before > 0 else 0.0
@@ -128,7 +128,7 @@ def warning(scores: dict[str, float], most: float) -> str | None:
 
 def lines(scores: dict[str, float]) -> Iterator[str]:
     """The part of the closing table that is about memory; nothing where it was not measured."""
-    after = list(_numbered(scores, "val/bpb_after/").values())
+    after = list(_numbered(scores, "val/bpb_after_").values())
     if not after:
         return
     yield "\nmemory: bits per byte where all positions read it in parallel, and what they read"

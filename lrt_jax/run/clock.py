@@ -13,10 +13,12 @@ class Rates:
     Attributes:
       steps_per_second: of those that count.
       flops_per_second: of all devices together.
+      waited: the share of their time in which the loop waited for its next batch.
     """
 
     steps_per_second: float
     flops_per_second: float
+    waited: float
 
 
 class Clock:
@@ -25,7 +27,7 @@ class Clock:
     def __init__(self, step: int, flops_of: Callable[[int], float]):
         """Begins after step ``step``; ``flops_of`` says what a step costs, counted from 1."""
         self._flops_of = flops_of
-        self._step, self._time, self._paused = step, time.perf_counter(), 0.0
+        self._step, self._time, self._paused, self._waited = step, time.perf_counter(), 0.0, 0.0
         self._left_out: set[int] = set()
 
     def leave_out_step(self, step: int) -> None:
@@ -41,12 +43,22 @@ class Clock:
         finally:
             self._paused += time.perf_counter() - begin
 
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Counts what happens within as waiting for data."""
+        begin = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._waited += time.perf_counter() - begin
+
     def rates(self, step: int) -> Rates | None:
         """Since the last call; None where no step but some that were left out has run since."""
         now = time.perf_counter()
         seconds = max(now - self._time - self._paused, 1e-9)
         counted = [number for number in range(self._step + 1, step + 1) if number not in self._left_out]
-        self._step, self._time, self._paused = step, now, 0.0
+        waited = min(self._waited / seconds, 1.0)
+        self._step, self._time, self._paused, self._waited = step, now, 0.0, 0.0
         if not counted:
             return None
-        return Rates(len(counted) / seconds, sum(map(self._flops_of, counted)) / seconds)
+        return Rates(len(counted) / seconds, sum(map(self._flops_of, counted)) / seconds, waited)

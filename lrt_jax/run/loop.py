@@ -134,7 +134,9 @@ class Trainer:
         """Dispatches a step; only then is the one before it fetched, so the device never waits for the host."""
         parts, step = self._parts, self.step + 1
         self._say(self._watched.profiler.before_step(self.state))
-        batch, kind = next(parts.batches), parts.plan.kind_of(step)
+        with self._clock.waiting():
+            batch = next(parts.batches)
+        kind = parts.plan.kind_of(step)
         rows = meshes.global_batch(parts.mesh, batch, self._config.train.batch_size)
         if kind in self._compiled:
             with jax.profiler.StepTraceAnnotation("train", step_num=step):
@@ -210,6 +212,7 @@ class Trainer:
         if rates is not None:
             speed = (rates.steps_per_second * tokens, (plan.steps - step) / rates.steps_per_second)
             values["perf/tokens_per_second"] = speed[0]
+            values["perf/input_wait"] = rates.waited
             values["perf/mfu"] = rates.flops_per_second / self._parts.peak_flops
         self._parts.writer.write(step, values)
         self._parts.writer.progress(step, values["train/loss"], speed)

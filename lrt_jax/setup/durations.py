@@ -1,6 +1,6 @@
 """How long a run is: its steps, from whichever unit the config sets."""
 
-from lrt_jax.setup.config import LARGEST, TrainConfig
+from lrt_jax.setup.fields import LARGEST, TrainConfig
 from lrt_jax.setup.schema import ConfigError
 
 UNITS = ("steps", "tokens", "tokens_per_parameter")

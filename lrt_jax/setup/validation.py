@@ -9,8 +9,8 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from lrt_jax.setup import schema
-from lrt_jax.setup.config import ALL, FINAL, Config, DecodeConfig, MeshConfig, ModelConfig, OptimizerConfig, TrainConfig
 from lrt_jax.setup.durations import UNITS
+from lrt_jax.setup.fields import ALL, FINAL, Config, DecodeConfig, MeshConfig, ModelConfig, OptimizerConfig, TrainConfig
 from lrt_jax.setup.schedule import SCHEDULES, STAGED, ScheduleConfig
 from lrt_jax.setup.schema import ConfigError
 

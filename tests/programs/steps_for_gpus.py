@@ -9,7 +9,7 @@ import jax
 from configs import nanochat
 from lrt_jax.model import backend
 from lrt_jax.setup import mesh as meshes
-from lrt_jax.setup.validation import from_config_dict
+from lrt_jax.setup.config import from_config_dict
 from lrt_jax.topology import programs
 
 
