@@ -12,7 +12,7 @@ from lrt_jax.inference.decode import PAD
 from lrt_jax.inference.generate import Generation, Method
 from lrt_jax.inference.sampling import DEFAULT, GREEDY
 from lrt_jax.method import schedules
-from lrt_jax.model import cache
+from lrt_jax.model import blocks, cache
 from lrt_jax.model.decoder import Decoder
 from lrt_jax.model.model import Model
 from lrt_jax.setup.config import DecodeConfig
@@ -250,7 +250,14 @@ def test_what_does_not_converge_is_computed_sequentially(model, tolerance):
     assert not exact.fallbacks_B.any()
 
 
-def test_long_prompts_of_unequal_length_are_read_in_blocks_of_attention(tiny, random_params):
+def test_long_prompts_of_unequal_length_are_read_in_blocks_of_attention(tiny, random_params, monkeypatch):
+    attend, attended = blocks.attend_in_blocks, []
+
+    def noted(q_BxPxHxC, *rest, **options):
+        attended.append(q_BxPxHxC.shape[1])
+        return attend(q_BxPxHxC, *rest, **options)
+
+    monkeypatch.setattr(blocks, "attend_in_blocks", noted)
     config = tiny(sequence_length=512, window_pattern="SL", attention="blocked")
     model = Model(Decoder(config), random_params(config))
     tokens_BxN = prefill.pad_left(prompts_of(config, (420, 131, 5)), 420)
@@ -262,6 +269,7 @@ def test_long_prompts_of_unequal_length_are_read_in_blocks_of_attention(tiny, ra
         return [(one.hidden_BxNxD, one.state.cache) for one in map(run, ways)]
 
     expected, *others = jax.jit(read)(tokens_BxN)
+    assert set(attended) == {420, 140}
     for found in others:
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=2e-5), found, expected)
 

@@ -89,12 +89,12 @@ def _positions_axis(leaf: jax.Array) -> int:
     return 1 if leaf.ndim == 3 else leaf.ndim - 3
 
 
-def initialization(model: Model, embedded: Embedded, **options: bool) -> tuple[Forward, Model]:
+def initialization(model: Model, embedded: Embedded, **options: Any) -> tuple[Forward, Model]:
     """The full forward with zero memory."""
     return full(model, embedded, None, **options)
 
 
-def full(model: Model, embedded: Embedded, memory_BxTxD: jax.Array | None, **options: bool) -> tuple[Forward, Model]:
+def full(model: Model, embedded: Embedded, memory_BxTxD: jax.Array | None, **options: Any) -> tuple[Forward, Model]:
     """A forward over all T positions that sees just these."""
     positions_T = np.arange(embedded.x0_BxPxD.shape[1], dtype=np.int32)
     return model(embedded, positions_T[None], memory_BxTxD, subsets=1, **options)

@@ -75,9 +75,9 @@ class Model(NamedTuple):
 
         Returns the residual stream behind the last layer [B, P, D], and the buffer with what these positions wrote.
         """
-        (K, V, stale), source_BxTxD = map(list, buffer[:3]), buffer.source_BxTxD
+        (keys, values, stale), source_BxTxD = map(list, buffer[:3]), buffer.source_BxTxD
         every = np.arange(len(buffer.known_T))
-        known_T, back_PxT = buffer.known_T | np.isin(every, positions_P), positions_P[:, None] - every
+        known_T, distance_PxT = buffer.known_T | np.isin(every, positions_P), positions_P[:, None] - every
         tokens_BxP, x = self.tokens_BxT[:, positions_P], x_BxTxD[:, positions_P]
         x0, windows = norm(self.params["embedding"][tokens_BxP]), self.config.windows
         for layer in layers:
@@ -90,16 +90,16 @@ class Model(NamedTuple):
             v = g_loc * v + g_mem * jnp.tensordot(m, W["memory_value"], 1) + g_ve * W["value_embedding"][tokens_BxP]
             stale[layer] = [a.at[:, positions_P].set(b) for a, b in zip(stale[layer], (k, v, g_mem), strict=True)]
             q, k = (norm(rope(a, positions_P, self.config.rope_base)) for a in (q, k))
-            K[layer], V[layer] = (a[layer].at[:, positions_P].set(b) for a, b in ((K, k), (V, v)))
-            visible_PxT = known_T & (back_PxT >= 0) & (back_PxT <= windows[layer])
-            x = x + jnp.tensordot(attention(q, K[layer], V[layer], visible_PxT), W["output"], 2)
+            keys[layer], values[layer] = (a[layer].at[:, positions_P].set(b) for a, b in ((keys, k), (values, v)))
+            visible_PxT = known_T & (distance_PxT >= 0) & (distance_PxT <= windows[layer])
+            x = x + jnp.tensordot(attention(q, keys[layer], values[layer], visible_PxT), W["output"], 2)
             x = x + jax.nn.relu(norm(x) @ W["mlp_in"]) ** 2 @ W["mlp_out"]
             if layer == self.config.source_index:
                 source_BxTxD = source_BxTxD.at[:, positions_P].set(norm(x))
-        return x, Buffer(K, V, stale, source_BxTxD, known_T)
+        return x, Buffer(keys, values, stale, source_BxTxD, known_T)
 
     def refresh(self, m_BxTxD: jax.Array, buffer: Buffer, unvisited_T: np.ndarray) -> None:
-        """KV refresh: brings keys and values that were made with zero memory up to date with the latest memory."""
+        """KV refresh: writes keys and values that were made with zero memory once more, under the latest memory."""
         for layer, (k, v, g_mem) in enumerate(buffer.stale):
             k = k + g_mem * jnp.tensordot(m_BxTxD, self.weights(layer)["memory_key"], 1)
             v = v + g_mem * jnp.tensordot(m_BxTxD, self.weights(layer)["memory_value"], 1)
@@ -108,10 +108,10 @@ class Model(NamedTuple):
                 latest[layer] = jnp.where(unvisited_T[:, None, None], new, latest[layer])
 
 
-def passes(schedule: ScheduleConfig, length: int) -> list[tuple[np.ndarray, bool]]:
-    """The forwards of a step: which positions each computes, and whether it has a loss and a gradient."""
+def forwards_of(schedule: ScheduleConfig, length: int) -> list[tuple[np.ndarray, bool]]:
+    """A step's forwards in turn: which positions each computes, and whether it has a loss and a gradient."""
     every = np.arange(length)
-    full = [(every, not schedule.settle)] * (schedule.settle or 1)
+    full = [(every, False)] * schedule.settle or [(every, True)]
     if schedule.name == "interleaved":
         subsets_SxP = partitions.PARTITIONS[schedule.partition](length, schedule.subsets).positions_SxP
         return full + [(positions_P, True) for positions_P in subsets_SxP] * schedule.sweeps
@@ -133,7 +133,7 @@ def run(config: ModelConfig, schedule: ScheduleConfig, params: Any, tokens_BxT: 
     # Layers below the memory compute the same in every forward: once.
     x_BxTxD, _ = model.forward(x_BxTxD, 0 * x_BxTxD, every, buffer, range(config.memory_range.start))
     losses, merged_BxT, visited_T = [], jnp.zeros(rows), every < 0
-    for number, (positions_P, learns) in enumerate(passes(schedule, len(every))):
+    for number, (positions_P, learns) in enumerate(forwards_of(schedule, len(every))):
         m_BxTxD = jnp.pad(buffer.source_BxTxD[:, :-1], ((0, 0), (1, 0), (0, 0)))  # m_{t-1}, and m_{-1} = 0
         m_BxTxD = jax.lax.stop_gradient(m_BxTxD) if schedule.detach else m_BxTxD
         if schedule.kv_refresh and number:

@@ -60,6 +60,9 @@ def compute_dtype(config: ModelConfig) -> jnp.dtype:
     return jnp.dtype("bfloat16" if fast else "float32")
 
 
+RAGGED = "rows begin with empty positions"
+
+
 class Attention(NamedTuple):
     """How forwards over whole strided subsets, or over all positions, attend here.
 
@@ -73,7 +76,13 @@ class Attention(NamedTuple):
 
 
 def attention_kind(
-    config: ModelConfig, length: int, mesh: Mesh | None = None, subsets: int | None = 1, *, traced: bool = False
+    config: ModelConfig,
+    length: int,
+    mesh: Mesh | None = None,
+    subsets: int | None = 1,
+    *,
+    traced: bool = False,
+    ragged: bool = False,
 ) -> Attention:
     """What ``model.attention`` stands for.
 
@@ -85,8 +94,9 @@ def attention_kind(
       config: the model.
       length: P, queries of a forward.
       mesh: of the decoder.
-      subsets: S; None: queries are no strided subset, or rows begin with empty positions.
+      subsets: S; None: queries are no strided subset.
       traced: which subset it is will be known only when the program runs, as in a scan over them.
+      ragged: rows may begin with empty positions, which kernels know nothing of.
 
     Raises:
       ConfigError: the config asks for a kernel that is not for this machine.
@@ -100,7 +110,7 @@ def attention_kind(
     elif kernel:
         why = f"config.model.attention is {asked!r}" if asked != "auto" else _refusal(kernel, config, platform, whole)
     if kernel and not why:
-        why = _misfit(kernel, length, subsets, traced, asked)
+        why = _misfit(kernel, length, subsets, traced, asked) or (RAGGED if ragged else "")
         if not why:
             return Attention(kernel)
     tiles = asked == "blocked" or (asked != "dense" and (platform == "cpu" or (platform == "gpu" and whole)))

@@ -56,7 +56,7 @@ class Context(NamedTuple):
     positions: Positions
 
     def stream(self, x_BxPxD: jax.Array) -> jax.Array:
-        """The residual stream, where the mesh wants it."""
+        """The residual stream, sharded as the mesh says."""
         return meshes.constrain(self.mesh, x_BxPxD, "batch", "sequence", None)
 
     def heads(self, q_BxPxHxC: jax.Array) -> jax.Array:
@@ -73,7 +73,7 @@ class Context(NamedTuple):
 
 
 class LayerInputs(NamedTuple):
-    """What a layer has in one forward beside its weights; of all layers, as ``Weights``.
+    """What a layer reads in one forward alone; or, as in ``Weights``, what all layers do, stacked.
 
     Attributes:
       window: int32, how many positions before itself a query sees.
@@ -116,12 +116,13 @@ def block(
     h_BxPxD = rms_norm(x_BxPxD)
     q, kv = weights.queries_keys_values(h_BxPxD)
     gates = memory.gates(h_BxPxD, weights.memory_gate, own.value_gate)
-    projected = inputs.projected or weights.projected(inputs.memory_BxPxD)
+    projected = weights.projected(inputs.memory_BxPxD) if inputs.projected is None else inputs.projected
     kv = memory.mix_keys_values(kv, gates, projected, own.value_embedding)
     stale = Refreshable(*kv, gates.memory) if context.keep_refreshable and gates.memory is not None else None
 
     q, k = (rms_norm(rope(each, *positions.rope)) for each in (q, kv.k))
     written = context.written(KV(k, kv.v).heads_first)
+    # For this layer's attention: the buffer that is handed on is written behind all layers (``Decoder.__call__``).
     keys, values = map(context.gathered, zip(*buffer.write(before.pieces, written, positions.slot), strict=True))
     attend = context.attend if before.cached is None else before.cached.attend
     where = (positions.queries_BxP, positions.keys_BxN, own.window)

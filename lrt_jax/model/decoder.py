@@ -29,7 +29,7 @@ class Forward(NamedTuple):
     """What one forward returns, for its P positions.
 
     Attributes:
-      hidden_BxPxD: ``h_final``, which :meth:`Decoder.logits` reads.
+      hidden_BxPxD: ``h_final``, which :meth:`Decoder.logits` reads; where only the source states were wanted, these.
       source_BxPxD: the source states m_t.
       buffer: the buffer given with this forward's keys and values written in, or, where none was given,
         just these.
@@ -112,7 +112,7 @@ class Decoder(nn.Module):
         """
         config = self.config
         embedded = tokens_BxP if isinstance(tokens_BxP, Embedded) else self.embed(tokens_BxP)[0]
-        _check_shapes(config, embedded.x0_BxPxD.shape[:2], positions_BxP, memory_BxPxD, buffer, past)
+        _check_shapes(config, embedded.x0_BxPxD.shape[:2], positions_BxP, memory_BxPxD, buffer, past, states_only)
         positions_BxN = positions_BxP if buffer is None else buffer.positions_with(positions_BxP, slot)
         attend = kernels.attention_for(config, self.mesh, positions_BxP.shape[1], subsets, ragged, slot)
         positions = self._positions(positions_BxP, positions_BxN, slot)
@@ -176,10 +176,11 @@ class Decoder(nn.Module):
             lambda x: meshes.constrain(self.mesh, x, *(None,) * (x.ndim - 4), *axes), embedded.values_ExBxPxKxC
         )
         own = stack.own_of_all_layers(config, self.parameters.get("value_gate"), values)
-        of_all, edges = weights.of_all_layers(config, self.parameters), (running.start, running.stop)
-        chosen = stack.Layers(running, weights.some(of_all, *edges), weights.some(own, *edges), before)
+        edges = (running.start, running.stop)
+        some = weights.of_some_layers(weights.of_all_layers(config, self.parameters), *edges)
         x_BxPxD = context.inputs.x0_BxPxD if embedded.x_BxPxD is None else embedded.x_BxPxD
-        return stack.run(context, x_BxPxD, chosen)
+        layers_run = stack.Layers(running, some, weights.of_some_layers(own, *edges), before)
+        return stack.run(context, x_BxPxD, layers_run)
 
     def refresh(self, refreshable: Any, memory_BxPxD: jax.Array, positions_BxP: jax.Array) -> Any:
         """Keys and values of every layer under the latest memory (METHOD.md, "Training schedules").
@@ -206,8 +207,8 @@ class Decoder(nn.Module):
 
         if config.scan_layers:
             return jax.vmap(one)(refreshable, *projections)
-        each = [stack if isinstance(stack, tuple) else weights.cut(stack) for stack in projections]
-        return tuple(map(one, refreshable, *each))
+        by_layer = [stacked if isinstance(stacked, tuple) else weights.cut(stacked) for stacked in projections]
+        return tuple(one(*each) for each in zip(refreshable, *by_layer, strict=True))
 
     def embed(self, *tokens_BxP: jax.Array) -> list[Embedded]:
         """x⁰ and the value embeddings of int tokens [B, P], those of several forwards together."""
@@ -243,6 +244,7 @@ def _check_shapes(
     memory_BxPxD: jax.Array | None,
     buffer: Buffer | None,
     past: Cache | None,
+    states_only: bool,
 ) -> None:
     rows, length = shape
     if positions_BxP.shape not in ((rows, length), (1, length)):
@@ -253,5 +255,7 @@ def _check_shapes(
         found = buffer.positions_BxN.shape
         if found[0] not in (1, rows) or found[1] < length or (found[0] == 1 and positions_BxP.shape[0] != 1):
             raise ValueError(f"the buffer's positions have shape {found}; {(rows, length)} tokens do not fit")
+    if buffer is not None and states_only:
+        raise ValueError("a forward that ends at the source layer writes no buffer")
     if past is not None and (config.scan_layers or len(past.position_B) != rows):
         raise ValueError("a cache needs as many rows as there are tokens, and scan_layers off")

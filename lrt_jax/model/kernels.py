@@ -22,9 +22,8 @@ def attention_for(
 
     The arguments are those of :class:`decoder.Decoder`; P = ``length``.
     """
-    known = None if ragged else subsets
-    kind = attention_kind(config, length, mesh, known, traced=not isinstance(slot, int)).kind
-    if kind == "blocked" and subsets is not None:
+    kind = attention_kind(config, length, mesh, subsets, traced=not isinstance(slot, int), ragged=ragged).kind
+    if kind == "blocked" and subsets is not None:  # it never is without
         return functools.partial(blocks.attend_in_blocks, subsets=subsets)
     if kind in HOMES:
         where: dict[str, Any] = {"subsets": subsets, "subset": slot // length, "interpret": target().platform == "cpu"}

@@ -26,7 +26,9 @@ class KV(NamedTuple):
 
 
 class Refreshable(NamedTuple):
-    """What KV refresh starts from: keys and values of one layer (or of all, stacked) under zero memory.
+    """What KV refresh starts from: keys and values of one layer (or of all, stacked), made under zero memory.
+
+    A forward that reads memory returns the same of its own, for whoever looks at the gates (``evaluation.health``).
 
     Attributes:
       k: gated, before RoPE and QK norm: [..., B, P, K, C].

@@ -5,19 +5,22 @@ import functools
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import struct
 from jax.sharding import Mesh
 
 from lrt_jax.model import weights
 from lrt_jax.model.backend import compute_dtype
+from lrt_jax.model.buffer import Buffer
 from lrt_jax.model.decoder import Decoder, Forward
 from lrt_jax.model.embedding import Embedded
+from lrt_jax.model.layers import Array
 from lrt_jax.setup.config import ModelConfig
 
 
 class Model(struct.PyTreeNode):
-    """A decoder with its parameters, whose gradient is that of the parameters.
+    """A decoder with its parameters. Differentiating by a model differentiates by its parameters.
 
     Attributes:
       decoder: the module; no leaf of the tree.
@@ -37,13 +40,23 @@ class Model(struct.PyTreeNode):
         """Where its activations lie."""
         return self.decoder.mesh
 
-    def __call__(self, *arguments: Any, **options: Any) -> "tuple[Forward, Model]":
-        """:meth:`Decoder.__call__`: a forward, and this model as the next forward should read it.
+    def __call__(
+        self,
+        tokens_BxP: jax.Array | Embedded,
+        positions_BxP: Array,
+        memory_BxPxD: jax.Array | None = None,
+        buffer: Buffer | None = None,
+        slot: jax.Array | int = 0,
+        **options: Any,
+    ) -> "tuple[Forward, Model]":
+        """:meth:`Decoder.__call__`: a forward over P positions, and this model as the next forward should read it.
 
         A forward that reads the returned model, and not this one, hands its gradient on to this forward in the backward
         pass, which adds its own in place (``model.recomputed``).
         """
-        forward, params = self.decoder.apply({"params": self.params}, *arguments, **options)
+        forward, params = self.decoder.apply(
+            {"params": self.params}, tokens_BxP, positions_BxP, memory_BxPxD, buffer, slot, **options
+        )
         return forward, self.replace(params=params)
 
     def embed(self, *tokens_BxP: jax.Array) -> list[Embedded]:
@@ -75,7 +88,7 @@ class Model(struct.PyTreeNode):
 
     def for_decoding(self) -> "Model":
         """The model as decoding reads it: unrolled, by layer, matrices in the dtype of computation."""
-        return self.unrolled.replace(params=_prepared(self.config, self.params))
+        return self.unrolled.replace(params=_prepared(self.config, compute_dtype(self.config), self.params))
 
     @property
     def unrolled(self) -> "Model":
@@ -86,11 +99,11 @@ class Model(struct.PyTreeNode):
         return self.decoder.apply({"params": self.params}, *arguments, method=method)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _prepared(config: ModelConfig, params: Any) -> Any:
-    return weights.by_layer(config, params, compute_dtype(config))
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _prepared(config: ModelConfig, dtype: jnp.dtype, params: Any) -> Any:
+    return weights.cast(weights.by_layer(config, params), dtype)
 
 
-@functools.lru_cache
+@functools.lru_cache  # the same module each time, so that what is jitted with it is compiled once
 def _unrolled(decoder: Decoder) -> Decoder:
     return decoder.clone(config=dataclasses.replace(decoder.config, scan_layers=False))

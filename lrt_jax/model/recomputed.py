@@ -39,7 +39,7 @@ def scan(
       source: the source layer.
       known: what has no gradient: for all layers, and stacked by layer.
       shared: what all layers of this forward share.
-      x_BxPxD: x⁰.
+      x_BxPxD: the residual stream that the first layer reads.
       read: stacked by layer, what other forwards read, too.
       own: stacked by layer, what only this forward reads.
 

@@ -11,7 +11,7 @@ from jax import lax
 from lrt_jax.model import recomputed
 from lrt_jax.model.block import Before, Context, Inputs, LayerInputs, block
 from lrt_jax.model.memory import KV, Refreshable
-from lrt_jax.model.weights import Weights, cut, some, unstacked
+from lrt_jax.model.weights import Weights, cut, of_some_layers, unstacked
 from lrt_jax.setup.config import ModelConfig
 
 
@@ -37,7 +37,7 @@ class Layers(NamedTuple):
             before = self.before[begin:end]
         else:
             before = jax.tree.map(lambda stack: stack[begin:end], self.before)
-        return Layers(indices, some(self.weights, begin, end), some(self.own, begin, end), before)
+        return Layers(indices, of_some_layers(self.weights, begin, end), of_some_layers(self.own, begin, end), before)
 
 
 class LayersOutput(NamedTuple):
@@ -45,10 +45,10 @@ class LayersOutput(NamedTuple):
 
     Attributes:
       x_BxPxD: the last layer's output.
-      source_BxPxD: the source layer's output; zeros where it is none of them.
+      source_BxPxD: the source layer's output; it means nothing where that is none of them.
       written: a piece of a buffer.
       refreshable: where asked for; as a piece.
-      weights: of all layers that ran.
+      weights: what the next forward is to read, if all of the model's layers ran as one stretch.
       before: likewise.
     """
 
@@ -84,7 +84,7 @@ def _for_all_layers(config: ModelConfig, owned: Any) -> Any:
 
 
 def run(context: Context, x_BxPxD: jax.Array, layers: Layers) -> LayersOutput:
-    """Layers in turn; of them ``config.memory_range`` reads the memory."""
+    """Runs the layers in turn; those of ``config.memory_range`` read the memory."""
     config, inputs = context.config, context.inputs
     reading = config.memory_range if inputs.memory_BxPxD is not None else layers.indices
     begin, end = layers.indices.start, layers.indices.stop

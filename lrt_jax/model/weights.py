@@ -72,7 +72,7 @@ def with_weights(params: dict[str, Any], weights: Weights) -> dict[str, Any]:
     return params | {name: stack for name, stack in weights._asdict().items() if stack is not None}
 
 
-def some(stacks: Of, begin: int, end: int) -> Of:
+def of_some_layers(stacks: Of, begin: int, end: int) -> Of:
     """Those of some layers, of a tuple whose fields have one for each layer."""
     parts: list[Any] = [stack if stack is None else stack[begin:end] for stack in stacks]
     return type(stacks)(*parts)
@@ -90,11 +90,11 @@ def cut(stack: jax.Array) -> tuple[jax.Array, ...]:
     return tuple(jnp.squeeze(part, axis=0) for part in lax.split(stack, [1] * len(stack), axis=0))
 
 
-def by_layer(config: ModelConfig, params: dict[str, Any], dtype: jnp.dtype | None = None) -> dict[str, Any]:
+def by_layer(config: ModelConfig, params: dict[str, Any]) -> dict[str, Any]:
     """The parameters as several forwards share them best; the decoder takes either form.
 
     Every stack becomes a tuple of one array per layer: a step of decoding reads each weight once, so cutting it out
-    of a stack, or casting it, in every step would cost as much as the step; and forwards that share what was cut out
+    of a stack in every step would cost as much as the step; and forwards that share what was cut out
     add up its gradients layer by layer, where each would fill a stack. Queries, keys and values
     become one matrix, ``attention_in`` [D, K, H/K + 2, C], and so do a layer's gates: a subset forward, or a decoding
     step, has few rows, and its products are faster the wider they are.
@@ -102,18 +102,15 @@ def by_layer(config: ModelConfig, params: dict[str, Any], dtype: jnp.dtype | Non
     Args:
       config: the model.
       params: as the table has them, or in this form already.
-      dtype: what to cast matrices to; None: leave them.
     """
-    spec = table(config)
     if is_by_layer(params):
         return params
-    ready: dict[str, Any] = {}
-    for name, array in params.items():
-        matrix = spec[name].group in ("matrix", "embedding", "head")
-        array = array.astype(dtype) if matrix and dtype is not None else array
-        if spec[name].axes[0] == "layers" and name != "value_embedding":  # which is looked up for all layers at once
-            array = cut(array)
-        ready[name] = array
+    spec = table(config)
+    ready: dict[str, Any] = {
+        # Value embeddings are looked up for all layers at once.
+        name: cut(array) if spec[name].axes[0] == "layers" and name != "value_embedding" else array
+        for name, array in params.items()
+    }
     query, *key_value = (ready.pop(name) for name in ("query", "key", "value"))
     # As many rows as there are: it may be a shard.
     in_groups = (len(query[0]), config.kv_heads, -1, config.head_width)
@@ -126,6 +123,15 @@ def by_layer(config: ModelConfig, params: dict[str, Any], dtype: jnp.dtype | Non
         pairs = zip(ready["memory_gate"], ready["value_gate"], strict=True)
         ready["memory_gate"] = tuple(jnp.concatenate([two, one[:, None]], axis=1) for two, one in pairs)
     return ready
+
+
+def cast(params: dict[str, Any], dtype: jnp.dtype) -> dict[str, Any]:
+    """The parameters, in either form, with matrices in another dtype; α, β and γ stay as they are."""
+
+    def one(name: str, arrays: Any) -> Any:
+        return arrays if name in ("alpha", "beta", "gamma") else jax.tree.map(lambda leaf: leaf.astype(dtype), arrays)
+
+    return {name: one(name, arrays) for name, arrays in params.items()}
 
 
 def axes_by_layer(config: ModelConfig) -> dict[str, tuple[str | None, ...]]:

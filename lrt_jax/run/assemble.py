@@ -29,7 +29,7 @@ from lrt_jax.model.decoder import Decoder
 from lrt_jax.model.model import Model
 from lrt_jax.model.parameters import table
 from lrt_jax.run import loop, metrics, report, stages
-from lrt_jax.run.loop import Watched
+from lrt_jax.run.loop import Watchers
 from lrt_jax.run.profiling import Profiler
 from lrt_jax.run.startup import Startup
 from lrt_jax.setup import hardware, processes
@@ -68,19 +68,20 @@ def run(config: Config, workdir: Path, profile: int = 0) -> dict[str, float]:
             Watchdog(workdir / WATCHDOG_LOG) as watchdog,
             watchdog.phase("set-up or closing", "config.train.phase_timeout", config.train.phase_timeout),
             contextlib.ExitStack() as alone,
+            contextlib.ExitStack() as opened,
         ):
             processes.require_same("config", dataclasses.asdict(config))
             processes.together(lambda: alone.enter_context(lock.held(workdir)) if processes.is_first() else None)
             workdirs.require_shared(workdir)
-            return _run(config, workdir, Watched(stop, watchdog, startup, Profiler(workdir, profile)))
+            return _run(config, workdir, Watchers(stop, watchdog, startup, Profiler(workdir, profile)), opened)
     except Stopped:
         processes.say("stopped by a signal; run the same command to go on")
         return {}
 
 
-def _run(config: Config, workdir: Path, watched: Watched) -> dict[str, float]:
-    """:func:`run`, while signals are heard and a watchdog watches."""
-    began, startup = time.perf_counter(), watched.startup
+def _run(config: Config, workdir: Path, watchers: Watchers, opened: contextlib.ExitStack) -> dict[str, float]:
+    """:func:`run`, while signals are heard and a watchdog watches; what is opened is closed by ``opened``."""
+    began, startup = time.perf_counter(), watchers.startup
     mesh = _machine(config)
     start = _recover(workdir)
     changes = binding.check_config(config, workdir)
@@ -89,66 +90,68 @@ def _run(config: Config, workdir: Path, watched: Watched) -> dict[str, float]:
     require_ahead(config.train, steps, start or 0)
     meshes.cache_compilations(workdir)
     startup.lap("devices and checkpoints")
-    data = _data(config, workdir, mesh, start, watched.watchdog)
+    data = _data(config, workdir, mesh, start, watchers.watchdog)
+    opened.callback(data.batches.close)
     startup.lap("data")
     decoder = Decoder(config.model, mesh)
     transformation = optimizer.build(config.optimizer, table(config.model), steps, mesh)
-    evaluator = Evaluator(config, mesh, data.held_out, data.tokens.token_bytes)
+    plan = stages.build(config, decoder, mesh, transformation, steps)
+    evaluator = Evaluator(config, mesh, data.held_out, data.tokenizer.token_bytes)
     checkpoints = checkpoint.Checkpoints(workdir, config.train.keep)
+    opened.callback(checkpoints.close)
     train_state, begins = _state(config, workdir, start, checkpoints, decoder, transformation, data.batches)
     # Only now, so that a mistake in the config leaves nothing behind that binds the work dir to it.
     if processes.is_first():
-        tokenizer.keep(data.tokens, workdir)
+        tokenizer.keep(data.tokenizer, workdir)
         binding.write_config(config, workdir)
     writer = metrics.Writer(workdir, start or 0, steps) if processes.is_first() else metrics.Silent()
-    for line in report.opening(config, counts, mesh, steps, [*changes, *_left_out(data.rows), f"{workdir}: {begins}"]):
+    opened.callback(writer.close)
+    for line in report.opening(
+        config, counts, mesh, steps, [*changes, *_left_out(data.records), f"{workdir}: {begins}"]
+    ):
         writer.line(line)
     startup.lap("state")
 
     def evaluate(params: Any, rows: int | None) -> dict[str, float]:
         def between() -> None:
-            watched.watchdog.beat()
-            watched.stop.check(mesh)
+            watchers.watchdog.beat()
+            watchers.stop.check(mesh)
 
         return evaluator(Model(decoder, params), rows, between)
 
     parts = loop.Parts(
-        plan=stages.build(config, decoder, mesh, transformation, steps),
+        plan=plan,
         mesh=mesh,
         batches=data.batches,
-        documents=lambda batch: pipeline.described(batch, data.tokens),
+        documents=lambda batch: pipeline.described(batch, data.tokenizer),
         evaluate=evaluate,
         checkpoints=checkpoints,
         writer=writer,
-        constant={"data/left_out": data.rows.left_out} if config.data.on_bad_record == "skip" else {},
+        constant={"data/left_out": data.records.left_out} if config.data.on_bad_record == "skip" else {},
         peak_flops=hardware.peak_flops(mesh.local_devices[0]) * mesh.size,
         workdir=workdir,
     )
-    params, scores = _trained(config, parts, watched, train_state)
+    params, scores = _trained(config, parts, watchers, train_state)
+    opened.close()
     if scores:
-        for line in report.closing(config, scores, evaluator, parts.plan, time.perf_counter() - began):
+        for line in report.closing(config, scores, evaluator, plan, time.perf_counter() - began):
             processes.say(line)
-        _sample(load.Trained(config, Model(decoder, params), data.tokens, steps))
+        _sample(load.Trained(config, Model(decoder, params), data.tokenizer, steps))
     return scores
 
 
 def _trained(
-    config: Config, parts: loop.Parts, watched: Watched, train_state: TrainState
+    config: Config, parts: loop.Parts, watchers: Watchers, train_state: TrainState
 ) -> tuple[dict[str, Any], dict[str, float]]:
     """The parameters at the run's end, and their scores; these are empty if a signal ended it before."""
-    try:
-        trainer, scores = loop.Trainer(config, parts, watched, train_state), {}
-        if trainer.train():
-            with watched.stop.deferred():
-                scores = parts.evaluate(trainer.state.params, None)
-            parts.writer.write(trainer.step, scores)
-        else:
-            parts.writer.line(f"stopped at step {trainer.step:,}; run the same command to go on from there")
-        return trainer.state.params, scores
-    finally:
-        parts.writer.close()
-        parts.batches.close()
-        parts.checkpoints.close()
+    trainer = loop.Trainer(config, parts, watchers, train_state)
+    if not trainer.train():
+        parts.writer.line(f"stopped at step {trainer.step:,}; run the same command to go on from there")
+        return trainer.state.params, {}
+    with watchers.stop.deferred():
+        scores = parts.evaluate(trainer.state.params, None)
+    parts.writer.write(trainer.step, scores)
+    return trainer.state.params, scores
 
 
 def _machine(config: Config) -> Mesh:
@@ -174,8 +177,8 @@ def _recover(workdir: Path) -> int | None:
 class _Data(NamedTuple):
     """What a run reads: the tokenizer, the corpus as tokens, this process's batches, and held-out rows."""
 
-    tokens: Tokenizer
-    rows: Records
+    tokenizer: Tokenizer
+    records: Records
     batches: DatasetIterator
     held_out: HeldOut
 
@@ -228,6 +231,7 @@ def _sample(trained: load.Trained) -> None:
         return
     processes.say(f"\nA sample, decoded with the memory, after {config.eval.prompt!r}:\n")
     method = Method(Sampling(temperature=config.eval.temperature), config.decode)
-    for piece in text.stream(trained, config.eval.prompt, tokens=config.eval.sample_tokens, method=method):
-        processes.say(piece, end="")
+    with contextlib.suppress(Stopped):  # the run is complete, whatever becomes of its sample
+        for piece in text.stream(trained, config.eval.prompt, tokens=config.eval.sample_tokens, method=method):
+            processes.say(piece, end="")
     processes.say()

@@ -52,8 +52,8 @@ class Clock:
         finally:
             self._waited += time.perf_counter() - begin
 
-    def rates(self, step: int) -> Rates | None:
-        """Since the last call; None where no step but some that were left out has run since."""
+    def lap(self, step: int) -> Rates | None:
+        """Rates since the last lap, which ends here; None if every step since was left out."""
         now = time.perf_counter()
         seconds = max(now - self._time - self._paused, 1e-9)
         counted = [number for number in range(self._step + 1, step + 1) if number not in self._left_out]

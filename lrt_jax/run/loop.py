@@ -61,7 +61,7 @@ class Parts:
 
 
 @dataclasses.dataclass(frozen=True)
-class Watched:
+class Watchers:
     """What looks at a run while it goes on.
 
     Attributes:
@@ -89,13 +89,13 @@ class _Dispatched:
 class Trainer:
     """A run under way: its state, and the step that was dispatched last."""
 
-    def __init__(self, config: Config, parts: Parts, watched: Watched, state: TrainState):
+    def __init__(self, config: Config, parts: Parts, watchers: Watchers, state: TrainState):
         """Begins with ``state``, that of a new run or of a checkpoint."""
         if config.train.on_bad_step == "stop" and state.guard is not None:
             # A run that skipped its last step before must not be taken for one that has stopped.
             state = state.replace(guard=state.guard.replace(in_a_row=0 * state.guard.in_a_row))
         self.state, self.step = state, int(state.step)
-        self._config, self._parts, self._watched = config, parts, watched
+        self._config, self._parts, self._watchers = config, parts, watchers
         self._clock = Clock(self.step, lambda step: parts.plan.kind_of(step).flops_per_step)
         self._last: _Dispatched | None = None
         self._compiled: list[Kind] = []
@@ -111,18 +111,18 @@ class Trainer:
             pass; nothing is saved then.
           CheckpointError, WorkdirError: the work dir cannot be written.
         """
-        train, parts, watched, first = self._config.train, self._parts, self._watched, self.step
-        limit = watched.watchdog.phase("a step", "config.train.step_timeout", train.step_timeout)
-        with watched.stop.deferred(), limit:
-            while self.step < parts.plan.steps and not watched.stop.agreed(parts.mesh):
+        train, parts, watchers, first = self._config.train, self._parts, self._watchers, self.step
+        limit = watchers.watchdog.phase("a step", "config.train.step_timeout", train.step_timeout)
+        with watchers.stop.deferred(), limit:
+            while self.step < parts.plan.steps and not watchers.stop.agreed(parts.mesh):
                 self._advance()
                 parts.checkpoints.check()
                 if _due(train.save_every, self.step) and self.step < parts.plan.steps:
                     self._save()
                 if _due(train.eval_every, self.step) and self.step < parts.plan.steps:
-                    with self._apart("an evaluation"), contextlib.suppress(Stopped):
-                        parts.writer.write(self.step, parts.evaluate(self.state.params, self._config.eval.rows))
-            self._say(watched.profiler.end(self.state))
+                    self._evaluate()
+            with self._apart("the end of a trace"):
+                self._say(watchers.profiler.end(self.state))
             self._report()
             if self.step > first:
                 self._save()
@@ -133,7 +133,8 @@ class Trainer:
     def _advance(self) -> None:
         """Dispatches a step; only then is the one before it fetched, so the device never waits for the host."""
         parts, step = self._parts, self.step + 1
-        self._say(self._watched.profiler.before_step(self.state))
+        with self._apart("a trace"):
+            self._say(self._watchers.profiler.before_step(self.state))
         with self._clock.waiting():
             batch = next(parts.batches)
         kind = parts.plan.kind_of(step)
@@ -148,7 +149,7 @@ class Trainer:
                 self.state, metrics = jax.block_until_ready(kind.step(self.state, *rows))
             self._compiled.append(kind)
         self.step = step
-        self._watched.watchdog.beat()
+        self._watchers.watchdog.beat()
         self._report()
         self._last = _Dispatched(step, metrics, batch)
 
@@ -160,8 +161,14 @@ class Trainer:
     def _apart(self, name: str) -> Iterator[None]:
         """Within, something else than steps is done: it counts for no rate, and the watchdog is more patient."""
         limit = self._config.train.phase_timeout
-        with self._clock.paused(), self._watched.watchdog.phase(name, "config.train.phase_timeout", limit):
+        with self._clock.paused(), self._watchers.watchdog.phase(name, "config.train.phase_timeout", limit):
             yield
+
+    def _evaluate(self) -> None:
+        """Scores some held-out rows; a signal ends that, and the run goes on to its save."""
+        self._report()  # so that a bad step is noticed first, and the device has no step left to run meanwhile
+        with self._apart("an evaluation"), contextlib.suppress(Stopped):
+            self._parts.writer.write(self.step, self._parts.evaluate(self.state.params, self._config.eval.rows))
 
     def _save(self) -> None:
         """Begins a save, of good numbers only, and writes how long it kept training from going on."""
@@ -183,7 +190,7 @@ class Trainer:
         last, self._last = self._last, None
         if last is None:
             return
-        train, writer, startup = self._config.train, self._parts.writer, self._watched.startup
+        train, writer, startup = self._config.train, self._parts.writer, self._watchers.startup
         values = {name: float(value) for name, value in last.metrics.items()}
         if "first step" not in startup.laps:
             startup.lap("first step")
@@ -202,7 +209,7 @@ class Trainer:
 
     def _write(self, step: int, values: dict[str, float]) -> None:
         """Writes a step's metrics, and shows its progress."""
-        config, plan, rates = self._config, self._parts.plan, self._clock.rates(step)
+        config, plan, rates = self._config, self._parts.plan, self._clock.lap(step)
         tokens = config.train.batch_size * config.model.sequence_length
         values |= self._parts.constant | {
             "compute/tokens": step * tokens,
@@ -220,7 +227,7 @@ class Trainer:
     def _end_at_bad_step(self, last: _Dispatched, values: dict[str, float]) -> None:
         """Ends the run with a report. The state has the parameters that the step met."""
         train, parts = self._config.train, self._parts
-        with self._watched.watchdog.phase(
+        with self._watchers.watchdog.phase(
             "the report of a bad step", "config.train.phase_timeout", train.phase_timeout
         ):
             rows = meshes.global_batch(parts.mesh, last.batch, train.batch_size)

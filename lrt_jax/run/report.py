@@ -27,7 +27,8 @@ def opening(
 ) -> Iterator[str]:
     """What is about to happen, in a few lines."""
     model, train = config.model, config.train
-    kind = "plain Transformer" if not model.recurrent else f"Latent Recurrent Transformer, {model.memory} memory"
+    memory = f"{model.memory} memory projections" if model.projects_memory else "residual injection only"
+    kind = f"Latent Recurrent Transformer, {memory}" if model.recurrent else "plain Transformer"
     yield f"{kind}: {model.layers} layers, width {model.width}, {model.heads} heads, context {model.sequence_length}"
     yield f"parameters\n{counts}"
     device, attends = jax.devices()[0], attention(config, mesh)

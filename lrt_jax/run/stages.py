@@ -13,7 +13,7 @@ from lrt_jax.model import costs
 from lrt_jax.model.decoder import Decoder
 from lrt_jax.model.parameters import table
 from lrt_jax.setup import mesh as meshes
-from lrt_jax.setup.config import Config
+from lrt_jax.setup.config import Config, ConfigError
 from lrt_jax.setup.schedule import ScheduleConfig
 from lrt_jax.training import guard, step
 from lrt_jax.training.step import Step
@@ -83,11 +83,20 @@ class Plan:
 def build(
     config: Config, decoder: Decoder, mesh: Mesh, transformation: optax.GradientTransformation, steps: int
 ) -> Plan:
-    """The run's plan; each schedule has one training step, and all have one optimizer."""
+    """The run's plan; each schedule has one training step, and all have one optimizer.
+
+    Raises:
+      ConfigError: a stage has no step.
+    """
     kinds = {schedule: _kind(config, decoder, mesh, transformation, schedule) for schedule in config.schedule.kinds}
     share, stages = 0.0, list[Stage]()
     for stage in config.schedule.in_stages:
-        share += stage.share
+        begin, share = round(share * steps), share + stage.share
+        if begin == round(share * steps):
+            raise ConfigError(
+                f"config.schedule.stages is {config.schedule.stages!r}, in which {stage.schedule.label} has "
+                f"{stage.share:g} of {steps:,} steps, which is none; give it a larger share, or leave it out"
+            )
         stages.append(
             Stage(
                 end=steps if len(stages) == len(config.schedule.in_stages) - 1 else round(share * steps),

@@ -68,9 +68,10 @@ class ModelConfig:
     # Which layers read memory: "all", or a band, "2-4". No refinement computes again what is below it. Other layers
     # have the parameters that read memory, too; they stay as they begin (recurrence of a band: arXiv 2607.15178).
     memory_layers: str = ALL
-    # Of whole subsets; auto: blocked on a CPU, splash on a TPU, else dense; cudnn is for GPUs. Decoding is dense.
+    # Of whole subsets. auto: splash on a TPU, cudnn on an NVIDIA GPU, if they take the model; else blocked on a CPU or
+    # GPU, dense on a TPU (model.backend.attention_kind). Steps of decoding are dense.
     attention: Literal["auto", "dense", "blocked", "splash", "cudnn"] = "auto"
-    dtype: Dtype = "auto"  # auto: bfloat16 on TPU and GPU
+    dtype: Dtype = "auto"  # auto: bfloat16 on TPUs, and on GPUs that multiply it fast; else float32
     scan_layers: bool = False  # lax.scan over layers (fast compilation) or unrolled (fast steps)
     remat: bool = False  # recompute each layer in the backward pass
 
