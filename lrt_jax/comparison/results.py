@@ -74,16 +74,20 @@ class Mean:
       value: the mean.
       half: of its 95 % interval; NaN with one seed.
       count: of seeds.
+      at_least: whether some of the values are bounds from below, and so the mean.
     """
 
     value: float
     half: float
     count: int
+    at_least: bool = False
 
     def text(self, digits: int, factor: float = 1.0, unit: str = "") -> str:
         """As a table shows it."""
         if not self.count:
             return ""
+        if self.at_least:
+            return f"≥ {factor * self.value:.{digits}f}{unit}"
         spread = "" if math.isnan(self.half) else f" ± {factor * self.half:.{digits}f}"
         return f"{factor * self.value:.{digits}f}{spread}{unit}"
 
@@ -133,15 +137,22 @@ def curve(points: Sequence[tuple[float, float]]) -> Curve | None:
 
 
 def saved(sweep: Sweep, results: Sequence[Result], variant: str, budget: float) -> Mean:
-    """The share of the baseline's compute that a variant saves at a budget, where both have the same bits per byte."""
-    shares = []
+    """The share of the baseline's compute that a variant saves at a budget, where both have the same bits per byte.
+
+    Where the baseline's curve does not come so low, the largest compute that it was given counts: the share is at least
+    that.
+    """
+    shares, at_least = [], False
     for one in results:
         if (one.variant, one.budget) == (variant, budget):
             others = [r for r in results if (r.variant, r.seed) == (sweep.baseline, one.seed)]
             baseline = curve([(other.effective_tokens, other.bpb) for other in others])
             if baseline is not None:
-                shares.append(1 - one.effective_tokens / baseline.effective(one.bpb))
-    return mean(shares)
+                needed = baseline.effective(one.bpb)
+                if math.isnan(needed) and one.bpb < baseline.bpb(baseline.most):
+                    needed, at_least = baseline.most, True
+                shares.append(1 - one.effective_tokens / needed)
+    return dataclasses.replace(mean(shares), at_least=at_least)
 
 
 def table(sweep: Sweep, results: Sequence[Result]) -> list[str]:
