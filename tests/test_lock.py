@@ -18,6 +18,7 @@ from lrt_jax.conversion.files import ArrayFile
 from lrt_jax.data import places
 from lrt_jax.durability import lock
 from lrt_jax.durability.inventory import CheckpointError
+from lrt_jax.setup import mesh as meshes
 from lrt_jax.setup import workdir as workdirs
 from lrt_jax.setup.config import Config, ConfigError, DataConfig, TrainConfig
 from lrt_jax.setup.config_file import ConfigFileParser
@@ -130,7 +131,7 @@ def test_checkpoints_are_not_moved_under_a_run(tmp_path, monkeypatch):
 
 
 def test_a_run_that_fails_to_start_leaves_nothing_behind(tmp_path, tiny, monkeypatch):
-    monkeypatch.setattr(main.meshes, "cache_compilations", lambda workdir: None)  # for all tests after this one
+    monkeypatch.setattr(meshes, "cache_compilations", lambda workdir: None)  # for all tests after this one
     with pytest.raises(ConfigError, match="'/nowhere'"):
         main.run(
             Config(tiny(), TrainConfig(batch_size=1, steps=1), DataConfig(corpus="/nowhere")), tmp_path / "runs" / "a"

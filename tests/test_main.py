@@ -140,7 +140,7 @@ def test_stopped_by_ctrl_c_and_resumed_ends_bitwise_equal(undisturbed, corpus, t
     assert code == 0, err
     assert "going on from step" in out and "beginning at step 0" not in out
     assert "config.data.corpus: " in out and "corpus: 60 files as text (.txt 60)\n" in out
-    whole, resumed = (load.load(workdir, STEPS).params for workdir in (undisturbed[0], tmp_path))
+    whole, resumed = (load.load(workdir, STEPS).model.params for workdir in (undisturbed[0], tmp_path))
     assert whole.keys() == resumed.keys()
     for name in whole:
         np.testing.assert_array_equal(np.asarray(whole[name]), np.asarray(resumed[name]), err_msg=name)
@@ -328,8 +328,8 @@ def test_a_run_of_more_devices_is_used_on_fewer(undisturbed, tmp_path):
     config["mesh"]["fsdp"] = 4
     path.write_text(json.dumps(config))
     expected, found = load.load(undisturbed[0]), load.load(tmp_path / "copy")
-    for name, array in expected.params.items():
-        np.testing.assert_array_equal(np.asarray(array), np.asarray(found.params[name]))
+    for name, array in expected.model.params.items():
+        np.testing.assert_array_equal(np.asarray(array), np.asarray(found.model.params[name]))
 
 
 def test_work_dir_keeps_its_tokenizer(undisturbed):
