@@ -14,7 +14,7 @@ from lrt_jax.model import buffer as buffers
 from lrt_jax.model.backend import compute_dtype
 from lrt_jax.model.buffer import Buffer
 from lrt_jax.model.decoder import Forward
-from lrt_jax.model.embedding import Embedded, each_alone
+from lrt_jax.model.embedding import Embedded
 from lrt_jax.model.memory import shift_right
 from lrt_jax.model.model import Model
 
@@ -63,12 +63,12 @@ def begin_subsets(
     """:func:`begin` for each subset; with ``natural`` before them that of all tokens in natural order.
 
     A device that has its rows to itself looks all tokens up once, and reorders what it found: half as many rows to
-    collect from other devices' columns, and to add to tables. On one CPU device, or where positions are sharded, ids
-    are cheaper to reorder than what was looked up. What layers have computed is reordered in any case.
+    collect from other devices' columns, and to add to tables. Where positions are sharded, ids are cheaper to reorder
+    than what was looked up. What layers have computed is reordered in any case.
     """
     alone = model.mesh is None or model.mesh.size == 1
     computed = model.config.memory_range.start > 0
-    if computed or (alone and not each_alone(model.mesh, model.decoder.columns)):
+    if computed or alone:
         whole = begin(model, tokens_BxT)
         first = [whole] if natural else []
         slots = jax.tree.map(lambda leaf: partition.in_slots(leaf, _positions_axis(leaf)), whole)

@@ -15,7 +15,7 @@ from jax import lax
 from jax.sharding import Mesh
 
 from lrt_jax.model import layers
-from lrt_jax.model.backend import compute_dtype, target
+from lrt_jax.model.backend import compute_dtype
 from lrt_jax.model.weights import cut
 from lrt_jax.setup import mesh as meshes
 from lrt_jax.setup.config import ModelConfig
@@ -46,23 +46,13 @@ def embed(
 ) -> list[Embedded]:
     """Looks up the int tokens [B, P] of several forwards, each with a P of its own; ``columns`` as in ``Decoder``."""
     tables = (parameters["embedding"], parameters.get("value_embedding"))
-    if each_alone(mesh, columns):
-        x0, values = _each_alone(*tables, tokens_BxP, compute_dtype(config))
-    else:
-        x0, values = _at_once(mesh, columns, *tables, tokens_BxP, compute_dtype(config))
-    if config.scan_layers:
-        values = [jnp.stack(own) if isinstance(own, tuple) else own for own in values]
-    else:
-        values = [own if own is None or isinstance(own, tuple) else cut(own) for own in values]
+    x0, values = _at_once(mesh, columns, *tables, tokens_BxP, compute_dtype(config))
+    if not config.scan_layers:
+        values = [own if own is None else cut(own) for own in values]
     return [Embedded(layers.rms_norm(x0_BxPxD), own) for x0_BxPxD, own in zip(x0, values, strict=True)]
 
 
-def each_alone(mesh: Mesh | None, columns: str | None) -> bool:
-    """Whether every forward's lookup in every table is one by itself: on one CPU device."""
-    return target().platform == "cpu" and columns is None and (mesh is None or mesh.size == 1)
-
-
-# Of each forward: what is looked up for x⁰ [B, P, D], and of E tables, [B, P, K, C] of each or stacked, or None.
+# Of each forward: what is looked up for x⁰ [B, P, D], and of E tables [E, B, P, K, C], or None.
 Found = tuple[list[jax.Array], list[Any]]
 
 
@@ -108,45 +98,3 @@ def _of_all_columns(table: jax.Array, tokens_NxBxP: jax.Array, columns: str, axi
     found = lax.all_to_all(found, columns, split_axis=axis, concat_axis=axis)  # N are devices' columns now
     parts = jnp.moveaxis(found.reshape(*before, *tokens_NxBxP.shape, *behind), axis, -2)
     return parts.reshape(*parts.shape[:-2], -1)
-
-
-def _each_alone(
-    embedding_VxD: jax.Array, values_ExVxKxC: Any, tokens: tuple[jax.Array, ...], dtype: jnp.dtype
-) -> Found:
-    """Every forward's lookup in every table by itself, for XLA's CPU backend.
-
-    It would put tokens before tables, and cut up and join what was looked up, and gradients, element by element: 70 of
-    4,000 ms of an interleaved step on one core, against 12 (docs/LOG.md).
-    """
-    x0 = [found.astype(dtype) for found in _rows_of(embedding_VxD, tokens)]
-    if values_ExVxKxC is None:
-        return x0, [None] * len(tokens)
-    tables, words, *each = values_ExVxKxC.shape
-    places = tuple(tokens_BxP + words * table for tokens_BxP in tokens for table in range(tables))
-    rows = [
-        found.reshape(*found.shape[:-1], *each).astype(dtype)
-        for found in _rows_of(values_ExVxKxC.reshape(tables * words, -1), places)
-    ]
-    return x0, [tuple(rows[first : first + tables]) for first in range(0, len(rows), tables)]
-
-
-@jax.custom_vjp
-def _rows_of(table_RxN: jax.Array, places: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-    """Rows of a table, [..., N] for each of several arrays of row numbers; all add to one gradient, in place."""
-    return tuple(jnp.take(table_RxN, rows, axis=0) for rows in places)
-
-
-def _rows_of_forward(table_RxN: jax.Array, places: tuple[jax.Array, ...]) -> Any:
-    return _rows_of(table_RxN, places), (table_RxN, places)
-
-
-def _rows_of_backward(kept: tuple[jax.Array, tuple[jax.Array, ...]], gradients: tuple[jax.Array, ...]) -> Any:
-    table_RxN, places = kept
-    gradient_RxN = jnp.zeros_like(table_RxN)
-    # What was looked up last has its gradient first.
-    for rows, gradient in reversed(list(zip(places, gradients, strict=True))):
-        gradient_RxN = gradient_RxN.at[rows].add(gradient)
-    return gradient_RxN, None
-
-
-_rows_of.defvjp(_rows_of_forward, _rows_of_backward)
