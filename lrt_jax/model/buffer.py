@@ -1,7 +1,11 @@
 """The shared buffer: keys and values of all positions, which forwards write and read (METHOD.md, "Training schedules").
 
-Its slots are in pieces. A forward that fills a whole piece takes its place, where within a piece it would have to copy
-what others still need.
+Written in ``model.block`` (for the attention of a layer) and ``model.decoder`` (what a forward hands on), read by
+``model.kernels``, reordered by ``method.schedules.interleaved``, refreshed by ``method.forwards.SubsetForward``. Source
+states, which the paper counts to the buffer, are carried beside it there.
+
+Its slots are in pieces. Where a forward's positions are all of a piece, what it computed becomes that piece; written
+into a larger one, it would copy what other positions still need.
 """
 
 import functools
@@ -25,7 +29,7 @@ SLOTS = -2
 class Buffer(struct.PyTreeNode):
     """Keys and values of every layer, after gates, RoPE and QK norm.
 
-    Of L layers; where those below the memory are known (``Decoder.below``), of the others.
+    Of all layers; where layers below the memory were computed before (``Decoder.below``), of the layers above them.
 
     Attributes:
       pieces: its N slots, in one piece or in several of the same size. A piece is a tuple of L :class:`KV` with

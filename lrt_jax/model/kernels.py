@@ -1,4 +1,7 @@
-"""What attends to a buffer in pieces: a kernel of the machine, tiles, or dense attention."""
+"""What attends to a buffer in pieces: splash attention on a TPU, cuDNN's on an NVIDIA GPU, tiles, or dense attention.
+
+Which of them it is, ``backend.attention_kind`` decides from config, machine, mesh and subsets.
+"""
 
 import functools
 from collections.abc import Callable

@@ -1,5 +1,8 @@
 """Recurrent memory: the paper's equations (METHOD.md, "Recurrent memory").
 
+γ, Uk, Uv and the gates are made in ``parameters._memory_table``, which also says the optimizer's group of each: γ is
+trained by AdamW with ``optimizer.scalar_lr``, the others as matrices. ``model.block`` calls what is here.
+
 m_t is the source state of position t; everything here reads m_{t-1}, already shifted. A memory of
 ``None`` is zero memory, and costs nothing.
 """
