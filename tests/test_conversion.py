@@ -225,7 +225,7 @@ def test_all_that_does_not_fit_is_listed_at_once(tiny, random_params):
     theirs["transformer.h.1.attn.c_k.weight"] = np.zeros((3, 16))
     with pytest.raises(ConversionError) as caught:
         reference.from_reference(theirs, config)
-    for part in ("x0_lambdas misses", "extra is surplus", "c_k.weight has shape (3, 16) instead of (8, 16)"):
+    for part in ("x0_lambdas is missing", "extra is surplus", "c_k.weight has shape (3, 16) instead of (8, 16)"):
         assert part in str(caught.value)
 
 

@@ -121,12 +121,12 @@ def test_a_save_that_was_cut_off_does_not_count_and_leaves_nothing(saved, tmp_pa
     assert inventory.recover(run.workdir, told.append) is None  # no save was ever completed: step 0 is right
 
 
-def test_a_manifest_that_misses_without_a_save_under_way_is_a_damage(saved, tmp_path):
+def test_a_missing_manifest_without_a_save_under_way_is_a_damage(saved, tmp_path):
     run = saved.copy(tmp_path / "run")
     (run.workdir / "checkpoints" / "3" / manifest.FILE).unlink()
     told: list[str] = []
     assert inventory.recover(run.workdir, told.append) == 2
-    assert f"{manifest.FILE} misses" in told[0]
+    assert f"{manifest.FILE} is missing" in told[0]
 
 
 def test_older_ones_go_only_after_a_new_one_counts(saved, tmp_path):

@@ -297,7 +297,7 @@ def test_gke_starts_again_except_after_an_error():
 @pytest.mark.parametrize(
     ("script", "arguments"), [("local.sh", []), ("slurm.sh", ["--nodes=1", "--gpus=1", "--", "x"])]
 )
-def test_an_environment_that_misses_is_said_before_anything_starts(tmp_path, script, arguments):
+def test_a_missing_environment_is_said_before_anything_starts(tmp_path, script, arguments):
     (tmp_path / "launch").mkdir()
     shutil.copy(LAUNCH / script, tmp_path / "launch")
     (tmp_path / "sbatch").write_text('#!/bin/sh\ncat >/dev/null; echo "Submitted"\n')

@@ -191,7 +191,7 @@ def test_tokens_that_are_cut_off_or_gone_are_told(folder, tmp_path):
     with pytest.raises(DataError, match=r"00003\.bin has .* bytes instead of .*; remove its folder"):
         records_of(config, tmp_path / "run")
     file.unlink()
-    with pytest.raises(DataError, match=r"00003\.bin misses"):
+    with pytest.raises(DataError, match=r"00003\.bin is missing"):
         records_of(config, tmp_path / "run")
     file.write_bytes(whole)
     later = records_of(config, tmp_path / "run")

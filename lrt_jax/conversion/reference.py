@@ -86,7 +86,7 @@ def model_config(reference: Mapping[str, Any], dtype: Dtype = "auto") -> ModelCo
       dtype: of our model's activations.
 
     Raises:
-      ConversionError: a field misses, is unknown, or has the wrong type.
+      ConversionError: a field is missing, is unknown, or has the wrong type.
       ConfigError: the fields describe no model of ours.
     """
     fields = _fields(reference)
@@ -116,7 +116,7 @@ def schedule_config(reference: Mapping[str, Any]) -> ScheduleConfig:
     """Our config of the schedule that their config's fields describe.
 
     Raises:
-      ConversionError: a field misses, is unknown, or has the wrong type.
+      ConversionError: a field is missing, is unknown, or has the wrong type.
     """
     fields = _fields(reference)
     if fields["use_multi_refine"]:
@@ -196,7 +196,7 @@ def from_reference(arrays: Mapping[str, np.ndarray], config: ModelConfig) -> dic
       config: the model.
 
     Raises:
-      ConversionError: lists every array that misses, is surplus or has another shape; or see :func:`widened`.
+      ConversionError: lists every array that is missing, is surplus or has another shape; or see :func:`widened`.
       ConfigError: the reference has no such model.
     """
     arrays = {name.removeprefix("_orig_mod."): np.asarray(array) for name, array in arrays.items()}
@@ -315,7 +315,7 @@ def _to_theirs(piece: Piece, parts: list[np.ndarray], config: ModelConfig) -> np
 def _check_arrays(arrays: Mapping[str, np.ndarray], config: ModelConfig) -> None:
     """Lists all that does not fit, at once."""
     expected = {piece.name: piece for piece in _pieces(config)}
-    faults = [f"{name} misses" for name in expected if name not in arrays]
+    faults = [f"{name} is missing" for name in expected if name not in arrays]
     faults += [f"{name} is surplus" for name in sorted(arrays.keys() - expected.keys())]
     for name, piece in expected.items():
         if name not in arrays:

@@ -22,7 +22,7 @@ def path_of(source: str, field: str) -> epath.Path:
       field: its name, for errors.
 
     Raises:
-      ConfigError: it is a URL of another kind, the package for its kind of bucket misses, or there is no such user.
+      ConfigError: it is a URL of another kind, the package for its kind of bucket is missing, or there is no such user.
     """
     url = re.match(r"([A-Za-z][A-Za-z0-9+.-]*)://", source)
     if url is None:

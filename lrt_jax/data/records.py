@@ -30,7 +30,7 @@ from lrt_jax.setup.paths import LocalPath, bytes_of
 
 FOLDER = "tokens"  # in the work dir
 INDEX = "index.json"  # written last: where it lies, the files are complete
-RULES = "read_as"  # in the index; where it misses, files were read by the rules of before there were several
+RULES = "read_as"  # in the index; where it is missing, files were read by the rules of before there were several
 SOURCES = "sources.json"  # written first: how many bytes each file of the corpus had
 # Files of a corpus with that many shards: few enough to open, enough for every process to write some.
 PARTS = 256
@@ -267,5 +267,5 @@ def _finish(folder: epath.Path, config: DataConfig, corpus: Corpus, name: str, p
 def _check_size(path: epath.Path, expected: int) -> None:
     found = bytes_of(path) if path.exists() else None
     if found != expected:
-        problem = "misses" if found is None else f"has {found:,} bytes instead of {expected:,}"
+        problem = "is missing" if found is None else f"has {found:,} bytes instead of {expected:,}"
         raise DataError(f"{path} {problem}; remove its folder, and the same command makes the tokens again")

@@ -241,7 +241,7 @@ def _examined(workdir: epath.PathLike, step: int) -> Entry | None:
 
 
 def _is_unfinished(workdir: epath.PathLike, step: int) -> bool:
-    """Whether a save was cut off. Without the note that it was under way, a manifest that misses is a damage."""
+    """Whether a save was cut off. Without the note that it was under way, a missing manifest is a damage."""
     if manifest.exists(folder_of(workdir, step)):
         return False
     try:

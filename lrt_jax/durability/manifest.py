@@ -68,7 +68,7 @@ def faults(folder: epath.Path, items: tuple[str, ...] = ()) -> list[str]:
     try:
         files = _parsed((folder / FILE).read_bytes())
     except FileNotFoundError:
-        return [f"{FILE} misses"]
+        return [f"{FILE} is missing"]
     except PermissionError:
         raise
     except (ValueError, OSError) as error:
@@ -95,7 +95,7 @@ def _fault(folder: epath.Path, name: str, expected: dict[str, Any]) -> str:
             return f"{name} has {found:,} bytes instead of {expected['bytes']:,}"
         _, digest = _digest(path)
     except FileNotFoundError:
-        return f"{name} misses"
+        return f"{name} is missing"
     except PermissionError:
         raise
     except OSError as error:

@@ -15,6 +15,8 @@ from flax import struct
 from jax import lax
 
 from lrt_jax.method import forwards, noise, partitions
+from lrt_jax.model.decoder import Forward
+from lrt_jax.model.embedding import Embedded
 from lrt_jax.model.memory import shift_right
 from lrt_jax.model.model import Model
 from lrt_jax.setup.schedule import ScheduleConfig
@@ -117,11 +119,7 @@ def interleaved(
     """
     model = model.by_layer()
     natural, *in_subsets = forwards.begin_subsets(model, tokens_BxT, partition, unroll=unroll, natural=True)
-    if settle:
-        first, before = forwards.settled(model, natural, settle, states_only=False), []
-    else:
-        first, model = forwards.initialization(model, natural, keep_refreshable=kv_refresh)
-        before = [forwards.token_losses(model, first.hidden_BxPxD, targets_BxT)]
+    first, model, before = _begun(model, natural, targets_BxT, settle, fills=True, keep_refreshable=kv_refresh)
     # Unrolled, a subset's keys and values take the place of a piece, and nothing of the buffer is copied.
     positions_1xT = jnp.asarray(partition.positions_SxP.reshape(1, -1))
     buffer = first.buffer.reordered(partition.in_slots, positions_1xT, partition.subsets if unroll else 1)
@@ -175,11 +173,7 @@ def multi_refinement(
     positions_T = np.arange(tokens_BxT.shape[1], dtype=np.int32)
     model = model.by_layer()
     embedded = forwards.begin(model, tokens_BxT)
-    if settle:
-        first, before = forwards.settled(model, embedded, settle, states_only=True), []
-    else:
-        first, model = forwards.initialization(model, embedded)
-        before = [forwards.token_losses(model, first.hidden_BxPxD, targets_BxT)]
+    first, model, before = _begun(model, embedded, targets_BxT, settle, fills=False)
     disturbed = _disturbed(noisy, tokens_BxT)
 
     def refine(model: Model, sources_BxTxD: jax.Array, number: jax.Array) -> tuple[Model, jax.Array, jax.Array]:
@@ -195,6 +189,21 @@ def multi_refinement(
     )
     masks_FxT = jnp.ones((refinements, len(positions_T)), bool)
     return _outcome_after(before, losses_FxBxT, masks_FxT, sources_BxTxD, weights)
+
+
+def _begun(
+    model: Model, embedded: Embedded, targets_BxT: jax.Array, settle: int, *, fills: bool, **options: bool
+) -> tuple[Forward, Model, list[jax.Array]]:
+    """What refinements begin with: the initialization forward, or the last of ``settle`` without gradient.
+
+    Returns:
+      That forward, with keys and values of all layers if it ``fills`` a buffer; the model for the next one; and the
+      initialization forward's losses [B, T], if it was one.
+    """
+    if settle:
+        return forwards.settled(model, embedded, settle, states_only=not fills), model, []
+    first, model = forwards.initialization(model, embedded, **options)
+    return first, model, [forwards.token_losses(model, first.hidden_BxPxD, targets_BxT)]
 
 
 def _disturbed(noisy: noise.Noise | None, tokens_BxT: jax.Array) -> forwards.Disturbed | None:

@@ -128,18 +128,19 @@ def _run(context: Context, x_BxPxD: jax.Array, layers: Layers) -> LayersOutput:
 
     carry = (x_BxPxD, jnp.zeros_like(x_BxPxD))
     indices = jnp.arange(layers.indices.start, layers.indices.stop)
-    (x_BxPxD, source_BxPxD), (written, refreshable) = lax.scan(body, carry, (indices, *layers[1:]))
+    each = (indices, layers.weights, layers.own, layers.before)
+    (x_BxPxD, source_BxPxD), (written, refreshable) = lax.scan(body, carry, each)
     return LayersOutput(x_BxPxD, source_BxPxD, written, refreshable, layers.weights, layers.before)
 
 
 def _run_unrolled(context: Context, x_BxPxD: jax.Array, layers: Layers) -> LayersOutput:
     config, computed, source_BxPxD = context.config, [], jnp.zeros_like(x_BxPxD)
     reads = (unstacked(layers.weights, len(layers.indices)), unstacked(layers.own, len(layers.indices)), layers.before)
-    for index, *each in zip(layers.indices, *reads, strict=True):
+    for index, *read in zip(layers.indices, *reads, strict=True):
         one = functools.partial(block, context, farthest=config.windows[index])
-        x_BxPxD, *each = (jax.checkpoint(one) if config.remat else one)(x_BxPxD, *each)
+        x_BxPxD, *written_and_stale = (jax.checkpoint(one) if config.remat else one)(x_BxPxD, *read)
         source_BxPxD = x_BxPxD if index == config.source_index else source_BxPxD
-        computed.append(each)
+        computed.append(written_and_stale)
     weights = jax.tree.map(recomputed.summed, layers.weights) if config.remat else layers.weights
     written, refreshable = zip(*computed, strict=True)
     return LayersOutput(x_BxPxD, source_BxPxD, written, refreshable, weights, layers.before)

@@ -106,9 +106,8 @@ def _run(config: Config, workdir: Path, watchers: Watchers, opened: contextlib.E
         binding.write_config(config, workdir)
     writer = metrics.Writer(workdir, start or 0, steps) if processes.is_first() else metrics.Silent()
     opened.callback(writer.close)
-    for line in report.opening(
-        config, counts, mesh, steps, [*changes, *_left_out(data.records), f"{workdir}: {begins}"]
-    ):
+    notes = [*changes, *_left_out(data.records), f"{workdir}: {begins}"]
+    for line in report.opening(config, counts, mesh, plan, notes):
         writer.line(line)
     startup.lap("state")
 

@@ -121,8 +121,7 @@ class Trainer:
                     self._save()
                 if _due(train.eval_every, self.step) and self.step < parts.plan.steps:
                     self._evaluate()
-            with self._apart("the end of a trace"):
-                self._say(watchers.profiler.end(self.state))
+            self._say(watchers.profiler.end(self.state))
             self._report()
             if self.step > first:
                 self._save()
@@ -133,8 +132,7 @@ class Trainer:
     def _advance(self) -> None:
         """Dispatches a step; only then is the one before it fetched, so the device never waits for the host."""
         parts, step = self._parts, self.step + 1
-        with self._apart("a trace"):
-            self._say(self._watchers.profiler.before_step(self.state))
+        self._say(self._watchers.profiler.before_step(self.state))
         with self._clock.waiting():
             batch = next(parts.batches)
         kind = parts.plan.kind_of(step)
@@ -227,9 +225,7 @@ class Trainer:
     def _end_at_bad_step(self, last: _Dispatched, values: dict[str, float]) -> None:
         """Ends the run with a report. The state has the parameters that the step met."""
         train, parts = self._config.train, self._parts
-        with self._watchers.watchdog.phase(
-            "the report of a bad step", "config.train.phase_timeout", train.phase_timeout
-        ):
+        with self._apart("the report of a bad step"):
             rows = meshes.global_batch(parts.mesh, last.batch, train.batch_size)
             statistics = jax.device_get(parts.plan.kind_of(last.step).statistics(self.state.params, *rows))
         repeats = train.on_bad_step == "stop"

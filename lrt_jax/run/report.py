@@ -23,7 +23,7 @@ def attention(config: configs.Config, mesh: Mesh) -> Attention:
 
 
 def opening(
-    config: configs.Config, counts: costs.ParameterCounts, mesh: Mesh, steps: int, notes: list[str]
+    config: configs.Config, counts: costs.ParameterCounts, mesh: Mesh, plan: Plan, notes: list[str]
 ) -> Iterator[str]:
     """What is about to happen, in a few lines."""
     model, train = config.model, config.train
@@ -43,9 +43,12 @@ def opening(
         often = "once a step" if meshes.gathers_once(config.mesh, mesh.shape) else "by every forward"
         what = "weights gathered and gradients summed" if mesh.shape["fsdp"] > 1 else "gradients summed"
         yield f"mesh: {axes}, {what} {often}" if mesh.shape["data"] * mesh.shape["fsdp"] > 1 else f"mesh: {axes}"
+    steps = plan.steps
     tokens = steps * train.batch_size * model.sequence_length
     schedule = config.schedule.stages or config.schedule.name
     yield f"{schedule}, {config.optimizer.name}, {steps:,} steps, {tokens:,} tokens"
+    for stage in (config.schedule.in_stages[index] for index in plan.without_steps):
+        yield f"warning: {stage.schedule.label} has a share of {stage.share:g}, which is none of {steps:,} steps"
     yield from notes
 
 

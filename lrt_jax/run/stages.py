@@ -13,7 +13,7 @@ from lrt_jax.model import costs
 from lrt_jax.model.decoder import Decoder
 from lrt_jax.model.parameters import table
 from lrt_jax.setup import mesh as meshes
-from lrt_jax.setup.config import Config, ConfigError
+from lrt_jax.setup.config import Config
 from lrt_jax.setup.schedule import ScheduleConfig
 from lrt_jax.training import guard, step
 from lrt_jax.training.step import Step
@@ -62,6 +62,12 @@ class Plan:
         """The run's length."""
         return self.stages[-1].end
 
+    @property
+    def without_steps(self) -> list[int]:
+        """Which stages have a share that comes to no step."""
+        begins = (0, *(stage.end for stage in self.stages))
+        return [index for index, stage in enumerate(self.stages) if stage.end == begins[index]]
+
     def stage_of(self, step: int) -> Stage:
         """The stage that computes step ``step``, counted from 1."""
         return next(stage for stage in self.stages if step <= stage.end)
@@ -83,20 +89,11 @@ class Plan:
 def build(
     config: Config, decoder: Decoder, mesh: Mesh, transformation: optax.GradientTransformation, steps: int
 ) -> Plan:
-    """The run's plan; each schedule has one training step, and all have one optimizer.
-
-    Raises:
-      ConfigError: a stage has no step.
-    """
+    """The run's plan; each schedule has one training step, and all have one optimizer."""
     kinds = {schedule: _kind(config, decoder, mesh, transformation, schedule) for schedule in config.schedule.kinds}
     share, stages = 0.0, list[Stage]()
     for stage in config.schedule.in_stages:
-        begin, share = round(share * steps), share + stage.share
-        if begin == round(share * steps):
-            raise ConfigError(
-                f"config.schedule.stages is {config.schedule.stages!r}, in which {stage.schedule.label} has "
-                f"{stage.share:g} of {steps:,} steps, which is none; give it a larger share, or leave it out"
-            )
+        share += stage.share
         stages.append(
             Stage(
                 end=steps if len(stages) == len(config.schedule.in_stages) - 1 else round(share * steps),

@@ -28,7 +28,7 @@ from lrt_jax.setup.fields import (
 )
 from lrt_jax.setup.schedule import ScheduleConfig
 from lrt_jax.setup.schema import ConfigError
-from lrt_jax.setup.validation import from_config_dict, from_json, refuse_idle_numbers, validate, validate_model
+from lrt_jax.setup.validation import from_config_dict, from_json, validate, validate_model
 
 __all__ = [
     "ALL",
@@ -54,7 +54,6 @@ __all__ = [
     "fingerprint",
     "from_config_dict",
     "from_json",
-    "refuse_idle_numbers",
     "validate",
     "validate_model",
 ]

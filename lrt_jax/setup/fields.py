@@ -10,7 +10,6 @@ from ml_collections import ConfigDict
 
 from lrt_jax.setup import schema
 from lrt_jax.setup.schedule import ScheduleConfig
-from lrt_jax.setup.schema import ConfigError as ConfigError
 from lrt_jax.setup.schema import Must, NotEmpty, NotNegative, Positive, T, within
 
 # All layers read memory.

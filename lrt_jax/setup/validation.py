@@ -22,7 +22,7 @@ def from_json(text: str) -> Config:
     """Reads what :meth:`Config.to_json` wrote.
 
     Raises:
-      ConfigError: the JSON is broken, or a field is unknown, misses or does not fit.
+      ConfigError: the JSON is broken, or a field is unknown, is missing or does not fit.
     """
     try:
         fields = json.loads(text)
@@ -35,10 +35,10 @@ def from_config_dict(config: ConfigDict) -> Config:
     """The validated :class:`Config` of a ConfigDict.
 
     Raises:
-      ConfigError: a field is unknown, misses, has the wrong type, or contradicts another.
+      ConfigError: a field is unknown, is missing, has the wrong type, or contradicts another.
     """
     found = validate(config.to_dict())
-    refuse_idle_numbers(found.schedule)
+    _refuse_idle_numbers(found.schedule)
     return found
 
 
@@ -74,7 +74,7 @@ def validate_model(model: ModelConfig) -> ModelConfig:
     return found
 
 
-def refuse_idle_numbers(schedule: ScheduleConfig) -> None:
+def _refuse_idle_numbers(schedule: ScheduleConfig) -> None:
     """Refuses a number of another schedule than those of the run; configs that were written before may have one.
 
     Raises:
