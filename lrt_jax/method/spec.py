@@ -65,7 +65,7 @@ class Model(NamedTuple):
         W = {"alpha": jnp.ones(())} | {name: jnp.zeros(shape) for name, shape in absent.items()}
         for name in self.params.keys() - {"embedding", "head"}:
             owners = config.value_embedding_layers if name.startswith("value_") else range(config.layers)
-            shared = config.memory == "shared" and name in ("memory_key", "memory_value")
+            shared = config.shares_projections and name in ("memory_key", "memory_value")
             if shared or layer in owners:
                 W[name] = self.params[name] if shared else self.params[name][owners.index(layer)]
         return W

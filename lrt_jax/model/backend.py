@@ -1,4 +1,8 @@
-"""What a config leaves to the machine: on the devices at hand, or on those that a program is compiled for."""
+"""What a config leaves to the machine: the kind of attention, the dtype of computation.
+
+On the devices at hand, or on those that a program is compiled for. Of attention :func:`attention_kind` decides all but
+one case: forwards that read a KV cache attend by ``cache.Cached.attend``, which is dense.
+"""
 
 import contextlib
 from collections.abc import Iterator

@@ -1,8 +1,8 @@
 """The shared buffer: keys and values of all positions, which forwards write and read (METHOD.md, "Training schedules").
 
 Written in ``model.block`` (for the attention of a layer) and ``model.decoder`` (what a forward hands on), read by
-``model.kernels``, reordered by ``method.schedules.interleaved``, refreshed by ``method.forwards.SubsetForward``. Source
-states, which the paper counts to the buffer, are carried beside it there.
+``model.kernels``, reordered by ``method.schedules.interleaved``, refreshed by ``method.forwards.SubsetForward``.
+Prefill carries one, too (``inference.refinement``). Source states, which the paper counts to the buffer, are beside it.
 
 Its slots are in pieces. Where a forward's positions are all of a piece, what it computed becomes that piece; written
 into a larger one, it would copy what other positions still need.

@@ -125,9 +125,9 @@ PROJECTIONS = ("memory_key", "memory_value")
 def _projections(config: ModelConfig, layers: range) -> int:
     """Multiply-adds of Uk m and Uv m at one position: once a forward, or in each of these layers that reads memory."""
     size = sum(parameter.size for name, parameter in table(config).items() if name in PROJECTIONS)
-    if config.memory == "layerwise":
-        return size // config.layers * len([layer for layer in config.memory_range if layer in layers])
-    return size
+    if config.shares_projections:
+        return size
+    return size // config.layers * len([layer for layer in config.memory_range if layer in layers])
 
 
 def train_flops(config: ModelConfig, schedule: ScheduleConfig) -> int:

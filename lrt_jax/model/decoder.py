@@ -164,7 +164,7 @@ class Decoder(nn.Module):
             memory_BxPxD = meshes.constrain(self.mesh, memory_BxPxD, "batch", "sequence", None)
         x0_BxPxD = meshes.constrain(self.mesh, embedded.x0_BxPxD, "batch", "sequence", None)
         projected = None
-        if self.config.memory == "shared" and memory_BxPxD is not None:
+        if self.config.shares_projections and memory_BxPxD is not None:
             projected = memory.project(memory_BxPxD, self.parameters["memory_key"], self.parameters["memory_value"])
         inputs = Inputs(x0_BxPxD, memory_BxPxD, projected)
         return Context(self.config, self.mesh, attend, keep_refreshable, inputs, positions)
@@ -197,7 +197,7 @@ class Decoder(nn.Module):
         memory_BxPxD = memory_BxPxD.astype(dtype)
         rope = layers.rope_tables(positions_BxP, config.head_width, config.rope_base, dtype)
         projections = [self.parameters[name] for name in ("memory_key", "memory_value")]
-        if config.memory == "shared":
+        if config.shares_projections:
             projected = memory.project(memory_BxPxD, *projections)
             refreshed = functools.partial(memory.refresh, projected=projected, rope_tables=rope)
             return jax.vmap(refreshed)(refreshable) if config.scan_layers else tuple(map(refreshed, refreshable))

@@ -101,7 +101,7 @@ def _memory_table(config: ModelConfig, fan_in: Initializer) -> dict[str, Paramet
     if config.residual_injection:
         parameters["gamma"] = Parameter((L,), ("layers",), jax.nn.initializers.constant(0.1), "gamma", memory=True)
     if config.projects_memory:
-        stack, stack_axes = ((L,), ("layers",)) if config.memory == "layerwise" else ((), ())
+        stack, stack_axes = ((), ()) if config.shares_projections else ((L,), ("layers",))
         for name in ("memory_key", "memory_value"):
             parameters[name] = Parameter(
                 (*stack, D, K, C),

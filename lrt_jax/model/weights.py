@@ -63,7 +63,7 @@ class Weights(NamedTuple):
 
 def of_all_layers(config: ModelConfig, params: dict[str, Any]) -> Weights:
     """What all layers own."""
-    shared = ("memory_key", "memory_value") if config.memory == "shared" else ()
+    shared = ("memory_key", "memory_value") if config.shares_projections else ()
     return Weights(**{name: params[name] for name in Weights._fields if name in params and name not in shared})
 
 

@@ -112,6 +112,11 @@ class ModelConfig:
         return self.memory != "none"
 
     @property
+    def shares_projections(self) -> bool:
+        """Whether all layers read the memory through the same Uk and Uv; else each layer that projects has its own."""
+        return self.memory == "shared"
+
+    @property
     def recurrent(self) -> bool:
         """Whether the model reads recurrent memory at all; False is the plain baseline."""
         return self.projects_memory or self.residual_injection
