@@ -22,7 +22,9 @@ import json
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
+from pathlib import Path
 from typing import Any
 
 from benchmarks.arguments import output, positive, python_with_torch
@@ -178,9 +180,10 @@ def ours_tokens_per_second(options: argparse.Namespace) -> dict[str, float]:
     """The same of lrt_jax, in a process of its own, by ``benchmarks.step``."""
     sizes = [f"--{name}={getattr(options, name)}" for name in ("layers", "width", "heads", "length", "vocab", "batch")]
     only = ["--memories=layerwise", f"--subsets={options.subsets}", "--refinements=", f"--repeats={options.repeats}"]
-    arguments = [sys.executable, "-m", "benchmarks.step", *sizes, *only, f"--json={options.json or '/dev/stdout'}"]
-    output = subprocess.run(arguments, check=True, capture_output=True, text=True).stdout
-    rows = json.loads(output[output.index("{") :])["rows"]
+    with tempfile.NamedTemporaryFile(suffix=".json") as found:
+        arguments = [sys.executable, "-m", "benchmarks.step", *sizes, *only, f"--json={found.name}"]
+        subprocess.run(arguments, check=True, capture_output=True)
+        rows = json.loads(Path(found.name).read_text())["rows"]
     return {row["schedule"]: row["tokens_per_second"] for row in rows}
 
 

@@ -1,4 +1,9 @@
-"""Score a checkpoint: ``python -m lrt_jax.evaluate --workdir=DIR [--step=N] [--rows=N] [--scoring=fixed_point]``."""
+"""Score a checkpoint on held-out text, on any text, or on few-shot tasks.
+
+python -m lrt_jax.evaluate --workdir=DIR [--step=N] [--rows=N] [--scoring=fixed_point]
+python -m lrt_jax.evaluate --workdir=DIR --text=FILE [--text=FILE …]
+python -m lrt_jax.evaluate --workdir=DIR --core=FOLDER [--tasks=copa,arc_easy] [--items=N] [--against=DIR]
+"""
 
 import dataclasses
 import json
@@ -9,13 +14,19 @@ from absl import flags
 
 from lrt_jax.data import corpus, pipeline, records
 from lrt_jax.durability import binding
+from lrt_jax.evaluation import texts
 from lrt_jax.evaluation.bits_per_byte import Evaluator
+from lrt_jax.few_shot import results
+from lrt_jax.few_shot.core import Choice, Core
 from lrt_jax.inference import load
 from lrt_jax.setup import flags as command_line
 from lrt_jax.setup import mesh as meshes
 from lrt_jax.setup import processes
 from lrt_jax.setup import workdir as workdirs
-from lrt_jax.setup.config import ConfigError, Prefill
+from lrt_jax.setup.config import ConfigError, DecodeConfig, Prefill, fingerprint
+
+# Flags that only make sense beside another one.
+ONLY_WITH = {"tasks": "core", "items": "core", "against": "core"}
 
 
 def define_flags() -> None:
@@ -27,26 +38,84 @@ def define_flags() -> None:
         "passes", None, "Full forwards that show how memory settles; default: config.eval.passes.", lower_bound=0
     )
     flags.DEFINE_string("corpus", None, "Whose held-out documents are scored, if it was moved; default: the run's.")
+    flags.DEFINE_multi_string("text", [], "Score this file instead, one document; may be given several times.")
+    flags.DEFINE_string("core", None, "Score the few-shot tasks of CORE in this folder instead.")
+    flags.DEFINE_list("tasks", [], "Of --core: labels of the tasks to ask, with commas between; default: all.")
+    flags.DEFINE_integer("items", 0, "Of --core: so many items of each task, at most; 0: all.", lower_bound=0)
+    flags.DEFINE_string("against", None, "Of --core: compare with the scores of this work dir, item by item.")
+    flags.DEFINE_bool("memory", True, "--nomemory zeroes the recurrent memory, with --core or --text: for ablations.")
     command_line.define_decode_flags("scoring", "How true recurrence is computed; default: config.eval.scoring.")
     processes.define_flags()
 
 
 def main() -> None:
-    """Prints the metrics of the checkpoint that the flags name, as one JSON object."""
-    if flags.FLAGS.workdir is None:
+    """Prints the scores of the checkpoint that the flags name: one JSON object, or with --core a table."""
+    values = flags.FLAGS
+    if values.workdir is None:
         raise ConfigError("--workdir is not set; it must be a run's work dir")
+    if values.core is not None and values.text:
+        raise ConfigError("--core and --text are both set; give one of them")
+    for name, other in ONLY_WITH.items():
+        if values[name].value and not values[other].value:
+            raise ConfigError(f"--{name} needs --{other}=FOLDER")
+    if not (values.memory or values.core is not None or values.text):
+        raise ConfigError("--nomemory needs --core or --text; of held-out text val/bpb_init is without memory")
     decode = command_line.decode_flags()
     processes.start()
+    workdir = workdirs.local(values.workdir)
+    if values.core is not None or values.text:
+        trained = load.load(workdir, values.step)
+        meshes.cache_compilations(workdir)
+        how = trained.config.scoring
+        how = dataclasses.replace(how, prefill=values.scoring or how.prefill, **decode)
+        (few_shot if values.core is not None else text)(trained, workdir, how)
+        return
     found = evaluate(
-        workdirs.local(flags.FLAGS.workdir),
-        flags.FLAGS.step,
-        flags.FLAGS.rows,
-        scoring=flags.FLAGS.scoring,
-        passes=flags.FLAGS.passes,
-        source=flags.FLAGS.corpus,
+        workdir,
+        values.step,
+        values.rows,
+        scoring=values.scoring,
+        passes=values.passes,
+        source=values.corpus,
         **decode,
     )
     processes.say(json.dumps(found, indent=2))
+
+
+def few_shot(trained: load.Trained, workdir: Path, how: DecodeConfig) -> None:
+    """Scores the tasks of ``--core``, prints a table, and leaves scores and table in the work dir."""
+    values = flags.FLAGS
+    folder = workdirs.expanded(values.core, "--core")
+    choice = Choice(folder, tuple(values.tasks), values.items, how, values.memory)
+    core = Core(trained.config, trained.mesh, trained.tokenizer, choice)
+    kept = results.folder_of(workdir, trained.step, choice)
+    settings = {"run": fingerprint(trained.config), "step": trained.step}
+    report = core(trained.model, kept, settings)
+    if not processes.is_first():
+        return
+    results.write(kept, report)
+    print("", *report.table(), f"\nItem by item: {kept}", sep="\n", flush=True)
+    if values.against is not None:
+        compared = results.against(report, workdirs.expanded(values.against, "--against"), kept)
+        print("", *compared, sep="\n", flush=True)
+
+
+def text(trained: load.Trained, workdir: Path, how: DecodeConfig) -> None:
+    """Scores the files of ``--text``, each a document, and prints bits per byte of each and of all.
+
+    Raises:
+      ConfigError: one cannot be read, is not UTF-8 or is empty.
+    """
+    del workdir
+    paths = [workdirs.expanded(given, "--text") for given in flags.FLAGS.text]
+    found = texts.score(trained, [texts.read(path) for path in paths], how, use_memory=flags.FLAGS.memory)
+    documents = [
+        {"file": str(path), "bpb": one.bits_per_byte, **one._asdict()} for path, one in zip(paths, found, strict=True)
+    ]
+    scored = texts.total(found)
+    said = {"step": trained.step, "bpb": scored.bits_per_byte, **scored._asdict(), "documents": documents}
+    said |= {"scoring": how.prefill, "memory": flags.FLAGS.memory}
+    processes.say(json.dumps(said, indent=2))
 
 
 def evaluate(

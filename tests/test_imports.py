@@ -17,6 +17,8 @@ ORDER = [
     "inference",
     "conversion",
     "evaluation",
+    "few_shot",
+    "integrations",
     "topology",
     "comparison",
     "run",

@@ -49,7 +49,7 @@ class Evaluator:
         """
         self._mesh, self.held_out = mesh, held_out
         self._batch_size = meshes.whole_rows(mesh, config.eval.batch_size)
-        self._decode = dataclasses.replace(config.decode, prefill=config.eval.scoring)
+        self._decode = config.scoring
         self._token_bytes = token_bytes
         self.rows = len(held_out.tokens_NxT)
         self._reading = config.model.memory_range
@@ -82,18 +82,17 @@ class Evaluator:
                     sums[name] = sums.get(name, 0.0) + np.asarray(array, np.float64)
         bytes_T = self._token_bytes[self.held_out.targets_NxT[:rows]].sum(axis=0)
         names = {"merged": "val/bpb", "init": "val/bpb_init", "sequential": "val/bpb_sequential"}
-        metrics = {names[name]: _bits_per_byte(sums[name].sum(), bytes_T.sum()) for name in names}
+        metrics = {names[name]: bits_per_byte(sums[name].sum(), bytes_T.sum()) for name in names}
         metrics["val/gap"] = metrics["val/bpb_sequential"] / metrics["val/bpb"] - 1
         if "after" in sums:
-            bits_per_byte = functools.partial(_bits_per_byte, count=bytes_T.sum())
-            metrics |= health.metrics(sums, self._reading, bits_per_byte)
+            metrics |= health.metrics(sums, self._reading, functools.partial(bits_per_byte, count=bytes_T.sum()))
         if self._decode.prefill == "fixed_point":
             chunks = -(-len(bytes_T) // self._decode.chunk)
             metrics["val/refinements"] = float(sums["refinements"] / rows)
             metrics["val/fallbacks"] = float(sums["fallbacks"] / (rows * chunks))
         edges = [edge for edge in BUCKETS if edge < len(bytes_T)] + [len(bytes_T)]
         for begin, end in itertools.pairwise(edges):
-            bucket = _bits_per_byte(sums["sequential"][begin:end].sum(), bytes_T[begin:end].sum())
+            bucket = bits_per_byte(sums["sequential"][begin:end].sum(), bytes_T[begin:end].sum())
             metrics[f"val/bpb_sequential/{begin}_to_{end}"] = bucket
         return metrics
 
@@ -127,7 +126,7 @@ def programs(config: Config, mesh: Mesh) -> tuple[Any, Any]:
 
     The first scores the forwards of the schedule in parallel, the second true recurrence.
     """
-    how = dataclasses.replace(config.decode, prefill=config.eval.scoring)
+    how = config.scoring
     last = dataclasses.replace(config.schedule.in_stages[-1].schedule, jitter=0.0, plain_prefix=False)
     forwards = schedules.build(last, config.model.sequence_length)
     begins_with_init = schedules.forward_names(last)[0] == "init"
@@ -152,5 +151,6 @@ def programs(config: Config, mesh: Mesh) -> tuple[Any, Any]:
     return jax.jit(parallel, out_shardings=everywhere), jax.jit(sequential, out_shardings=everywhere)
 
 
-def _bits_per_byte(nats: float, count: float) -> float:
+def bits_per_byte(nats: float, count: float) -> float:
+    """nats / (ln 2 · count of UTF-8 bytes); NaN of none."""
     return float(nats / (math.log(2) * count)) if count else math.nan

@@ -115,7 +115,7 @@ def stream(
 
 def complete(
     trained: Trained,
-    prompts: Sequence[str],
+    prompts: Sequence[str | np.ndarray],
     *,
     tokens: int,
     method: Method = Method(),  # noqa: B008  frozen
@@ -126,7 +126,8 @@ def complete(
 
     Args:
       trained: the model.
-      prompts: each follows BOS; an empty one begins a new document. There may be none.
+      prompts: each follows BOS; an empty one begins a new document. There may be none. One may be given as the tokens
+        that :func:`encode` makes of it, or as the last of them.
       tokens: how many tokens each gets, at most.
       method: how. BOS, which begins another document, is always a stop token.
       seeds: one for each prompt; None: 0, 1, …
@@ -164,9 +165,9 @@ def complete(
 
 
 def _begin(
-    trained: Trained, prompts: Sequence[str], tokens: int, method: Method, seeds: Sequence[int] | None
+    trained: Trained, prompts: Sequence[str | np.ndarray], tokens: int, method: Method, seeds: Sequence[int] | None
 ) -> Generation:
     stops = tuple(sorted({*method.stop_tokens, trained.tokenizer.bos_id}))
     method = dataclasses.replace(method, stop_tokens=stops)
-    ids = [encode(trained.tokenizer, prompt) for prompt in prompts]
+    ids = [encode(trained.tokenizer, prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
     return Generation(trained.decoding, ids, tokens, method, seeds)

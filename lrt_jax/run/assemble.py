@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +20,8 @@ from lrt_jax.durability import binding, checkpoint, inventory, lock
 from lrt_jax.durability.interruption import Stopped, StopRequests
 from lrt_jax.durability.watchdog import Watchdog
 from lrt_jax.evaluation.bits_per_byte import Evaluator
+from lrt_jax.few_shot import results
+from lrt_jax.few_shot.core import Choice, Core
 from lrt_jax.inference import load, text
 from lrt_jax.inference.generate import Method, check_lengths
 from lrt_jax.inference.sampling import Sampling
@@ -35,7 +37,7 @@ from lrt_jax.run.startup import Startup
 from lrt_jax.setup import hardware, processes
 from lrt_jax.setup import mesh as meshes
 from lrt_jax.setup import workdir as workdirs
-from lrt_jax.setup.config import Config
+from lrt_jax.setup.config import Config, fingerprint
 from lrt_jax.setup.durations import require_ahead, train_steps
 from lrt_jax.setup.errors import one_line
 from lrt_jax.training import optimizer, state
@@ -111,19 +113,18 @@ def _run(config: Config, workdir: Path, watchers: Watchers, opened: contextlib.E
         writer.line(line)
     startup.lap("state")
 
-    def evaluate(params: Any, rows: int | None) -> dict[str, float]:
-        def between() -> None:
-            watchers.watchdog.beat()
-            watchers.stop.check(mesh)
+    def between() -> None:
+        watchers.watchdog.beat()
+        watchers.stop.check(mesh)
 
-        return evaluator(Model(decoder, params), rows, between)
-
+    few_shot = _few_shot(config, workdir, decoder, data.tokenizer, writer)
     parts = loop.Parts(
         plan=plan,
         mesh=mesh,
         batches=data.batches,
         documents=lambda batch: pipeline.described(batch, data.tokenizer),
-        evaluate=evaluate,
+        evaluate=lambda params, rows: evaluator(Model(decoder, params), rows, between),
+        few_shot=lambda params, step: few_shot(params, step, between),
         checkpoints=checkpoints,
         writer=writer,
         constant={"data/left_out": data.records.left_out} if config.data.on_bad_record == "skip" else {},
@@ -139,6 +140,32 @@ def _run(config: Config, workdir: Path, watchers: Watchers, opened: contextlib.E
     return scores
 
 
+def _few_shot(
+    config: Config, workdir: Path, decoder: Decoder, tokenizer: Tokenizer, writer: metrics.Writer
+) -> Callable[[Any, int, Callable[[], None]], dict[str, float]]:
+    """What scores parameters after so many steps on the few-shot tasks of ``config.eval.core``, if it names some.
+
+    Raises:
+      FewShotError: the folder has none.
+    """
+    if not config.eval.core:
+        return lambda *_: {}
+    folder = workdirs.expanded(config.eval.core, "config.eval.core")
+    choice = Choice(folder, config.eval.core_tasks, config.eval.core_items, config.scoring, named_by="config.eval.core")
+    assert decoder.mesh is not None
+    core = Core(config, decoder.mesh, tokenizer, choice)
+
+    def score(params: Any, step: int, between: Callable[[], None]) -> dict[str, float]:
+        kept, settings = results.folder_of(workdir, step, choice), {"run": fingerprint(config), "step": step}
+        scored = core(Model(decoder, params), kept, settings, lambda _: None, between)
+        if processes.is_first():
+            results.write(kept, scored)
+        writer.line(f"{scored.name}: {scored.mean:+.4f} after step {step:,} ({kept / results.TABLE})")
+        return scored.metrics()
+
+    return score
+
+
 def _trained(
     config: Config, parts: loop.Parts, watchers: Watchers, train_state: TrainState
 ) -> tuple[dict[str, Any], dict[str, float]]:
@@ -149,6 +176,7 @@ def _trained(
         return trainer.state.params, {}
     with watchers.stop.deferred():
         scores = parts.evaluate(trainer.state.params, None)
+        scores |= parts.few_shot(trainer.state.params, trainer.step)
     parts.writer.write(trainer.step, scores)
     return trainer.state.params, scores
 

@@ -41,6 +41,7 @@ class Parts:
       batches: this process's rows, without end.
       documents: tells what a batch of this process is made of.
       evaluate: scores parameters on so many held-out rows, all of them if None.
+      few_shot: scores parameters after so many steps on few-shot tasks, if the config names some.
       checkpoints: where the state is kept.
       writer: where metrics go.
       constant: written with every step's metrics.
@@ -53,6 +54,7 @@ class Parts:
     batches: grain.DatasetIterator
     documents: Callable[[Batch], Sequence[str]]
     evaluate: Callable[[Any, int | None], dict[str, float]]
+    few_shot: Callable[[Any, int], dict[str, float]]
     checkpoints: Checkpoints
     writer: Writer
     constant: dict[str, float]
@@ -111,16 +113,21 @@ class Trainer:
             pass; nothing is saved then.
           CheckpointError, WorkdirError: the work dir cannot be written.
         """
-        train, parts, watchers, first = self._config.train, self._parts, self._watchers, self.step
+        train, scored, parts, watchers = self._config.train, self._config.eval, self._parts, self._watchers
         limit = watchers.watchdog.phase("a step", "config.train.step_timeout", train.step_timeout)
+        first = self.step
         with watchers.stop.deferred(), limit:
             while self.step < parts.plan.steps and not watchers.stop.agreed(parts.mesh):
                 self._advance()
                 parts.checkpoints.check()
-                if _due(train.save_every, self.step) and self.step < parts.plan.steps:
+                if self.step == parts.plan.steps:
+                    break  # what the end brings is the same whatever is due
+                if _due(train.save_every, self.step):
                     self._save()
-                if _due(train.eval_every, self.step) and self.step < parts.plan.steps:
-                    self._evaluate()
+                if _due(train.eval_every, self.step):
+                    self._score("an evaluation", lambda params: parts.evaluate(params, scored.rows))
+                if _due(scored.core_every, self.step):
+                    self._score("few-shot tasks", lambda params: parts.few_shot(params, self.step))
             self._say(watchers.profiler.end(self.state))
             self._report()
             if self.step > first:
@@ -162,11 +169,11 @@ class Trainer:
         with self._clock.paused(), self._watchers.watchdog.phase(name, "config.train.phase_timeout", limit):
             yield
 
-    def _evaluate(self) -> None:
-        """Scores some held-out rows; a signal ends that, and the run goes on to its save."""
+    def _score(self, name: str, evaluate: Callable[[Any], dict[str, float]]) -> None:
+        """Scores the parameters; a signal ends that, and the run goes on to its save."""
         self._report()  # so that a bad step is noticed first, and the device has no step left to run meanwhile
-        with self._apart("an evaluation"), contextlib.suppress(Stopped):
-            self._parts.writer.write(self.step, self._parts.evaluate(self.state.params, self._config.eval.rows))
+        with self._apart(name), contextlib.suppress(Stopped):
+            self._parts.writer.write(self.step, evaluate(self.state.params))
 
     def _save(self) -> None:
         """Begins a save, of good numbers only, and writes how long it kept training from going on."""

@@ -209,6 +209,10 @@ class EvalConfig:
     scoring: Prefill = "sequential"  # how val/bpb_sequential is computed
     passes: NotNegative[int] = 4  # full forwards that show how memory settles (evaluation.health); 0 = not measured
     gap: NotNegative[float] = 0.01  # a warning is due where sequential BPB is above merged by more than this share
+    core: str = ""  # a folder with the few-shot tasks of CORE, scored at the end; "" = none
+    core_every: NotNegative[int] = 0  # in steps; 0 = only at the end
+    core_tasks: tuple[str, ...] = ()  # labels; none = all
+    core_items: NotNegative[int] = 500  # of each task, at most; 0 = all
     # What a plain model came to with the compute of the run that has this fingerprint, for its closing table.
     baseline: NotNegative[float] = 0.0
     baseline_of: str = ""
@@ -256,6 +260,11 @@ class Config:
     decode: DecodeConfig = DecodeConfig()
     mesh: MeshConfig = MeshConfig()
     seed: Seed = 0
+
+    @property
+    def scoring(self) -> DecodeConfig:
+        """How given text is read for a score: as ``decode`` says, but by ``eval.scoring``."""
+        return dataclasses.replace(self.decode, prefill=self.eval.scoring)
 
     def to_json(self) -> str:
         """The config as indented JSON; ``from_json`` inverts it."""

@@ -1,0 +1,1 @@
+"""Few-shot tasks, scored with the memory: items, prompts, scores, statistics."""
