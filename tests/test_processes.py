@@ -167,6 +167,23 @@ def test_two_processes_of_two_devices_equal_one_of_four(corpus, tmp_path):
     scores = json.loads(scores[begin:end])
     assert scores["val/bpb_sequential"] == pytest.approx(score["val/bpb_sequential"], rel=1e-6)
     assert "val/" not in silence
+    tasks = tmp_path / "tasks" / "commonsense_reasoning"
+    tasks.mkdir(parents=True)
+    items = [{"query": f"a{letter}", "choices": ["yes", "no"], "gold": 0} for letter in "bcd"]
+    (tasks / "copa.jsonl").write_text("\n".join(map(json.dumps, items)))
+    asked = on_two("lrt_jax.evaluate", f"--workdir={two}", f"--core={tasks.parent}", "--tasks=copa")
+    assert "| copa | 3 | 0 |" in asked[0] and "copa" not in asked[1]
+    evaluated = [sys.executable, "-m", "lrt_jax.evaluate", f"--workdir={two}", f"--core={tasks.parent}", "--tasks=copa"]
+    (kept,) = (two / "few_shot").iterdir()
+    kept.rename(tmp_path / "scored_by_two")
+    subprocess.run(evaluated, check=True, capture_output=True, cwd=ROOT, env={**os.environ, "JAX_NUM_CPU_DEVICES": "1"})
+    of_two, of_one = (
+        [json.loads(line) for line in next(folder.glob("copa-*.jsonl")).read_text().splitlines()[1:]]
+        for folder in (tmp_path / "scored_by_two", kept)
+    )
+    assert [one["item"] for one in of_two] == [one["item"] for one in of_one] == [0, 1, 2]
+    for one, other in zip(of_two, of_one, strict=True):
+        np.testing.assert_allclose(one["losses"], other["losses"], rtol=1e-5)
     sampled = on_two("lrt_jax.generate", f"--workdir={two}", "--prompt=word", "--tokens=4")
     assert "word" in sampled[0] and "word" not in sampled[1]
 

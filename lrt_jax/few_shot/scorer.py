@@ -23,8 +23,9 @@ from lrt_jax.setup.config import DecodeConfig
 
 T = TypeVar("T")
 
-# Fewest columns of a batch.
+# Fewest columns of a batch, and rows of a small one.
 COLUMNS = 8
+ROWS = 8
 # How many logits are computed at once, at most: 128 MB in float32.
 LOGITS = 2**25
 
@@ -138,7 +139,7 @@ class Scorer:
           tokens: about how many are read at once: rows of a batch times slots of their cache.
           use_memory: False zeroes the memory that the model reads: for ablations.
         """
-        self._mesh, self._context, self._tokens = mesh, context, tokens
+        self._mesh, self._context, self._how, self._tokens = mesh, context, how, tokens
         self._programs = programs(mesh, how, use_memory)
 
     def __call__(
@@ -151,9 +152,7 @@ class Scorer:
           questions: each with at most T tokens in an option, not counting its last.
           between: called before each batch; may raise, to end the scoring.
         """
-        by_shape: dict[_Shape, list[int]] = {}
-        for index, question in enumerate(questions):
-            by_shape.setdefault(self._shape(question), []).append(index)
+        by_shape = self._by_shape(questions)
         pending: Iterator[tuple[int, Answer]] = iter(())
         for shape, indices in sorted(by_shape.items(), reverse=True):  # the largest first: it may be too large
             indices.sort(key=lambda index: -len(questions[index].shared))
@@ -170,13 +169,44 @@ class Scorer:
         if whole > self._context:
             raise ValueError(f"an option reads {whole} tokens; the context has {self._context}")
         sizes = (len(question.shared), question.longest, max(question.scored), whole)
-        shared, options, scored, slots = (_rounded(size, self._mesh) for size in sizes)
-        return _Shape(shared, options, scored, min(slots, self._context))
+        shared, options, scored, slots = (self._rounded(size) for size in sizes)
+        # Token by token, empty first columns of what is shared cost nothing: one shape serves all.
+        return _Shape(slots if self._how.prefill == "sequential" else shared, options, scored, slots)
+
+    def _by_shape(self, questions: Sequence[Question]) -> dict[_Shape, list[int]]:
+        """The numbers of the questions of each shape; a few of their own shape are padded to that of others."""
+        found: dict[_Shape, list[int]] = {}
+        for index, question in enumerate(questions):
+            found.setdefault(self._shape(question), []).append(index)
+        for shape in sorted(found):
+            fitting = (other for other in found if other != shape and self._fits(shape, other))
+            if len(found[shape]) <= ROWS and (other := min(fitting, default=None)):
+                found[other] += found.pop(shape)
+        return found
+
+    def _fits(self, shape: _Shape, other: _Shape) -> bool:
+        """Whether questions of one shape may be padded to another. By fixed point chunks must stay as they are."""
+        larger = all(ours <= theirs for ours, theirs in zip(shape, other, strict=True))
+        same_chunks = shape.shared == other.shared and other.options <= self._how.chunk
+        return larger and (self._how.prefill == "sequential" or same_chunks)
+
+    def _rounded(self, number: int) -> int:
+        """The smallest size from ``number`` on that batches have: few, since each combination is compiled.
+
+        Four times apart where little is lost by it, and twice from 128 on; T is the largest.
+        """
+        size = COLUMNS
+        while size < number:
+            size *= 4 if size < 128 else 2
+        size = min(size, self._context)
+        return size + -size % self._mesh.shape["sequence"]
 
     def _rows(self, shape: _Shape, questions: int) -> int:
-        """Rows of a batch: not many more than there are questions."""
-        most = max(1, self._tokens // max(shape))
-        return meshes.whole_rows(self._mesh, min(most, 1 << (questions - 1).bit_length()))
+        """Rows of a batch: not many more than there are questions, and of few sizes."""
+        rows = ROWS
+        while rows < questions:
+            rows *= 4 if rows < 32 else 2
+        return meshes.whole_rows(self._mesh, min(rows, max(1, self._tokens // max(shape))))
 
     def _dispatch(self, model: Model, shape: _Shape, rows: int, questions: Sequence[Question]) -> Any:
         """Starts the computation of a batch; what it returns is still on the device."""
@@ -236,11 +266,3 @@ def _batches(sequence: Sequence[T], size: int) -> Iterator[Sequence[T]]:
 def _put(row_N: np.ndarray, tokens: np.ndarray) -> None:
     """At the end of a row."""
     row_N[len(row_N) - len(tokens) :] = tokens
-
-
-def _rounded(number: int, mesh: Mesh) -> int:
-    """The smallest size from ``number`` on that batches have: 2ⁿ or 3 · 2ⁿ columns, so that there are few."""
-    size = max(COLUMNS, 1 << max(0, number - 1).bit_length())
-    if size > COLUMNS and number <= 3 * size // 4:
-        size = 3 * size // 4
-    return size + -size % mesh.shape["sequence"]

@@ -132,7 +132,8 @@ def sequential(
     if keep_hidden:
         state, hidden_NxBxD = lax.scan(advance, state, tokens_BxN.T)
         return state, hidden_NxBxD.swapaxes(0, 1)
-    first = jnp.argmax(jnp.any(tokens_BxN != PAD, axis=0))
+    begun_N = jnp.any(tokens_BxN != PAD, axis=0)
+    first = jnp.where(jnp.any(begun_N), jnp.argmax(begun_N), len(begun_N))
 
     def body(index: jax.Array, carry: tuple[DecodeState, jax.Array]) -> tuple[DecodeState, jax.Array]:
         return advance(carry[0], lax.dynamic_index_in_dim(tokens_BxN, index, axis=1, keepdims=False))
