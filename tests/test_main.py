@@ -64,14 +64,26 @@ def corpus(tmp_path_factory):
     return [f"--config.data.corpus={folder}", "--config.data.held_out=0.2"]
 
 
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory):
+    """A folder with one task of CORE, three items and a broken line."""
+    folder = tmp_path_factory.mktemp("tasks")
+    (folder / "commonsense_reasoning").mkdir()
+    items = [{"query": f"word{one}", "choices": ["word1", "word2 word3"], "gold": one % 2} for one in range(3)]
+    lines = [*map(json.dumps, items), '{"query": "word1"}']
+    (folder / "commonsense_reasoning/copa.jsonl").write_text("\n".join(lines))
+    return folder
+
+
 STAGES = "plain:0.25, mix(plain 0.5, multi_refinement(1) 0.5):0.75"
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory, corpus):
-    """Work dir and output of two runs: as configured, and in stages."""
+def trained(tmp_path_factory, corpus, tasks):
+    """Work dir and output of two runs: as configured, and in stages, with few-shot tasks."""
     workdirs = [tmp_path_factory.mktemp(name) for name in ("undisturbed", "staged")]
-    changes = [], ["--config.train.steps=8", "--config.schedule.name=staged", f"--config.schedule.stages={STAGES}"]
+    staged = ["--config.train.steps=8", "--config.schedule.name=staged", f"--config.schedule.stages={STAGES}"]
+    changes = [], [*staged, f"--config.eval.core={tasks}", "--config.eval.core_every=4"]
     commands = zip(workdirs, changes, strict=True)
     ended = forked.run(*([*TRAIN, *corpus, f"--workdir={workdir}", *more] for workdir, more in commands))
     assert [code for code, _, _ in ended] == [0, 0], ended
@@ -84,14 +96,17 @@ def undisturbed(trained):
 
 
 @pytest.fixture(scope="module")
-def used(undisturbed):
+def used(undisturbed, trained, corpus, tasks):
     """How commands end that read the run: exit code, output, errors of each."""
     workdir = f"--workdir={undisturbed[0]}"
+    document = next(Path(corpus[0].partition("=")[2]).iterdir())
     several = [workdir, "--file=-", "--samples=2", "--tokens=6", "--stats", "--top_k=50", "--min_p=0.01"]
     several += ["--repetition_penalty=1.1", "--prefill=fixed_point", "--stop=word9"]
     bad_prompts = "word1\n\n" + "word2 " * 200 + "\nword3\n"
     commands = {
         "evaluate": ["lrt_jax.evaluate", workdir],
+        "text": ["lrt_jax.evaluate", workdir, f"--text={document}"],
+        "core": ["lrt_jax.evaluate", workdir, f"--core={tasks}", "--items=500", f"--against={trained[1][0]}"],
         # Without --tokens: fewer than the default, since the context is 64.
         "generate": ["lrt_jax.generate", workdir, "--prompt=word1"],
         "several": (["lrt_jax.generate", *several], "word1 word2\nword3"),
@@ -154,6 +169,26 @@ def test_evaluate_repeats_the_closing_scores(undisturbed, used):
     last = json.loads((workdir / "metrics.jsonl").read_text().splitlines()[-1])
     for name in ("val/bpb", "val/bpb_init", "val/bpb_sequential"):
         assert scores[name] == pytest.approx(last[name], rel=1e-6)
+
+
+def test_few_shot_tasks_are_asked_in_training_and_by_the_command(used, trained, tasks):
+    workdir, out = trained[1]
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if "few_shot/copa" in row] == [4, 8]
+    assert "mean over a part of the items of 1 of CORE's 22 tasks, which is not CORE" in out
+    assert sorted(path.name for path in (workdir / "few_shot").iterdir()) == ["step_4-sequential", "step_8-sequential"]
+    code, out, err = used["core"]
+    assert code == 0, err
+    assert f"{tasks}/commonsense_reasoning/copa.jsonl, line 4: choices is missing; it is left out" in out
+    assert "| copa | 3 | 0 | " in out and "squad: " in out and "| all items | 3 | " in out
+
+
+def test_any_text_is_scored(used):
+    code, out, err = used["text"]
+    assert code == 0, err
+    scores = json.loads(out)
+    assert 0 < scores["bpb"] < 8 and scores["bpb"] == scores["documents"][0]["bpb"]
+    assert scores["tokens"] > 64 and scores["fallbacks"] == 0
 
 
 def test_generate_continues_the_prompt(used):
@@ -274,6 +309,10 @@ WRONG = [
         [*TRAIN, "--config.schedule.name=staged", "--config.schedule.stages=interleaved(0):1"],
         "subsets is 0; it must",
     ),
+    (["lrt_jax.evaluate", "--workdir=/nowhere", "--tasks=copa"], "--tasks needs --core=FOLDER"),
+    (["lrt_jax.evaluate", "--workdir=/nowhere", "--core=/x", "--text=/y"], "--core and --text are both set"),
+    (["lrt_jax.evaluate", "--workdir=/nowhere", "--nomemory"], "--nomemory needs --core or --text"),
+    ([*TRAIN, "--config.eval.core=/nowhere"], "config.eval.core is '/nowhere', which is no folder"),
     (["lrt_jax.convert", "verify"], "the arguments are 'verify'; allowed are: import FILE"),
     (["lrt_jax.convert", "verify", "/nowhere.npz"], "there is no file /nowhere.npz"),
     (["lrt_jax.convert", "export", "/nowhere", "--out=x.safetensors"], "has no config.json"),

@@ -99,6 +99,7 @@ def _run(config: Config, workdir: Path, watchers: Watchers, opened: contextlib.E
     transformation = optimizer.build(config.optimizer, table(config.model), steps, mesh)
     plan = stages.build(config, decoder, mesh, transformation, steps)
     evaluator = Evaluator(config, mesh, data.held_out, data.tokenizer.token_bytes)
+    few_shot = _few_shot(config, workdir, decoder, data.tokenizer)
     checkpoints = checkpoint.Checkpoints(workdir, config.train.keep)
     opened.callback(checkpoints.close)
     train_state, begins = _state(config, workdir, start, checkpoints, decoder, transformation, data.batches)
@@ -117,14 +118,13 @@ def _run(config: Config, workdir: Path, watchers: Watchers, opened: contextlib.E
         watchers.watchdog.beat()
         watchers.stop.check(mesh)
 
-    few_shot = _few_shot(config, workdir, decoder, data.tokenizer, writer)
     parts = loop.Parts(
         plan=plan,
         mesh=mesh,
         batches=data.batches,
         documents=lambda batch: pipeline.described(batch, data.tokenizer),
         evaluate=lambda params, rows: evaluator(Model(decoder, params), rows, between),
-        few_shot=lambda params, step: few_shot(params, step, between),
+        few_shot=lambda params, step: few_shot(params, step, writer.line, between),
         checkpoints=checkpoints,
         writer=writer,
         constant={"data/left_out": data.records.left_out} if config.data.on_bad_record == "skip" else {},
@@ -140,10 +140,8 @@ def _run(config: Config, workdir: Path, watchers: Watchers, opened: contextlib.E
     return scores
 
 
-def _few_shot(
-    config: Config, workdir: Path, decoder: Decoder, tokenizer: Tokenizer, writer: metrics.Writer
-) -> Callable[[Any, int, Callable[[], None]], dict[str, float]]:
-    """What scores parameters after so many steps on the few-shot tasks of ``config.eval.core``, if it names some.
+def _few_shot(config: Config, workdir: Path, decoder: Decoder, tokenizer: Tokenizer) -> Callable[..., dict[str, float]]:
+    """A function of (params, step, say, between): it asks the few-shot tasks of ``config.eval.core``, if that is set.
 
     Raises:
       FewShotError: the folder has none.
@@ -155,12 +153,12 @@ def _few_shot(
     assert decoder.mesh is not None
     core = Core(config, decoder.mesh, tokenizer, choice)
 
-    def score(params: Any, step: int, between: Callable[[], None]) -> dict[str, float]:
+    def score(params: Any, step: int, say: Callable[[str], None], between: Callable[[], None]) -> dict[str, float]:
         kept, settings = results.folder_of(workdir, step, choice), {"run": fingerprint(config), "step": step}
         scored = core(Model(decoder, params), kept, settings, lambda _: None, between)
         if processes.is_first():
             results.write(kept, scored)
-        writer.line(f"{scored.name}: {scored.mean:+.4f} after step {step:,} ({kept / results.TABLE})")
+        say(f"{scored.name}: {scored.mean:+.4f} after step {step:,} ({kept / results.TABLE})")
         return scored.metrics()
 
     return score
