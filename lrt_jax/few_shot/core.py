@@ -50,6 +50,20 @@ class Choice:
     use_memory: bool = True
     named_by: str = "--core"
 
+    def files(self) -> dict[Task, str]:
+        """The file of each task, as the first process finds it; "" where there is none.
+
+        Raises:
+          FewShotError: there is no such task, or the folder has none of their files.
+        """
+        wanted = tasks.chosen(self.labels)
+
+        def paths() -> bytes:
+            found = tasks.files(self.folder, wanted, self.named_by)
+            return json.dumps([str(path or "") for _, path in found]).encode()
+
+        return dict(zip(wanted, json.loads(processes.from_first(paths)), strict=True))
+
     @property
     def how(self) -> dict[str, Any]:
         """What scores depend on beside the model and the items, as JSON has it."""
@@ -153,13 +167,7 @@ class Core:
         self._tokenizer, self._choice, self._context = tokenizer, choice, config.model.sequence_length
         tokens = config.eval.batch_size * self._context
         self._scorer = Scorer(mesh, self._context, choice.decode, tokens, use_memory=choice.use_memory)
-        wanted = tasks.chosen(choice.labels)
-
-        def paths() -> bytes:
-            found = tasks.files(choice.folder, wanted, choice.named_by)
-            return json.dumps([str(path or "") for _, path in found]).encode()
-
-        self._files = dict(zip(wanted, json.loads(processes.from_first(paths)), strict=True))
+        self._files = choice.files()
 
     def __call__(
         self,

@@ -85,6 +85,7 @@ def _run(config: Config, workdir: Path, watchers: Watchers, opened: contextlib.E
     """:func:`run`, while signals are heard and a watchdog watches; what is opened is closed by ``opened``."""
     began, startup = time.perf_counter(), watchers.startup
     mesh = _machine(config)
+    few_shot = _few_shot(config)
     start = _recover(workdir)
     changes = binding.check_config(config, workdir)
     counts = costs.count_parameters(config.model)
@@ -99,7 +100,7 @@ def _run(config: Config, workdir: Path, watchers: Watchers, opened: contextlib.E
     transformation = optimizer.build(config.optimizer, table(config.model), steps, mesh)
     plan = stages.build(config, decoder, mesh, transformation, steps)
     evaluator = Evaluator(config, mesh, data.held_out, data.tokenizer.token_bytes)
-    few_shot = _few_shot(config, workdir, decoder, data.tokenizer)
+    ask = _asking(config, workdir, decoder, data.tokenizer, few_shot)
     checkpoints = checkpoint.Checkpoints(workdir, config.train.keep)
     opened.callback(checkpoints.close)
     train_state, begins = _state(config, workdir, start, checkpoints, decoder, transformation, data.batches)
@@ -124,7 +125,7 @@ def _run(config: Config, workdir: Path, watchers: Watchers, opened: contextlib.E
         batches=data.batches,
         documents=lambda batch: pipeline.described(batch, data.tokenizer),
         evaluate=lambda params, rows: evaluator(Model(decoder, params), rows, between),
-        few_shot=lambda params, step: few_shot(params, step, writer.line, between),
+        few_shot=lambda params, step: ask(params, step, writer.line, between),
         checkpoints=checkpoints,
         writer=writer,
         constant={"data/left_out": data.records.left_out} if config.data.on_bad_record == "skip" else {},
@@ -140,20 +141,30 @@ def _run(config: Config, workdir: Path, watchers: Watchers, opened: contextlib.E
     return scores
 
 
-def _few_shot(config: Config, workdir: Path, decoder: Decoder, tokenizer: Tokenizer) -> Callable[..., dict[str, float]]:
-    """A function of (params, step, say, between): it asks the few-shot tasks of ``config.eval.core``, if that is set.
+def _few_shot(config: Config) -> Choice | None:
+    """What ``config.eval.core`` asks, if it is set.
 
     Raises:
-      FewShotError: the folder has none.
+      FewShotError: there is no such task, or the folder has none of their files.
     """
     if not config.eval.core:
-        return lambda *_: {}
+        return None
     folder = workdirs.expanded(config.eval.core, "config.eval.core")
     choice = Choice(folder, config.eval.core_tasks, config.eval.core_items, config.scoring, named_by="config.eval.core")
+    choice.files()
+    return choice
+
+
+def _asking(
+    config: Config, workdir: Path, decoder: Decoder, tokenizer: Tokenizer, choice: Choice | None
+) -> Callable[..., dict[str, float]]:
+    """A function of (params, step, say, between) that scores them on few-shot tasks."""
+    if choice is None:
+        return lambda *_: {}
     assert decoder.mesh is not None
     core = Core(config, decoder.mesh, tokenizer, choice)
 
-    def score(params: Any, step: int, say: Callable[[str], None], between: Callable[[], None]) -> dict[str, float]:
+    def ask(params: Any, step: int, say: Callable[[str], None], between: Callable[[], None]) -> dict[str, float]:
         kept, settings = results.folder_of(workdir, step, choice), {"run": fingerprint(config), "step": step}
         scored = core(Model(decoder, params), kept, settings, lambda _: None, between)
         if processes.is_first():
@@ -161,7 +172,7 @@ def _few_shot(config: Config, workdir: Path, decoder: Decoder, tokenizer: Tokeni
         say(f"{scored.name}: {scored.mean:+.4f} after step {step:,} ({kept / results.TABLE})")
         return scored.metrics()
 
-    return score
+    return ask
 
 
 def _trained(
