@@ -17,6 +17,8 @@ from lrt_jax.model.backend import HOMES, attention_kind, target
 from lrt_jax.model.buffer import SLOTS
 from lrt_jax.setup.config import ModelConfig
 
+Pieces = tuple[jax.Array, ...]
+
 
 def attention_for(
     config: ModelConfig, mesh: Mesh | None, length: int, subsets: int | None, ragged: bool, slot: jax.Array | int
@@ -34,68 +36,34 @@ def attention_for(
         if kind == "cudnn":
             from lrt_jax.model.cudnn import attend_by_cudnn
 
-            kernel: Callable[..., jax.Array] = functools.partial(attend_by_cudnn, **where)
-        else:
-            from lrt_jax.model.splash import attend_by_splash
+            return _with_known_window(config, functools.partial(attend_by_cudnn, **where))
+        from lrt_jax.model.splash import attend_by_splash
 
-            kernel = functools.partial(_joined, config, functools.partial(attend_by_splash, mesh=mesh, **where))
-        return functools.partial(_attend_by_kernel, config=config, kernel=kernel)
+        return _with_known_window(config, _joined(config, functools.partial(attend_by_splash, mesh=mesh, **where)))
     # Where positions are sharded, so are scores.
     whole = mesh is None or mesh.shape["sequence"] == 1
-    dense = attention.attend_in_parts if whole else attention.attend
-    return functools.partial(_attend_densely, config=config, attend=dense)
+    dense = _joined(config, attention.attend_in_parts if whole else attention.attend)
+    return lambda *arguments, farthest: dense(*arguments)
 
 
-def _attend_densely(
-    q_BxPxHxC: jax.Array,
-    k: tuple[jax.Array, ...],
-    v: tuple[jax.Array, ...],
-    queries_BxP: jax.Array,
-    keys_BxN: jax.Array,
-    window: jax.Array | int,
-    *,
-    farthest: int,
-    config: ModelConfig,
-    attend: Callable[..., jax.Array],
-) -> jax.Array:
-    """``attention.attend`` over pieces."""
-    del farthest
-    return _joined(config, attend, q_BxPxHxC, k, v, queries_BxP=queries_BxP, keys_BxN=keys_BxN, window=window)
+def _with_known_window(config: ModelConfig, kernel: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """A kernel, part of which is its window, whose positions are those of a whole subset, the same in all rows."""
 
+    def attend(q: jax.Array, k: Pieces, v: Pieces, *where: Any, farthest: int) -> jax.Array:
+        if not config.scan_layers or len(set(config.windows)) == 1:
+            return kernel(q, k, v, window=farthest)
+        # Scanned layers choose between two.
+        short, long = (functools.partial(kernel, window=size) for size in sorted(set(config.windows)))
+        return lax.cond(where[-1] < config.sequence_length, short, long, q, k, v)
 
-def _attend_by_kernel(
-    q_BxPxHxC: jax.Array,
-    k: tuple[jax.Array, ...],
-    v: tuple[jax.Array, ...],
-    queries_BxP: jax.Array,
-    keys_BxN: jax.Array,
-    window: jax.Array | int,
-    *,
-    farthest: int,
-    config: ModelConfig,
-    kernel: Callable[..., jax.Array],
-) -> jax.Array:
-    """A kernel over pieces, whose positions are those of a whole subset, the same in all rows."""
-    del queries_BxP, keys_BxN
-    if not config.scan_layers or len(set(config.windows)) == 1:
-        return kernel(q_BxPxHxC, k, v, window=farthest)
-    # A window is part of its kernel: scanned layers choose between two.
-    short, long = (functools.partial(kernel, window=size) for size in sorted(set(config.windows)))
-    return lax.cond(window < config.sequence_length, short, long, q_BxPxHxC, k, v)
+    return attend
 
 
 # What only moves numbers: cheaper to do again than to keep.
 MOVES = {"concatenate", "reshape", "transpose", "squeeze", "broadcast_in_dim", "pad", "slice"}
 
 
-def _joined(
-    config: ModelConfig,
-    attend: Callable[..., jax.Array],
-    q_BxPxHxC: jax.Array,
-    k: tuple[jax.Array, ...],
-    v: tuple[jax.Array, ...],
-    **rest: jax.Array | int,
-) -> jax.Array:
+def _joined(config: ModelConfig, attend: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
     """``attend`` with the pieces of keys, and of values, as one array each.
 
     The backward pass joins more than two again. Kept, they would be a copy of the buffer for each of S subset forwards,
@@ -103,12 +71,14 @@ def _joined(
     (docs/LOG.md). With ``remat`` nothing of a layer is kept.
     """
 
-    def on_pieces(q: jax.Array, k: tuple[jax.Array, ...], v: tuple[jax.Array, ...]) -> jax.Array:
-        return attend(q, *(jnp.concatenate(pieces, axis=SLOTS) for pieces in (k, v)), **rest)
+    def on_pieces(q: jax.Array, k: Pieces, v: Pieces, *where: Any, **window: int) -> jax.Array:
+        def joined(q: jax.Array, k: Pieces, v: Pieces) -> jax.Array:
+            return attend(q, *(jnp.concatenate(pieces, axis=SLOTS) for pieces in (k, v)), *where, **window)
 
-    if len(k) > 2 and not config.remat:
-        on_pieces = jax.checkpoint(on_pieces, policy=_is_computed)
-    return on_pieces(q_BxPxHxC, k, v)
+        again = len(k) > 2 and not config.remat
+        return (jax.checkpoint(joined, policy=_is_computed) if again else joined)(q, k, v)
+
+    return on_pieces
 
 
 def _is_computed(primitive: Any, *_: Any, **__: Any) -> bool:
