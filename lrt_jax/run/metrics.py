@@ -7,6 +7,7 @@ import os
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import tqdm
 from etils import epath
@@ -130,20 +131,10 @@ class Silent(Writer):
     def __init__(self) -> None:
         """Opens nothing."""
 
-    def write(self, step: int, metrics: dict[str, float]) -> None:
-        """Leaves metrics to the first process."""
+    def _nothing(self, *given: Any, **named: Any) -> None:
+        """Leaves it to the first process."""
 
-    def check(self) -> None:
-        """Leaves the work dir to the first process."""
-
-    def progress(self, step: int, loss: float, rates: tuple[float, float] | None) -> None:
-        """Shows nothing."""
-
-    def line(self, text: str) -> None:
-        """Prints nothing."""
-
-    def close(self) -> None:
-        """Has nothing to close."""
+    write = check = progress = line = close = _nothing
 
 
 def _set_aside_after(step: int, path: Path) -> None:
