@@ -3,13 +3,13 @@
 Which of it a run that goes on may change is said here; the config that lies in the work dir is written and read here.
 """
 
-import dataclasses
 import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
 from etils import epath
+from flax.traverse_util import flatten_dict
 
 from lrt_jax.data import tokenizer
 from lrt_jax.durability import inventory, manifest
@@ -47,7 +47,7 @@ def check_config(config: Config, workdir: epath.PathLike) -> list[str]:
     changes = []
     fixed = FIXED_BY_PARAMETERS if holds_parameters_only(workdir) else FIXED
     if steps or path.exists():
-        before, now = (_flat(dataclasses.asdict(c)) for c in (_config_in(path), config))
+        before, now = (flatten_dict(json.loads(c.to_json()), sep=".") for c in (_config_in(path), config))
         for name in sorted(before.keys() | now.keys()):
             if before.get(name) == now.get(name):
                 continue
@@ -158,13 +158,3 @@ def _is_same_place(before: Any, now: Any) -> bool:
 
 def _is_within(name: str, groups: tuple[str, ...]) -> bool:
     return any(name == group or name.startswith(group + ".") for group in groups)
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in tree.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{name}.")
-        else:
-            flat[prefix + name] = json.loads(json.dumps(value))
-    return flat

@@ -16,6 +16,7 @@ from typing import Any, TextIO, TypeVar
 import jax
 import numpy as np
 from absl import flags
+from flax.traverse_util import flatten_dict
 from jax.experimental import multihost_utils
 
 from lrt_jax.setup.errors import UserError
@@ -218,7 +219,7 @@ def require_same(name: str, values: Mapping[str, Any]) -> None:
     """
     if count() == 1:
         return
-    given = [_flat(json.loads(text), name) for text in gathered(json.dumps(values))]
+    given = [flatten_dict({name: json.loads(text)}, sep=".") for text in gathered(json.dumps(values))]
     first = given[0]
     for process, found in enumerate(given):
         different = [field for field in first | found if field not in first or first[field] != found.get(field)]
@@ -229,12 +230,3 @@ def require_same(name: str, values: Mapping[str, Any]) -> None:
                 f"process {process} has {field} {found.get(field)!r}, process 0 has {first.get(field)!r}{also}; all "
                 "processes must be given the same"
             )
-
-
-def _flat(values: Mapping[str, Any], path: str) -> dict[str, Any]:
-    """Nested values by their dotted names."""
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        where = f"{path}.{name}"
-        flat |= _flat(value, where) if isinstance(value, dict) else {where: value}
-    return flat
