@@ -111,7 +111,8 @@ def block(
       begins with.
     """
     inputs, positions = context.inputs, context.positions
-    x_BxPxD = memory.mix_residual(x_BxPxD, inputs.x0_BxPxD, inputs.memory_BxPxD, *weights.residual)
+    scalars = (weights.alpha, weights.beta, weights.gamma)
+    x_BxPxD = memory.mix_residual(x_BxPxD, inputs.x0_BxPxD, inputs.memory_BxPxD, *scalars)
 
     h_BxPxD = rms_norm(x_BxPxD)
     q, kv = weights.queries_keys_values(h_BxPxD)

@@ -74,7 +74,7 @@ def _at_once(
         # do rows and columns change places, so that table and gradient need not travel (with constraints alone, the
         # partitioner sends them all the same where a device has many rows; docs/LOG.md).
         if columns is not None:
-            each = functools.partial(_of_all_columns, tokens_NxBxP=wanted, columns=columns, axis=0, dtype=dtype)
+            each = functools.partial(_of_all_columns, tokens_NxBxP=wanted, columns=columns, dtype=dtype)
             return each(table) if axis == 0 else lax.map(each, table)
         return meshes.constrain(mesh, jnp.take(table, wanted, axis=axis).astype(dtype), *axes)
 
@@ -87,14 +87,13 @@ def _at_once(
     return x0, jnp.split(values_ExBxPxKxC, edges, axis=2)
 
 
-def _of_all_columns(table: jax.Array, tokens_NxBxP: jax.Array, columns: str, axis: int, dtype: jnp.dtype) -> jax.Array:
+def _of_all_columns(table: jax.Array, tokens_NxBxP: jax.Array, columns: str, dtype: jnp.dtype) -> jax.Array:
     """What ``_at_once`` says, by hand: ``table`` has some of the last axis, and this device is to have its own rows.
 
-    All behind ``axis``, that of the vocabulary, is one axis meanwhile: a device's part of a head is narrower than a
-    TPU's vectors, which would be filled with nothing (27 instead of 7 GiB at depth 12; docs/SCALING.md).
+    All behind the first axis, that of the vocabulary, is one axis meanwhile: a device's part of a head is narrower than
+    a TPU's vectors, which would be filled with nothing (27 instead of 7 GiB at depth 12; docs/SCALING.md).
     """
-    (*before, _), behind = table.shape[: axis + 1], table.shape[axis + 1 :]
-    found = jnp.take(table.reshape(*table.shape[: axis + 1], -1), tokens_NxBxP, axis=axis).astype(dtype)
-    found = lax.all_to_all(found, columns, split_axis=axis, concat_axis=axis)  # N are devices' columns now
-    parts = jnp.moveaxis(found.reshape(*before, *tokens_NxBxP.shape, *behind), axis, -2)
+    found = jnp.take(table.reshape(len(table), -1), tokens_NxBxP, axis=0).astype(dtype)
+    found = lax.all_to_all(found, columns, split_axis=0, concat_axis=0)  # N are devices' columns now
+    parts = jnp.moveaxis(found.reshape(*tokens_NxBxP.shape, *table.shape[1:]), 0, -2)
     return parts.reshape(*parts.shape[:-2], -1)

@@ -38,11 +38,6 @@ class Weights(NamedTuple):
     memory_value: Any = None
     memory_gate: Any = None
 
-    @property
-    def residual(self) -> tuple[Any, Any, Any]:
-        """α, β and γ."""
-        return self.alpha, self.beta, self.gamma
-
     def queries_keys_values(self, h_BxPxD: jax.Array) -> tuple[jax.Array, KV]:
         """Wq h [B, P, H, C], and Wk h and Wv h [B, P, K, C]."""
         if self.attention_in is None:
