@@ -4,6 +4,7 @@ A config file (``configs/*.py``) returns an ``ml_collections.ConfigDict``; comma
 :func:`from_config_dict` turns it into a :class:`Config` or raises :class:`ConfigError`. Everything behind ``main.py``
 sees the dataclasses only.
 """
+# ruff: noqa: F401  all that is imported here is for others
 
 from lrt_jax.setup.fields import (
     ALL,
@@ -29,31 +30,3 @@ from lrt_jax.setup.fields import (
 from lrt_jax.setup.schedule import ScheduleConfig
 from lrt_jax.setup.schema import ConfigError
 from lrt_jax.setup.validation import from_config_dict, from_json, validate, validate_model
-
-__all__ = [
-    "ALL",
-    "FINAL",
-    "NAMED",
-    "UNNAMED",
-    "Config",
-    "ConfigError",
-    "DataConfig",
-    "DecodeConfig",
-    "Dtype",
-    "EvalConfig",
-    "Gather",
-    "Memory",
-    "MeshConfig",
-    "ModelConfig",
-    "OptimizerConfig",
-    "Prefill",
-    "ScheduleConfig",
-    "TrainConfig",
-    "ValueEmbeddings",
-    "default_config",
-    "fingerprint",
-    "from_config_dict",
-    "from_json",
-    "validate",
-    "validate_model",
-]
