@@ -1,9 +1,9 @@
 """What a sweep runs: configs, each for a budget of effective tokens, and where each run lives."""
 
+import collections
 import dataclasses
 import os
 import re
-from collections.abc import Iterable
 from pathlib import Path
 
 from ml_collections import ConfigDict
@@ -88,16 +88,10 @@ def load(path: str) -> Sweep:
         raise ConfigError(f"the sweep is {path!r}, whose get_sweep returns no runs; {rule}")
     if sweep.baseline not in {run.variant for run in sweep.runs}:
         raise ConfigError(f"the sweep is {path!r}, whose baseline {sweep.baseline!r} is none of its variants")
-    _require_different(path, [run.name for run in sweep.runs])
+    name, count = collections.Counter(run.name for run in sweep.runs).most_common(1)[0]
+    if count > 1:
+        raise ConfigError(f"the sweep is {path!r}, in which two runs are {name}; they must differ")
     return sweep
-
-
-def _require_different(path: str, names: Iterable[str]) -> None:
-    seen: set[str] = set()
-    for name in names:
-        if name in seen:
-            raise ConfigError(f"the sweep is {path!r}, in which two runs are {name}; they must differ")
-        seen.add(name)
 
 
 def share(runs: tuple[Run, ...], shard: str) -> tuple[Run, ...]:
