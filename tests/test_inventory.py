@@ -2,6 +2,7 @@
 
 import asyncio
 import errno
+import hashlib
 import json
 import os
 import pwd
@@ -300,13 +301,14 @@ def test_a_file_in_place_of_all_checkpoints_is_named(tmp_path):
         inventory.recover(tmp_path, print)
 
 
-def test_a_manifest_reads_files_in_pieces(tmp_path, monkeypatch):
-    monkeypatch.setattr(manifest, "PIECE", 7)
-    (tmp_path / "a").write_bytes(bytes(range(100)))
+def test_a_manifest_has_size_and_checksum_of_a_file_that_is_read_in_pieces(tmp_path):
+    data = bytes(range(256)) * 10_000
+    (tmp_path / "a").write_bytes(data)
     folder = epath.Path(tmp_path)
     manifest.write(folder)
-    assert json.loads((tmp_path / manifest.FILE).read_text())["files"]["a"]["bytes"] == 100
-    assert manifest.faults(folder) == [] and manifest.total_bytes(folder) == 100
+    noted = json.loads((tmp_path / manifest.FILE).read_text())["files"]["a"]
+    assert noted == {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    assert manifest.faults(folder) == [] and manifest.total_bytes(folder) == len(data)
 
 
 def test_a_write_that_ends_after_a_save_failed_prints_no_traceback(tmp_path, monkeypatch):

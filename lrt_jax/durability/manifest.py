@@ -16,7 +16,6 @@ from etils import epath
 from lrt_jax.setup.paths import bytes_of
 
 FILE = "manifest.json"
-PIECE = 1 << 23  # bytes in memory per file that is being read
 THREADS = min(8, os.cpu_count() or 1)  # hashing releases the interpreter's lock
 
 
@@ -129,11 +128,8 @@ def _names(folder: epath.Path) -> list[str]:
 
 
 def _digest(path: epath.Path, *, flush: bool = False) -> tuple[int, str]:
-    size, digest = 0, hashlib.sha256()
     with path.open("rb") as stream:
-        while piece := stream.read(PIECE):
-            digest.update(piece)
-            size += len(piece)
+        digest, size = hashlib.file_digest(stream, "sha256"), stream.tell()
         if flush:
             _flush(stream)
     return size, digest.hexdigest()
