@@ -21,7 +21,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from lrt_jax.conversion import files, parity, reference
-from lrt_jax.conversion.errors import ConversionError
+from lrt_jax.conversion.files import ConversionError
 from lrt_jax.conversion.reference import from_reference, to_reference
 from lrt_jax.data import tokenizer as tokenizers
 from lrt_jax.durability import binding, checkpoint
@@ -137,8 +137,9 @@ def _config_and_params(
         )
     if stated is not None:
         _check_same_model(path, stated.model, config.model)
-    if set(file.parameters) & set(table(config.model)):
-        _check_own(file.parameters, config.model)
+    own = table(config.model)
+    if file.parameters.keys() & own.keys():
+        files.check_shapes(file.parameters, {name: [parameter.shape] for name, parameter in own.items()})
         return config, {name: files.widened(name, array) for name, array in file.parameters.items()}
     return config, from_reference(file.parameters, config.model)
 
@@ -192,19 +193,6 @@ def _check_same_model(path: Path, stated: ModelConfig, given: ModelConfig) -> No
     ]
     if different:
         raise ConversionError(f"the model of --config is not that of {path}: {', '.join(different)}")
-
-
-def _check_own(arrays: dict[str, np.ndarray], config: ModelConfig) -> None:
-    expected = {name: parameter.shape for name, parameter in table(config).items()}
-    faults = [f"{name} misses" for name in expected if name not in arrays]
-    faults += [f"{name} is surplus" for name in sorted(arrays.keys() - expected.keys())]
-    faults += [
-        f"{name} has shape {arrays[name].shape} instead of {shape}"
-        for name, shape in expected.items()
-        if name in arrays and arrays[name].shape != shape
-    ]
-    if faults:
-        raise ConversionError(f"the arrays do not fit the model config: {'; '.join(faults)}")
 
 
 def _tokenizer(

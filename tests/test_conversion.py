@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 from lrt_jax import convert
 from lrt_jax.conversion import files, reference
-from lrt_jax.conversion.errors import ConversionError
+from lrt_jax.conversion.files import ConversionError
 from lrt_jax.data import tokenizer
 from lrt_jax.durability import binding
 from lrt_jax.inference import load

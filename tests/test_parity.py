@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from lrt_jax.conversion import parity
-from lrt_jax.conversion.errors import ConversionError
+from lrt_jax.conversion.files import ConversionError
 
 GOLDEN = Path(__file__).parent / "golden"
 FILES = {"lrt_s2": 62, "lrt_s2_full_context": 62, "lrt_s4_refresh": 64, "plain_baseline": 34}

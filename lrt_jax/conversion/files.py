@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +10,17 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from lrt_jax.conversion.errors import ConversionError
+from lrt_jax.setup.errors import UserError
 
 KINDS = ".npz, .safetensors, .pt, .pth or .bin"
 # In a file that also holds results, the parameters' names begin so.
 PARAMETERS = "param/"
 # Dtypes that float32 holds exactly.
 NARROW = ("float16", "bfloat16")
+
+
+class ConversionError(UserError):
+    """Arrays, or the config that came with them, do not fit; one sentence says which."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,3 +171,20 @@ def widened(name: str, array: np.ndarray) -> np.ndarray:
             f"{name} has {infinite:,} of {array.size:,} entries that are not finite in float32; all must be finite"
         )
     return array
+
+
+def check_shapes(arrays: Mapping[str, np.ndarray], allowed: Mapping[str, Sequence[tuple[int, ...]]]) -> None:
+    """Checks that the arrays are those of a model, each of one of the shapes that it may have.
+
+    Raises:
+      ConversionError: lists every array that is missing, is surplus or has another shape.
+    """
+    faults = [f"{name} is missing" for name in allowed if name not in arrays]
+    faults += [f"{name} is surplus" for name in sorted(arrays.keys() - allowed.keys())]
+    faults += [
+        f"{name} has shape {arrays[name].shape} instead of {shapes[0]}"
+        for name, shapes in allowed.items()
+        if name in arrays and arrays[name].shape not in shapes
+    ]
+    if faults:
+        raise ConversionError(f"the arrays do not fit the model config: {'; '.join(faults)}")

@@ -16,7 +16,7 @@ import numpy as np
 from jax import lax
 
 from lrt_jax.conversion import files, reference
-from lrt_jax.conversion.errors import ConversionError
+from lrt_jax.conversion.files import ConversionError
 from lrt_jax.inference import decode
 from lrt_jax.method import forwards, schedules
 from lrt_jax.method.schedules import Outcome

@@ -10,8 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lrt_jax.conversion.errors import ConversionError
-from lrt_jax.conversion.files import widened
+from lrt_jax.conversion.files import ConversionError, check_shapes, widened
 from lrt_jax.model.parameters import Parameter, table
 from lrt_jax.setup.config import ConfigError, Dtype, ModelConfig, ScheduleConfig, ValueEmbeddings, validate_model
 
@@ -200,7 +199,7 @@ def from_reference(arrays: Mapping[str, np.ndarray], config: ModelConfig) -> dic
       ConfigError: the reference has no such model.
     """
     arrays = {name.removeprefix("_orig_mod."): np.asarray(array) for name, array in arrays.items()}
-    _check_arrays(arrays, config)
+    check_shapes(arrays, {piece.name: _shapes(piece, config) for piece in _pieces(config)})
     pieces: dict[str, list[np.ndarray]] = {}
     for piece in _pieces(config):
         array = widened(piece.name, arrays[piece.name])
@@ -278,6 +277,14 @@ def _shape(piece: Piece, config: ModelConfig) -> tuple[int, ...]:
     return first
 
 
+def _shapes(piece: Piece, config: ModelConfig) -> list[tuple[int, ...]]:
+    """The same, and that with a padded vocabulary."""
+    shape = _shape(piece, config)
+    if "vocab" not in table(config)[piece.ours[0]].axes:
+        return [shape]
+    return [shape, (-(-shape[0] // VOCAB_MULTIPLE) * VOCAB_MULTIPLE, *shape[1:])]
+
+
 def _own_shape(parameter: Parameter, piece: Piece) -> tuple[int, ...]:
     return parameter.shape if piece.row is None else parameter.shape[1:]
 
@@ -310,21 +317,3 @@ def _to_theirs(piece: Piece, parts: list[np.ndarray], config: ModelConfig) -> np
     (array,) = parts
     shape = _shape(piece, config)
     return array.reshape(shape[::-1]).T if _is_linear(piece.ours[0]) else array.reshape(shape)
-
-
-def _check_arrays(arrays: Mapping[str, np.ndarray], config: ModelConfig) -> None:
-    """Lists all that does not fit, at once."""
-    expected = {piece.name: piece for piece in _pieces(config)}
-    faults = [f"{name} is missing" for name in expected if name not in arrays]
-    faults += [f"{name} is surplus" for name in sorted(arrays.keys() - expected.keys())]
-    for name, piece in expected.items():
-        if name not in arrays:
-            continue
-        shape, found = _shape(piece, config), arrays[name].shape
-        allowed = [shape]
-        if "vocab" in table(config)[piece.ours[0]].axes:
-            allowed.append((-(-shape[0] // VOCAB_MULTIPLE) * VOCAB_MULTIPLE, *shape[1:]))
-        if found not in allowed:
-            faults.append(f"{name} has shape {found} instead of {shape}")
-    if faults:
-        raise ConversionError(f"the arrays do not fit the model config: {'; '.join(faults)}")
