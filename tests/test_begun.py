@@ -47,7 +47,7 @@ def test_names_below_the_root_and_sizes_are_what_counts(tmp_path, monkeypatch):
     for source in ("above/d", "above"):  # where all names have one folder more
         again = opened(source, begun)
         assert names_of(again) == list(NAMES)
-        assert [shard.documents() for shard in again.shards] == [
+        assert [list(shard.texts()) for shard in again.shards] == [
             [(tmp_path / "above" / "d" / name).read_text()] if name.endswith(".txt") else [f"document 2 in {name}"]
             for name in NAMES
         ]
@@ -98,7 +98,7 @@ def test_tokens_of_before_are_gone_on_with_as_they_were_read(tmp_path):
     for name in ("x.log", "y.json"):  # what was not known was text
         (tmp_path / name).write_text('{"text": "x"}')
         as_text = Begun({name: 13}, as_before=True)
-        assert opened(tmp_path / name, as_text).shards[0].documents() == ['{"text": "x"}']
+        assert list(opened(tmp_path / name, as_text).shards[0].texts()) == ['{"text": "x"}']
 
 
 def test_what_tokens_were_made_of_is_known_once_they_are_complete(tmp_path):

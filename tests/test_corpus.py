@@ -90,7 +90,7 @@ def test_jsonl_has_a_document_per_line(tmp_path, compress):
 def test_parquet_has_a_shard_per_row_group(tmp_path):
     write_parquet(tmp_path / "a.parquet", [*TEXTS, None], column="body")
     corpus = open_corpus(DataConfig(corpus=str(tmp_path), text_field="body"))
-    assert [shard.documents() for shard in corpus.shards] == [TEXTS[:2], TEXTS[2:], []]
+    assert [list(shard.texts()) for shard in corpus.shards] == [TEXTS[:2], TEXTS[2:], []]
     assert [shard.name for shard in corpus.shards] == ["a.parquet#0", "a.parquet#1", "a.parquet#2"]
 
 
@@ -287,7 +287,7 @@ def test_the_standard_library_is_read_exactly():
     assert not [name for name in names if "site-packages" in name or "__pycache__" in name]
     for shard in [shard for shard in corpus.shards if shard.name.startswith("json/")]:
         data = (root / shard.name).read_bytes()
-        assert shard.documents() == ([data.decode()] if data else [])
+        assert list(shard.texts()) == ([data.decode()] if data else [])
 
 
 def test_undecodable_library_files_are_skipped(tmp_path, monkeypatch):

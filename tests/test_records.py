@@ -169,7 +169,7 @@ def test_left_out_records_are_counted_once_and_for_good(folder, tmp_path):
     config = config_of(folder, on_bad_record="skip")
     corpus = open_corpus(config.data)
     for shard in corpus.shards:  # as the tokenizer reads them before
-        shard.documents()
+        list(shard.texts())
     records = prepare(config, corpus, TOKENIZER, tmp_path / "run")
     assert (
         records.left_out == 3 and prepare(config, open_corpus(config.data), TOKENIZER, tmp_path / "run").left_out == 3

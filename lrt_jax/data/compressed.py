@@ -58,12 +58,6 @@ def opened(path: str) -> Iterator[BinaryIO]:
             yield stream
 
 
-def read(path: str) -> bytes:
-    """All of :func:`opened`."""
-    with opened(path) as stream:
-        return stream.read()
-
-
 def require_regular(path: str) -> None:
     """Checks that a path is not a pipe, a socket or a device, which would be waited for, or never end.
 

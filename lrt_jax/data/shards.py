@@ -4,6 +4,7 @@ Nothing of a file is held but the document at hand, however large the file.
 """
 
 import abc
+import contextlib
 import dataclasses
 import functools
 import json
@@ -41,10 +42,6 @@ class Shard(abc.ABC):
                 DataError(f"config.data.corpus: {self.path} cannot be read ({error.strerror or error}); check it")
             )
 
-    def documents(self) -> list[str]:
-        """:meth:`texts`, all at once."""
-        return list(self.texts())
-
     @abc.abstractmethod
     def _texts(self) -> Iterator[str]:
         """What :meth:`texts` says, with empty ones; an error that it raises is one of the whole shard."""
@@ -70,10 +67,8 @@ class SourceShard(Shard):
     """A Python source file of the standard library: one document, never cut."""
 
     def _texts(self) -> Iterator[str]:
-        try:
-            yield compressed.read(self.path).decode()
-        except UnicodeDecodeError:
-            return  # the library ships a few that are broken on purpose, for its own tests
+        with compressed.opened(self.path) as stream, contextlib.suppress(UnicodeDecodeError):
+            yield stream.read().decode()  # the library ships a few that are broken on purpose, for its own tests
 
 
 @dataclasses.dataclass(frozen=True)
