@@ -89,14 +89,14 @@ def run(
         done = fixed_point(
             model, state, chunk_BxP, config, use_memory=use_memory, keep_hidden=keep_hidden, from_start=from_start
         )
-        return done.state, done
+        return done.state, done.replace(state=None)
 
     state, first = one(state, chunks_MxBxP[0], from_start)
     if chunks == 1:
-        return first.replace(hidden_BxNxD=first.hidden_BxNxD[:, -length:])
+        return first.replace(state=state, hidden_BxNxD=first.hidden_BxNxD[:, -length:])
     # Each chunk's fixed point is found given the cache of the chunks before: exact, in bounded memory.
-    state, rest = lax.scan(lambda state, chunk: _without_state(one(state, chunk)), state, chunks_MxBxP[1:])
-    every = jax.tree.map(lambda a, b: jnp.concatenate([a[None], b]), first.replace(state=None), rest)
+    state, rest = lax.scan(one, state, chunks_MxBxP[1:])
+    every = jax.tree.map(lambda a, b: jnp.concatenate([a[None], b]), first, rest)
     hidden_BxMxPxD = every.hidden_BxNxD.swapaxes(0, 1)
     hidden_BxNxD = hidden_BxMxPxD.reshape(rows, -1, hidden_BxMxPxD.shape[-1])[:, -length if keep_hidden else -1 :]
     return Prefilled(
@@ -106,10 +106,6 @@ def run(
         residual_B=jnp.max(every.residual_B, axis=0),
         fallbacks_B=jnp.sum(every.fallbacks_B, axis=0),
     )
-
-
-def _without_state(pair: tuple[DecodeState, Prefilled]) -> tuple[DecodeState, Prefilled]:
-    return pair[0], pair[1].replace(state=None)
 
 
 def sequential(

@@ -85,21 +85,6 @@ class Chunk:
         guess = jnp.zeros_like(known_Bx1xD) if source_BxPxD is None else jnp.take(source_BxPxD, previous_P, axis=1)
         return jnp.where(first_BxP[:, :, None], known_Bx1xD, guess)
 
-    def forward(
-        self, columns: tuple[jax.Array, jax.Array], memory_BxPxD: jax.Array | None, *buffer_and_subset: Any
-    ) -> Forward:
-        """``decode.forward`` of these columns' tokens and positions."""
-        tokens_BxP, positions_BxP = columns
-        return decode.forward(
-            self.model,
-            self.state,
-            tokens_BxP,
-            memory_BxPxD,
-            positions_BxP,
-            *buffer_and_subset,
-            from_start=self.from_start,
-        )
-
 
 def first(chunk: Chunk, needed_B: jax.Array, *, zero_memory: bool) -> Guess:
     """The iterate that the others begin with: a full forward in which all but each row's first token have zero memory.
@@ -111,7 +96,8 @@ def first(chunk: Chunk, needed_B: jax.Array, *, zero_memory: bool) -> Guess:
     """
     nothing = zero_memory or chunk.from_start  # in the first state the first memory is zero
     memory = None if nothing else chunk.memory(None, None, chunk.first_BxP)
-    out = chunk.forward((chunk.tokens_BxP, chunk.positions_BxP), memory)
+    columns = (chunk.tokens_BxP, memory, chunk.positions_BxP)
+    out = decode.forward(chunk.model, chunk.state, *columns, from_start=chunk.from_start)
     wide = jnp.promote_types(out.source_BxPxD.dtype, jnp.float32)
     in_slots = chunk.partition.in_slots
     return Guess(
@@ -134,8 +120,9 @@ def refined(chunk: Chunk, guess: Guess) -> Guess:
         kv, source_BxPxD, hidden_BxPxD = carry
         index, tokens, positions, first_BxP, previous_P = mine
         memory_BxPxD = chunk.memory(source_BxPxD, previous_P, first_BxP)
+        columns = (tokens, memory_BxPxD, positions)
         rest = (Buffer((kv,), positions_BxP), index) if partition.subsets > 1 else ()
-        out = chunk.forward((tokens, positions), memory_BxPxD, *rest)
+        out = decode.forward(chunk.model, chunk.state, *columns, *rest, from_start=chunk.from_start)
         put = lambda old, new: lax.dynamic_update_slice_in_dim(old, new, index * size, axis=1)  # noqa: E731
         states = put(source_BxPxD, out.source_BxPxD), put(hidden_BxPxD, out.hidden_BxPxD)
         return (out.buffer.pieces[0], *states), None
