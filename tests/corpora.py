@@ -14,7 +14,7 @@ TEXTS = ["first document", "zweites Dokument: ä\r\n", "third\u2028with a separa
 
 def documents(source, **fields) -> list[str]:
     corpus = open_corpus(DataConfig(corpus=str(source), **fields))
-    return [text for shard in corpus.shards for text in list(shard.texts())]
+    return [text for shard in corpus.shards for text in shard.texts()]
 
 
 def write_jsonl(path: Path, texts=TEXTS, field="text") -> bytes:
@@ -32,8 +32,8 @@ def skipping(source, **fields) -> tuple[list[str], list[str]]:
     found = []
     for _ in range(2):
         corpus = open_corpus(DataConfig(corpus=str(source), on_bad_record="skip", **fields))
-        texts = [text for shard in corpus.shards for text in list(shard.texts())]
-        again = [text for shard in corpus.shards for text in list(shard.texts())]
+        texts = [text for shard in corpus.shards for text in shard.texts()]
+        again = [text for shard in corpus.shards for text in shard.texts()]
         assert texts == again
         found.append((texts, corpus.bad.left_out))
     assert found[0] == found[1]

@@ -38,7 +38,8 @@ def from_config_dict(config: ConfigDict) -> Config:
       ConfigError: a field is unknown, is missing, has the wrong type, or contradicts another.
     """
     found = validate(config.to_dict())
-    _refuse_idle_numbers(found.schedule)
+    # Here alone: what was written before may have the number of another schedule than those of the run.
+    _refuse("schedule", found.schedule, _idle(found.schedule, [one.number for one in SCHEDULES.values() if one.number]))
     return found
 
 
@@ -72,15 +73,6 @@ def validate_model(model: ModelConfig) -> ModelConfig:
     found: ModelConfig = schema.build(ModelConfig, model, "config.model")
     _refuse("model", found, _in_model(found))
     return found
-
-
-def _refuse_idle_numbers(schedule: ScheduleConfig) -> None:
-    """Refuses a number of another schedule than those of the run; configs that were written before may have one.
-
-    Raises:
-      ConfigError: there is one that is not at its default.
-    """
-    _refuse("schedule", schedule, _idle(schedule, [one.number for one in SCHEDULES.values() if one.number]))
 
 
 def _refuse(group: str, part: Any, broken: Broken) -> None:
