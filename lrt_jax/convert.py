@@ -92,11 +92,11 @@ def import_weights(
     """Makes a work dir of a file of weights, in the authors' names or ours.
 
     Args:
-      path: the weights.
+      path: of the file.
       workdir: to make.
       config: of the run; its model must be the file's, where the file says which that is.
       reference_config: a JSON file with the authors' config fields.
-      tokenizer: a SentencePiece model.
+      tokenizer: a file with a SentencePiece model.
 
     Raises:
       UserError: the file, the config or the tokenizer does not fit, or the work dir is not empty.
@@ -215,13 +215,9 @@ def _tokenizer(
 
 
 def export_weights(workdir: Path, out: Path, step: int | None = None, names: str = "lrt_jax") -> None:
-    """Writes a checkpoint's parameters to one safetensors file that :func:`import_weights` reads.
+    """Writes the parameters of a checkpoint (None: the newest) to a new safetensors file for :func:`import_weights`.
 
-    Args:
-      workdir: the run's.
-      out: the new file.
-      step: of the checkpoint; None: the newest.
-      names: "lrt_jax", with the config and the tokenizer; or "reference", with the authors' config fields.
+    In our names, "lrt_jax", with the config and the tokenizer; or "reference", with the authors' config fields.
 
     Raises:
       UserError: there is no such checkpoint, the file is there already, or the reference has no such model.

@@ -52,7 +52,6 @@ def differences(path: Path, dtype: Dtype = "float64", **model: Any) -> Iterator[
     """Computes everything that a parity file holds, and compares.
 
     Args:
-      path: the ``.npz``.
       dtype: to compute in; float64 needs JAX's 64-bit mode.
       **model: changes of our model config that must not change numbers, as ``scan_layers``.
 

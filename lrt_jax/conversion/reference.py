@@ -78,11 +78,7 @@ def complete_config(reference: Mapping[str, Any], arrays: Mapping[str, np.ndarra
 
 
 def model_config(reference: Mapping[str, Any], dtype: Dtype = "auto") -> ModelConfig:
-    """Our config of the model that their config's fields describe.
-
-    Args:
-      reference: their fields; those without a default must be there.
-      dtype: of our model's activations.
+    """Our config, with activations in ``dtype``, of the model that their config's fields describe.
 
     Raises:
       ConversionError: a field is missing, is unknown, or has the wrong type.
@@ -190,9 +186,7 @@ def _fields(reference: Mapping[str, Any]) -> dict[str, Any]:
 def from_reference(arrays: Mapping[str, np.ndarray], config: ModelConfig) -> dict[str, np.ndarray]:
     """Our parameters from their arrays; float arrays of their dtype, float32 where theirs is narrower.
 
-    Args:
-      arrays: by their names, in PyTorch's layout. A prefix that torch.compile adds is ignored.
-      config: the model.
+    Theirs are in PyTorch's layout. A prefix of their names that torch.compile adds is ignored.
 
     Raises:
       ConversionError: lists every array that is missing, is surplus or has another shape; or see :func:`widened`.

@@ -33,10 +33,7 @@ class Begun:
     def files_of(self, found: Found, source: str, has_no_part: Callable[[File], bool]) -> tuple[File, ...]:
         """The files that ``found`` has of these, under the names of these.
 
-        Args:
-          found: what the corpus names now.
-          source: the corpus, for errors.
-          has_no_part: whether a file makes no shard, as one that is left out whole: then it was not noted.
+        One that ``has_no_part``, since it is left out whole, was not noted. ``source`` is the corpus, for errors.
 
         Raises:
           DataError: they are others, in number, name or size.

@@ -44,11 +44,7 @@ class Corpus:
 
 
 def open_corpus(config: DataConfig, begun: Begun | None = None) -> Corpus:
-    """The corpus that ``config.corpus`` names, its shards sorted by name.
-
-    Args:
-      config: where it lies, and how it is read.
-      begun: the files that a run began with: it goes on with them.
+    """The corpus that ``config.corpus`` names, its shards sorted by name; a run that has begun keeps its files.
 
     Raises:
       ConfigError: nothing usable lies at that path.

@@ -55,7 +55,7 @@ def named(source: str, kind_of: KindOf, is_one_value: Callable[[str], bool]) -> 
     """The files that a path, a folder or a pattern names.
 
     Args:
-      source: what the config says.
+      source: of the config.
       kind_of: how a file is read, by its name; None: of a folder it is not.
       is_one_value: whether a JSON file, by its path, holds no records.
 

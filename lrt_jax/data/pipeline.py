@@ -97,11 +97,7 @@ def training_batches(
 
     The global stream is rows of the records, shuffled anew each epoch; batch k holds its rows k B to k B + B - 1,
     whoever reads them. The iterator's state is the number of the next row, the same on every process.
-
-    Args:
-      config: the run.
-      records: its tokens.
-      here: which rows of a batch, from 0 to B - 1, this process needs; None: all.
+    ``here`` are the rows of a batch, from 0 to B - 1, that this process needs; None: all.
     """
     size = config.train.batch_size
     rows = grain.MapDataset.source(records).shuffle(config.seed % 2**31).repeat()

@@ -15,11 +15,7 @@ EXTRAS = {"gs": "gcs", "s3": "s3"}
 
 
 def path_of(source: str, field: str) -> epath.Path:
-    """The path that a config field names, with ``~`` and ``~user`` expanded; there need be nothing.
-
-    Args:
-      source: what the field says.
-      field: its name, for errors.
+    """The path ``source`` of a config field, with ``~`` and ``~user`` expanded; there need be nothing.
 
     Raises:
       ConfigError: it is a URL of another kind, the package for its kind of bucket is missing, or there is no such user.
@@ -47,12 +43,7 @@ def path_of(source: str, field: str) -> epath.Path:
 
 
 def at(path: epath.Path, field: str, source: str) -> Literal["folder", "file", "nothing"]:
-    """What lies there; a link is what it leads to.
-
-    Args:
-      path: the place.
-      field: of the config that led there, for errors.
-      source: what it says.
+    """What lies at a path that a config field led to, by its ``source``; a link is what it leads to.
 
     Raises:
       ConfigError: the system refuses to say.

@@ -106,12 +106,9 @@ def prepare(config: Config, corpus: Corpus, tokenizer: Tokenizer, workdir: epath
 
 
 def begun(workdir: epath.PathLike, name: str | None, *, binding: bool = True) -> Begun | None:
-    """The files that records of a work dir were made of; None where that is not known, or they are not complete.
+    """The files that records of a work dir, by their name, were made of, and whether the run is bound to them.
 
-    Args:
-      workdir: of a run.
-      name: of its records; None: it has none yet.
-      binding: whether it goes on with the same files only.
+    None where that is not known, or they are not complete.
 
     Raises:
       DataError: what was noted of them is damaged.

@@ -96,11 +96,7 @@ def aside(workdir: epath.PathLike) -> dict[str, list[str]]:
 def recover(workdir: epath.PathLike, tell: Callable[[str], None]) -> int | None:
     """Puts the checkpoints in order before a run goes on, and finds where it goes on from.
 
-    Removes saves that were cut off, sets damaged checkpoints aside and says so.
-
-    Args:
-      workdir: the run's.
-      tell: is handed a sentence for each checkpoint that was not used.
+    Removes saves that were cut off, sets damaged checkpoints aside, and tells a sentence for each that was not used.
 
     Returns:
       The newest good checkpoint's step; None where no save was ever completed.
@@ -143,10 +139,7 @@ def recover(workdir: epath.PathLike, tell: Callable[[str], None]) -> int | None:
 def newest_good(workdir: epath.PathLike, tell: Callable[[str], None], items: tuple[str, ...] = ()) -> int | None:
     """The newest good checkpoint's step, for readers: nothing is moved, since a run may be writing here.
 
-    Args:
-      workdir: the run's.
-      tell: is handed a sentence for each damaged checkpoint.
-      items: what is going to be read of it; none: everything.
+    Tells a sentence for each damaged checkpoint. ``items`` are going to be read of it; none: everything.
 
     Raises:
       CheckpointError: there are checkpoints, but no good one.

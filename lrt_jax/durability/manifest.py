@@ -57,9 +57,7 @@ def exists(folder: epath.Path) -> bool:
 def faults(folder: epath.Path, items: tuple[str, ...] = ()) -> list[str]:
     """What is wrong with a checkpoint, one sentence part per damaged file; empty if every byte is as it was saved.
 
-    Args:
-      folder: the checkpoint's.
-      items: look only at these subfolders, and at the files beside them; none: at everything.
+    Looks only at the subfolders ``items``, and at the files beside them; none: at everything.
 
     Raises:
       PermissionError: a file may not be read, so that nothing is known of it.

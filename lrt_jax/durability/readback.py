@@ -21,11 +21,7 @@ def arrays(tree: Any) -> Arrays:
 def fault(folder: epath.Path, saved: dict[str, Arrays]) -> str:
     """Why a restore will not find the arrays of a checkpoint, as a part of a sentence; empty if it will.
 
-    Their values are not read.
-
-    Args:
-      folder: the checkpoint's.
-      saved: the :func:`arrays` of each item.
+    ``saved`` has the :func:`arrays` of each item. Their values are not read.
     """
     for item, expected in saved.items():
         try:

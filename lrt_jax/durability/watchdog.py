@@ -26,13 +26,10 @@ SLACK = 30.0  # seconds by which the second watcher is later, and that it leaves
 
 
 class Watchdog:
-    """Ends the process if :meth:`beat` is not called in time; as a context manager, only within.
-
-    Args:
-      log: a file that gets the stacks too; standard error always does.
-    """
+    """Ends the process if :meth:`beat` is not called in time; as a context manager, only within."""
 
     def __init__(self, log: Path):
+        """The file ``log`` gets the stacks, too; standard error always does."""
         self._log = log
         self._name, self._field, self._limit = "the start", "", 0.0
         self._since = time.monotonic()
@@ -71,12 +68,9 @@ class Watchdog:
 
     @contextlib.contextmanager
     def phase(self, name: str, field: str, limit: float) -> Iterator[None]:
-        """Within, the limit is another.
+        """Within, the limit is another: so many seconds between beats, by a config field; 0: none.
 
-        Args:
-          name: what is done, as in "no step": the sentence names it.
-          field: the config field that the limit comes from.
-          limit: seconds between beats; 0: none.
+        The sentence names what is done by ``name``, as in "the start".
         """
         before = self._name, self._field, self._limit
         self.beat()

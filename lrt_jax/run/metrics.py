@@ -33,12 +33,8 @@ class Writer:
     def __init__(self, workdir: Path, first_step: int, steps: int):
         """Opens the files for appending; half a line that a killed process left is cut off.
 
-        Metrics of later steps than the first, which are computed again, move to another file.
-
-        Args:
-          workdir: where they lie.
-          first_step: steps done before; what TensorBoard has of later ones is hidden.
-          steps: the run's length.
+        Metrics of later steps than ``first_step``, those done before, are computed again: they move to another file,
+        and what TensorBoard has of them is hidden. ``steps`` is the run's length.
 
         Raises:
           WorkdirError: they cannot be written.

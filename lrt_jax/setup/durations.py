@@ -7,12 +7,9 @@ UNITS = ("steps", "tokens", "tokens_per_parameter")
 
 
 def train_steps(train: TrainConfig, sequence_length: int, parameters: int) -> int:
-    """The run's number of optimizer steps, from whichever unit of duration is set (at least 1).
+    """The run's number of optimizer steps (at least 1), from whichever unit of duration is set.
 
-    Args:
-      train: batch and duration.
-      sequence_length: T, tokens per row.
-      parameters: the model's parameter count, for ``tokens_per_parameter``.
+    T is ``sequence_length``; ``parameters`` are counted for ``tokens_per_parameter``.
 
     Raises:
       ConfigError: there are more than can be counted.
@@ -25,12 +22,7 @@ def train_steps(train: TrainConfig, sequence_length: int, parameters: int) -> in
 
 
 def require_ahead(train: TrainConfig, steps: int, step: int) -> None:
-    """Checks that a run does not end before the step that it has come to.
-
-    Args:
-      train: the duration.
-      steps: what it makes, by :func:`train_steps`.
-      step: of the checkpoint that the run goes on from.
+    """Checks that a run of ``steps`` steps does not end before the one, ``step``, that it goes on from.
 
     Raises:
       ConfigError: it would.

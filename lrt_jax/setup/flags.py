@@ -36,9 +36,7 @@ DECODE_FLAGS = {
 def run(command: Callable[..., int | None], *, takes_arguments: bool = False) -> None:
     """Runs a command under absl with flags parsed; exits with its value, or with 1 and one line on stderr.
 
-    Args:
-      command: the command.
-      takes_arguments: call it with the arguments that are no flags; else such arguments are refused.
+    Arguments that are no flags are refused, unless it ``takes_arguments``: then it is called with them.
     """
     streams.prepare()
     # orbax tells every step of a save, and shows the traceback of each error before it raises it.

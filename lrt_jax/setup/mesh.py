@@ -198,12 +198,9 @@ def whole_rows(mesh: Mesh, rows: int) -> int:
 
 
 def global_batch(mesh: Mesh, local: Any, rows: int | None = None) -> Any:
-    """A tree of this process's rows as global arrays.
+    """A tree of this process's rows, arrays [n, T, ...] of the n that :func:`local_rows` names, as global arrays.
 
-    Args:
-      mesh: where they go.
-      local: arrays [n, T, ...] of the n rows that :func:`local_rows` names.
-      rows: of the whole batch; None: all of them are here.
+    The whole batch has ``rows`` rows; None: all of them are here.
     """
     sharding = batch_sharding(mesh)
 

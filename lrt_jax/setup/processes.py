@@ -208,11 +208,7 @@ def gathered(text: str) -> list[str]:
 
 
 def require_same(name: str, values: Mapping[str, Any]) -> None:
-    """Checks that all processes were given the same.
-
-    Args:
-      name: of the whole.
-      values: what JSON can hold, nested.
+    """Checks that all processes were given the same values, nested ones that JSON can hold, called ``name`` together.
 
     Raises:
       ProcessError: a value differs from the first process's; in all processes the same sentence.

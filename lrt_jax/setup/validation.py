@@ -44,10 +44,7 @@ def from_config_dict(config: ConfigDict) -> Config:
 
 
 def validate(config: Mapping[str, Any] | Config) -> Config:
-    """A config with every value and combination checked.
-
-    Args:
-      config: nested mappings, or a :class:`Config` that code has made.
+    """A config, as nested mappings or as code has made it, with every value and combination checked.
 
     Raises:
       ConfigError: naming the field, what was found and what is allowed.

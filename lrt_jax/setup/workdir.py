@@ -20,12 +20,7 @@ INTERVAL = 0.1  # seconds between looks
 
 
 def local(value: str, name: str = "--workdir", kind: str = "folder") -> Path:
-    """The path that a flag or argument names.
-
-    Args:
-      value: as given.
-      name: of the flag or argument.
-      kind: what it must be.
+    """The path that the flag or argument ``name`` gives, of what must be of a kind: a folder or a file.
 
     Raises:
       ConfigError: it is a bucket's URL, which a path cannot hold, or taken for one; the system knows no such names;

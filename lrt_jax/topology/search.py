@@ -32,11 +32,7 @@ class Candidate:
 def candidates(config: Config, chip: Chip, chips: int, slices: int) -> list[Candidate]:
     """Meshes and batch sizes by the least time per token on paper, without those that surely do not fit.
 
-    Args:
-      config: the run; its batch size is tried, and its double, fourfold and half.
-      chip: of the topology.
-      chips: in all slices.
-      slices: of the topology.
+    The run's batch size is tried, its double, fourfold and half. ``chips`` are those of all slices.
     """
     found = []
     for sizes in _meshes(chips, slices):

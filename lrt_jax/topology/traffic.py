@@ -107,13 +107,7 @@ def held_whole(config: Config, sizes: Mapping[str, int]) -> float:
 
 
 def of_step(config: Config, sizes: Mapping[str, int], schedule: ScheduleConfig) -> Step:
-    """One training step of ``schedule`` on a mesh of these sizes.
-
-    Args:
-      config: the run.
-      sizes: of the mesh axes, and ``slices``.
-      schedule: one that is not staged.
-    """
+    """One training step of a schedule that is not staged; ``sizes`` are those of the mesh axes, and ``slices``."""
     model, train = config.model, config.train
     ways = math.prod(sizes[axis] for axis in ("data", "fsdp", "tensor", "sequence"))
     forwards, passes = forwards_of(schedule), train.accumulation
