@@ -41,13 +41,9 @@ class DecodeState(struct.PyTreeNode):
 
 
 def start(config: ModelConfig, rows: int, slots: int, seeds_B: jax.Array | None = None) -> DecodeState:
-    """The state before the first token.
+    """The state before the first token of B = ``rows`` rows, which may get ``slots`` tokens each, PAD not counted.
 
-    Args:
-      config: the model.
-      rows: B.
-      slots: how many tokens a row may get, its own PAD not counted.
-      seeds_B: a seed for each row, uint32; None: 0 for all.
+    Each row has a seed, uint32; None: 0 for all.
     """
     seeds_B = jnp.zeros((rows,), jnp.uint32) if seeds_B is None else seeds_B
     return DecodeState(
@@ -78,13 +74,12 @@ def forward(
     """One forward for each row's next tokens, PAD among them only before others; the state stays as it was.
 
     Args:
-      model: the model, best as ``Model.for_decoding`` leaves it.
+      model: as in :func:`step`, as the next.
       state: after the tokens before.
       tokens_BxP: int32.
       memory_BxPxD: m_{t-1} of each token; None is zero memory.
       positions_BxP: of :func:`positions_of`.
-      buffer: keys and values of all the next tokens, of which these are one strided subset; None: these are all.
-      subset: which one.
+      buffer: keys and values of all the next tokens, of which these are strided subset ``subset``; None: these are all.
       from_start: the state is that of :func:`start`, so there is nothing in its cache.
 
     Returns:

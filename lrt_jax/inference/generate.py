@@ -152,7 +152,6 @@ class Generation:
           model: the model, best as ``Model.for_decoding`` leaves it.
           prompts: the token ids of each, BOS included.
           tokens: how many new tokens a row gets, at most.
-          method: how.
           seeds: one for each row; None: 0, 1, … The same seed, prompt and method give the same text.
 
         Raises:

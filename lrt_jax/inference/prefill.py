@@ -65,10 +65,9 @@ def run(
     """Prefill as ``config.prefill`` says, in chunks of at most ``config.chunk`` tokens.
 
     Args:
-      model: the model.
+      model: best as ``Model.for_decoding`` leaves it.
       state: from :func:`decode.start`, or after earlier tokens.
       tokens_BxN: int32 prompts, padded on the left with PAD.
-      config: how.
       use_memory: False zeroes the memory that the model reads.
       keep_hidden: return the hidden states of all tokens, not of the last alone.
       from_start: ``state`` is that of :func:`decode.start`.
@@ -155,16 +154,9 @@ def fixed_point(
     more than ``config.tolerance``. Each makes one more token exact, or with S subsets S more, so that at tolerance 0 it
     ends, after at most P / S, with what :func:`sequential` computes. A row that has converged stays as it is while
     others go on, so its result does not depend on them. A row that has not converged after ``config.max_refinements``
-    (0: no limit) is computed sequentially.
+    (0: no limit) is computed sequentially. Without memory one forward is exact.
 
-    Args:
-      model: the model.
-      state: before the chunk.
-      tokens_BxP: int32, PAD only on the left; P is a multiple of ``config.subsets``.
-      config: tolerance, subsets and most refinements.
-      use_memory: False zeroes the memory, so that one forward is exact.
-      keep_hidden: see :func:`run`, as the next.
-      from_start: there is nothing in the state's cache.
+    The arguments are those of :func:`run`; P is a multiple of ``config.subsets``.
     """
     length, recurrent = tokens_BxP.shape[1], model.config.recurrent and use_memory
     chunk = Chunk(

@@ -89,10 +89,7 @@ class Chunk:
 def first(chunk: Chunk, needed_B: jax.Array, *, zero_memory: bool) -> Guess:
     """The iterate that the others begin with: a full forward in which all but each row's first token have zero memory.
 
-    Args:
-      chunk: the tokens.
-      needed_B: how many refinements make a row exact.
-      zero_memory: each row's first token has zero memory, too.
+    With ``zero_memory`` the first has it, too. ``needed_B`` refinements make a row exact.
     """
     nothing = zero_memory or chunk.from_start  # in the first state the first memory is zero
     memory = None if nothing else chunk.memory(None, None, chunk.first_BxP)

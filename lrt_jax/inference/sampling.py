@@ -57,8 +57,7 @@ def choose(
 
     Args:
       logits_BxV: the model's, float32 or wider.
-      keys_B: randomness of each row.
-      sampling: how.
+      keys_B: each row's random key.
       seen_BxV: bool, tokens each row has had; needed for a repetition penalty only.
 
     Returns:

@@ -37,7 +37,6 @@ def score(
     """The loss of each target given the tokens before it, with the memory.
 
     Args:
-      model: the model.
       tokens_BxT: int32 inputs; shorter rows have PAD on the left.
       targets_BxT: int32 targets; anything where the input is PAD.
       config: ``prefill`` says how: ``sequential``, which is exact, or ``fixed_point``.

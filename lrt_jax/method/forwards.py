@@ -192,14 +192,8 @@ def in_turn(
 ) -> tuple[Any, Any]:
     """``lax.scan`` of a forward over what each of several has of its own.
 
-    Unrolled, what each has is known while tracing, and each reads the model that the one before handed on.
-
-    Args:
-      forward: of model, carry and one of ``each``; returns model, carry and output.
-      model: of the first.
-      carry: of the first.
-      each: one for each forward.
-      unroll: unroll the scan.
+    ``forward`` takes model, carry and one of ``each``, and returns model, carry and output. Unrolled, what each has is
+    known while tracing, and each reads the model that the one before handed on.
 
     Returns:
       The last carry and all outputs, stacked.
@@ -229,16 +223,12 @@ def subset_forwards(
 ) -> tuple[jax.Array, jax.Array]:
     """One forward per subset, in turn, on a shared buffer: a scan over disjoint positions.
 
-    Args:
-      model: the model.
+    Args, beside those of :class:`SubsetForward`:
       embedded: the inputs of each subset, looked up.
       targets_BxT: int targets.
-      partition: the subsets.
       shared: the buffer, in slot order, in one piece or one for each subset; it may be empty.
       sources_BxTxD: source states, in slot order; 0 where there is none yet.
       sweeps: W, how often all subsets have their turn.
-      refreshable: for KV refresh, in slot order.
-      disturbed: what to do to the memory that a forward reads.
       unroll: unroll the scan.
 
     Returns:

@@ -48,6 +48,7 @@ class Outcome(struct.PyTreeNode):
         return jnp.sum(jnp.where(chosen_FxT[:, None, :], self.token_losses_FxBxT, 0.0), axis=0)
 
 
+# Of a model, and of int tokens and targets [B, T].
 Schedule = Callable[[Model, jax.Array, jax.Array], Outcome]
 
 
@@ -57,12 +58,10 @@ def forward_names(config: ScheduleConfig) -> list[str]:
 
 
 def build(config: ScheduleConfig, sequence_length: int) -> Schedule:
-    """The schedule that ``config`` names, as a function of (model, tokens_BxT, targets_BxT).
-
-    A staged schedule is several: build each of ``config.kinds``.
+    """The schedule that ``config`` names.
 
     Raises:
-      ValueError: the schedule is staged.
+      ValueError: it is staged, and so it is several: build each of ``config.kinds``.
       ConfigError: there is none of this name.
     """
     assert config.description
@@ -103,10 +102,7 @@ def interleaved(
     only: memory is the latest source state of t-1, its new keys and values are written into the buffer
     before its queries attend to all of it, and its source states are written back for later subsets.
 
-    Args:
-      model: the model.
-      tokens_BxT: int inputs.
-      targets_BxT: int targets.
+    Args, beside those of every :data:`Schedule`:
       partition: the disjoint subsets.
       sweeps: W, how often it goes through all of them.
       kv_refresh: before each subset forward, bring keys and values at positions that no subset has
@@ -158,10 +154,7 @@ def multi_refinement(
 
     Forward k reads the source states of forward k - 1, shifted right by one position.
 
-    Args:
-      model: the model.
-      tokens_BxT: int inputs.
-      targets_BxT: int targets.
+    Args, beside those of every :data:`Schedule`:
       refinements: K.
       detach: no gradient flows from a forward into the source states it reads.
       settle: so many forwards without gradient (``forwards.settled``) take the place of the initialization forward;
@@ -226,15 +219,8 @@ def chunked(
     """N contiguous chunks in turn, the paper's weaker baseline: memory passes only across chunk borders.
 
     A chunk's first position reads the source state before it, which is known by then; its other
-    positions, computed together with the ones before them, read zero memory.
-
-    Args:
-      model: the model.
-      tokens_BxT: int inputs.
-      targets_BxT: int targets.
-      chunks: N.
-      unroll: unroll the scan over chunks.
-      weights: of the N forwards' losses; empty for equal.
+    positions, computed together with the ones before them, read zero memory. N is ``chunks``; ``unroll`` unrolls the
+    scan over them; ``weights`` are those of the N forwards' losses, empty for equal.
     """
     partition = partitions.contiguous(tokens_BxT.shape[1], chunks)
     losses_BxT, sources_BxTxD = forwards.subset_forwards_alone(model, tokens_BxT, targets_BxT, partition, unroll=unroll)

@@ -98,13 +98,7 @@ def block(
 ) -> tuple[jax.Array, KV, Refreshable | None]:
     """One layer (METHOD.md, "Backbone", "Recurrent memory").
 
-    Args:
-      context: what all layers share.
-      x_BxPxD: the residual stream.
-      weights: the layer's.
-      own: what else it has.
-      before: keys and values of other positions.
-      farthest: its window, or where windows are traced the widest of all layers.
+    It reads the residual stream x; ``farthest`` is its window, or where windows are traced the widest of all layers.
 
     Returns:
       The residual stream, the keys and values that were written, [B, K, P, C] each, and where asked for what KV refresh

@@ -51,14 +51,11 @@ def attend_in_blocks(
     for the backward pass, which computes scores again; XLA's CPU backend does that early, and then keeps them
     (docs/LOG.md). Keys and values are kept as they came, so S forwards over the same pieces keep them once.
 
-    Args:
-      q_BxPxHxC: as in ``attention.attend``; after QK norm, as the keys: no score is beyond ±√C, and its exponential is
-        taken as it is.
+    Args, beside those of ``attention.attend``:
+      q_BxPxHxC: after QK norm, as the keys: no score is beyond ±√C, and its exponential is taken as it is.
       k_BxKxNxC: keys, in one piece or in S pieces of P.
       v_BxKxNxC: values, likewise.
-      queries_BxP: position of each query.
-      keys_BxN: position of each key.
-      window: how many positions before itself a query sees; may be traced.
+      window: as there; it may be traced.
       subsets: S.
       farthest: a number that ``window`` does not exceed.
       block: queries in a block, about; None: BLOCK.

@@ -65,14 +65,11 @@ class Cached(NamedTuple):
     ) -> jax.Array:
         """Softmax attention of P new positions over the cache and over N newer ones; softmax in float32 or wider.
 
-        Args:
-          q_BxPxHxC: queries, H heads.
+        Args, beside those of ``attention.attend``:
           keys: of what the cache does not have, [B, K, n, C] in pieces: their own, and a buffer's beside it.
           values: likewise.
           queries_BxP: int32 positions; EMPTY where a row rests, whose result means nothing.
-          keys_BxN: the same, of keys.
-          window: how many positions before itself a query sees.
-          farthest: the same, where it is known.
+          farthest: ``window``, where it is known.
 
         Returns:
           [B, P, H, C].

@@ -98,11 +98,8 @@ def forward_flops(config: ModelConfig, *, memory: bool, layers: range | None = N
     The S subset forwards of interleaved training together cost one such forward with memory: they visit
     every position once, and its queries see what causality and windows leave, whatever S is.
 
-    Args:
-      config: the model.
-      memory: whether memory is read; zero memory skips the projections.
-      layers: which layers; None: all.
-      head: whether it ends with logits.
+    Counted are ``layers`` (None: all), and the ``head`` where it ends with logits. Where no ``memory`` is read, it is
+    zero memory, which skips the projections.
     """
     layers = range(config.layers) if layers is None else layers
     products = _projections(config, layers) if memory else 0

@@ -130,11 +130,9 @@ class Decoder(nn.Module):
         return Forward(hidden_BxPxD, source_BxPxD, Buffer(written, positions_BxN), ran.refreshable), handed_on
 
     def below(self, embedded: Embedded, positions_BxP: jax.Array) -> Embedded:
-        """The same tokens with the residual stream below the first layer that reads memory, the same for any memory.
+        """All T tokens, with the residual stream below the first layer that reads memory, the same for any memory.
 
-        Args:
-          embedded: all T tokens, looked up.
-          positions_BxP: int32, in order; the first axis may be 1.
+        Positions are int32, in order; their first axis may be 1.
         """
         config, running = self.config, range(self.config.memory_range.start)
         if not running:
@@ -183,15 +181,10 @@ class Decoder(nn.Module):
         return stack.run(context, x_BxPxD, layers_run)
 
     def refresh(self, refreshable: Any, memory_BxPxD: jax.Array, positions_BxP: jax.Array) -> Any:
-        """Keys and values of every layer under the latest memory (METHOD.md, "Training schedules").
+        """Each layer's keys and values under the latest memory (METHOD.md, "Training schedules"): a piece of a buffer.
 
-        Args:
-          refreshable: from a forward with zero memory.
-          memory_BxPxD: m_{t-1} for each of its positions.
-          positions_BxP: int32; the first axis may be 1.
-
-        Returns:
-          A piece of a buffer.
+        ``refreshable`` is from a forward with zero memory; m_{t-1} is of each of its positions. These are int32, and
+        their first axis may be 1.
         """
         config, dtype = self.config, compute_dtype(self.config)
         memory_BxPxD = memory_BxPxD.astype(dtype)

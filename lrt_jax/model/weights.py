@@ -92,11 +92,7 @@ def by_layer(config: ModelConfig, params: dict[str, Any]) -> dict[str, Any]:
     of a stack in every step would cost as much as the step; and forwards that share what was cut out
     add up its gradients layer by layer, where each would fill a stack. Queries, keys and values
     become one matrix, ``attention_in`` [D, K, H/K + 2, C], and so do a layer's gates: a subset forward, or a decoding
-    step, has few rows, and its products are faster the wider they are.
-
-    Args:
-      config: the model.
-      params: as the table has them, or in this form already.
+    step, has few rows, and its products are faster the wider they are. In this form already, they stay as they are.
     """
     if is_by_layer(params):
         return params

@@ -47,13 +47,9 @@ def fresh() -> Running:
 
 
 def judge(running: Running, loss: jax.Array, grad_norm: jax.Array, config: TrainConfig) -> tuple[jax.Array, Running]:
-    """Whether a step is good, bool scalar, and what is remembered of it.
+    """Whether a step is good, by ``spike_factor`` and ``on_bad_step``: bool scalar, and what is remembered of it.
 
-    Args:
-      running: of the steps before.
-      loss: scalar, of this step.
-      grad_norm: scalar, global norm of its gradient, before clipping.
-      config: ``spike_factor`` and ``on_bad_step``.
+    The loss and the global norm of its gradient, before clipping, are scalars.
     """
     loss, grad_norm = loss.astype(jnp.float32), grad_norm.astype(jnp.float32)
     ok = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
@@ -128,9 +124,7 @@ def report(
 def statistics(gradient: Gradient, stacked: set[str]) -> Callable[[Any, jax.Array, jax.Array], dict[str, Any]]:
     """A jitted function of (params, tokens_BxT, targets_BxT): what :func:`report` shows.
 
-    Args:
-      gradient: metrics and gradient of a batch.
-      stacked: the parameters whose leading axis is the layer.
+    The leading axis of parameters that are ``stacked`` is the layer.
     """
 
     def of(name: str, param: jax.Array, grad: jax.Array) -> tuple[jax.Array, ...]:

@@ -66,10 +66,8 @@ def orthogonalizer(table: Mapping[str, Parameter], mesh: Mesh | None = None) -> 
     Singular values go to about 1, by optax's Newton-Schulz iterations in the dtype of the matrix. All axes of a
     parameter but inputs and outputs hold different matrices.
 
-    Args:
-      table: the parameter table.
-      mesh: that the matrices are stored on. Matrices are moved only where it shards nothing but rows and parameters;
-        with ``tensor`` or ``sequence``, the partitioner decides.
+    Matrices are moved only where the mesh that they are stored on shards nothing but rows and parameters; with
+    ``tensor`` or ``sequence``, the partitioner decides.
     """
     if mesh is None or not meshes.shards_rows_only(mesh.shape):
         return lambda matrices: {
@@ -87,13 +85,9 @@ def orthogonalizer(table: Mapping[str, Parameter], mesh: Mesh | None = None) -> 
 def shares(
     table: Mapping[str, Parameter], names: Iterable[str], data: int, fsdp: int
 ) -> dict[Kind, tuple[list[str], Share]]:
-    """Which of the named parameters hold each kind of matrix, and how devices share them.
+    """Which of the named matrices of the table are of each kind, and how devices share them.
 
-    Args:
-      table: the parameter table.
-      names: of matrices in it.
-      data: the part of that axis that lies within a slice.
-      fsdp: size of that axis.
+    ``data`` is the part of that axis that lies within a slice; ``fsdp`` is the size of that one.
     """
     alike: dict[Kind, list[str]] = {}
     for name in names:

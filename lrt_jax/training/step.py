@@ -81,13 +81,8 @@ def gradient_of(
 ) -> guard.Gradient:
     """The function ``(params, tokens_BxT, targets_BxT) -> (metrics, gradient)`` of :func:`build`, not jitted.
 
-    Args:
-      decoder: the model.
-      schedule: computes the loss.
-      forward_names: of its forwards.
-      accumulation: microbatches.
-      gather_once: weights are gathered, and gradients summed over devices, once, and not by every forward of every
-        microbatch (``replicas``); where ``setup.mesh.gathers_once``.
+    With ``gather_once``, where ``setup.mesh.gathers_once``, weights are gathered, and gradients summed over devices,
+    once, and not by every forward of every microbatch (``replicas``).
     """
     if gather_once:
         return replicas.gradient_of(decoder, lambda alone: _gradient_of(alone, schedule, forward_names, accumulation))
