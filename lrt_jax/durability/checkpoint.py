@@ -45,11 +45,6 @@ class Checkpoints:
         self._sealing: threading.Thread | None = None
         self._failure: Exception | None = None
 
-    @property
-    def steps(self) -> list[int]:
-        """The steps that have a complete checkpoint, ascending."""
-        return inventory.steps(self._workdir)
-
     def save(self, state: TrainState, iterator: grain.DatasetIterator, config: Config) -> None:
         """Begins to save the state after ``state.step`` steps; a step that is saved already is left alone.
 
@@ -163,7 +158,7 @@ class Checkpoints:
             return self._manager.restore(step, args=ocp.args.Composite(**args))
 
     def _kept(self) -> str:
-        return ", ".join(map(str, self.steps)) or "none"
+        return ", ".join(map(str, inventory.steps(self._workdir))) or "none"
 
     def _explained(self, step: int, error: Exception) -> Exception:
         """What a failed save means to the user, if the storage is at fault; else the error itself."""

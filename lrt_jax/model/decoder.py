@@ -4,7 +4,6 @@ It knows neither schedules nor losses. Everything it produces, it returns: hidde
 state that becomes recurrent memory, and the buffer of keys and values.
 """
 
-import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -156,14 +155,13 @@ class Decoder(nn.Module):
         keep_refreshable: bool,
     ) -> Context:
         """What all layers of one forward share."""
-        if memory_BxPxD is not None:
-            memory_BxPxD = memory_BxPxD.astype(compute_dtype(self.config)) if self.config.recurrent else None
-        if memory_BxPxD is not None:
-            memory_BxPxD = meshes.constrain(self.mesh, memory_BxPxD, "batch", "sequence", None)
         x0_BxPxD = meshes.constrain(self.mesh, embedded.x0_BxPxD, "batch", "sequence", None)
-        projected = None
-        if self.config.shares_projections and memory_BxPxD is not None:
-            projected = memory.project(memory_BxPxD, self.parameters["memory_key"], self.parameters["memory_value"])
+        projected, memory_BxPxD = None, memory_BxPxD if self.config.recurrent else None
+        if memory_BxPxD is not None:
+            memory_BxPxD = memory_BxPxD.astype(compute_dtype(self.config))
+            memory_BxPxD = meshes.constrain(self.mesh, memory_BxPxD, "batch", "sequence", None)
+            if self.config.shares_projections:
+                projected = memory.project(memory_BxPxD, self.parameters["memory_key"], self.parameters["memory_value"])
         inputs = Inputs(x0_BxPxD, memory_BxPxD, projected)
         return Context(self.config, self.mesh, attend, keep_refreshable, inputs, positions)
 
@@ -190,18 +188,16 @@ class Decoder(nn.Module):
         memory_BxPxD = memory_BxPxD.astype(dtype)
         rope = layers.rope_tables(positions_BxP, config.head_width, config.rope_base, dtype)
         projections = [self.parameters[name] for name in ("memory_key", "memory_value")]
-        if config.shares_projections:
-            projected = memory.project(memory_BxPxD, *projections)
-            refreshed = functools.partial(memory.refresh, projected=projected, rope_tables=rope)
-            return jax.vmap(refreshed)(refreshable) if config.scan_layers else tuple(map(refreshed, refreshable))
+        shared = memory.project(memory_BxPxD, *projections) if config.shares_projections else None
 
-        def one(stale: Refreshable, key_DxKxC: jax.Array, value_DxKxC: jax.Array) -> KV:
-            return memory.refresh(stale, memory.project(memory_BxPxD, key_DxKxC, value_DxKxC), rope)
+        def one(stale: Refreshable, *own: jax.Array) -> KV:
+            return memory.refresh(stale, shared or memory.project(memory_BxPxD, *own), rope)
 
+        stacks = [] if shared else projections
         if config.scan_layers:
-            return jax.vmap(one)(refreshable, *projections)
-        by_layer = [stacked if isinstance(stacked, tuple) else weights.cut(stacked) for stacked in projections]
-        return tuple(one(*each) for each in zip(refreshable, *by_layer, strict=True))
+            return jax.vmap(one)(refreshable, *stacks)
+        by_layer = [stack if isinstance(stack, tuple) else weights.cut(stack) for stack in stacks]
+        return tuple(map(one, refreshable, *by_layer))
 
     def embed(self, *tokens_BxP: jax.Array) -> list[Embedded]:
         """x⁰ and the value embeddings of int tokens [B, P], those of several forwards together."""

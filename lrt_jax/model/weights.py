@@ -1,5 +1,7 @@
 """Parameters as layers read them: typed, of one layer or of all, and in the form that several forwards share best."""
 
+import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -118,11 +120,12 @@ def by_layer(config: ModelConfig, params: dict[str, Any]) -> dict[str, Any]:
 
 def cast(params: dict[str, Any], dtype: jnp.dtype) -> dict[str, Any]:
     """The parameters, in either form, with matrices in another dtype; α, β and γ stay as they are."""
+    return by_name(lambda name, array: array if name in ("alpha", "beta", "gamma") else array.astype(dtype), params)
 
-    def one(name: str, arrays: Any) -> Any:
-        return arrays if name in ("alpha", "beta", "gamma") else jax.tree.map(lambda leaf: leaf.astype(dtype), arrays)
 
-    return {name: one(name, arrays) for name, arrays in params.items()}
+def by_name(function: Callable[[str, Any], Any], params: dict[str, Any]) -> dict[str, Any]:
+    """``function`` of each array, and of the name of the parameter that it belongs to, in either form."""
+    return {name: jax.tree.map(functools.partial(function, name), arrays) for name, arrays in params.items()}
 
 
 def axes_by_layer(config: ModelConfig) -> dict[str, tuple[str | None, ...]]:

@@ -22,7 +22,7 @@ from lrt_jax.model import backend, costs
 from lrt_jax.model.decoder import Decoder
 from lrt_jax.model.model import Model
 from lrt_jax.model.parameters import table
-from lrt_jax.model.weights import axes_by_layer
+from lrt_jax.model.weights import axes_by_layer, by_name
 from lrt_jax.setup import mesh as meshes
 from lrt_jax.setup.config import Config
 from lrt_jax.setup.durations import train_steps
@@ -166,11 +166,7 @@ def _prepared(config: Config, mesh: Mesh) -> Model:
     def placed(name: str, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=meshes.sharding_of(mesh, *axes[name]))
 
-    return shapes.replace(
-        params={
-            name: jax.tree.map(lambda leaf, name=name: placed(name, leaf), tree) for name, tree in shapes.params.items()
-        }
-    )
+    return shapes.replace(params=by_name(placed, shapes.params))
 
 
 def _evaluate(config: Config, mesh: Mesh) -> Iterator[tuple[str, Any, tuple[Any, ...]]]:

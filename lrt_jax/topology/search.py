@@ -14,7 +14,7 @@ from lrt_jax.topology.chips import Chip
 
 # Bytes of a parameter while training: itself, its gradient and two moments, float32.
 STATE = 16
-# More fsdp than that leaves columns of a few numbers; more tensor or sequence leaves the tensor units idle.
+# Powers of two. More fsdp leaves columns of a few numbers; more tensor or sequence leaves the tensor units idle.
 LARGEST = {"fsdp": 256, "tensor": 8, "sequence": 8}
 
 
@@ -24,7 +24,6 @@ class Candidate:
 
     config: Config
     sizes: dict[str, int]
-    seconds: float
     mfu_bound: float
     memory: float
 
@@ -54,22 +53,17 @@ def candidates(config: Config, chip: Chip, chips: int, slices: int) -> list[Cand
             seconds = max(step.seconds(chip, chips // slices, sizes).values())
             memory = _memory(tried, sizes)
             if memory < chip.hbm:
-                found.append(Candidate(tried, sizes, seconds, step.flops / chip.peak / seconds, memory))
+                found.append(Candidate(tried, sizes, step.flops / chip.peak / seconds, memory))
     return sorted(found, key=lambda one: (-round(one.mfu_bound, 2), one.config.train.batch_size, one.memory))
 
 
 def _meshes(chips: int, slices: int) -> Iterator[dict[str, int]]:
     """Powers of two, and what remains on data, whole in every slice."""
-    for fsdp in _powers(LARGEST["fsdp"]):
-        for tensor in _powers(LARGEST["tensor"]):
-            for sequence in _powers(LARGEST["sequence"]):
-                data, rest = divmod(chips, fsdp * tensor * sequence)
-                if not rest and data and data % slices == 0:
-                    yield {"data": data, "fsdp": fsdp, "tensor": tensor, "sequence": sequence, "slices": slices}
-
-
-def _powers(largest: int) -> list[int]:
-    return [2**power for power in range(int(math.log2(largest)) + 1)]
+    powers = ([2**power for power in range(largest.bit_length())] for largest in LARGEST.values())
+    for sizes in itertools.product(*powers):
+        data, rest = divmod(chips, math.prod(sizes))
+        if not rest and data and data % slices == 0:
+            yield {"data": data, **dict(zip(LARGEST, sizes, strict=True)), "slices": slices}
 
 
 def _memory(config: Config, sizes: dict[str, int]) -> float:

@@ -54,11 +54,11 @@ def gradient_of(decoder: Decoder, of_rows: Callable[[Decoder], Gradient]) -> Gra
             name: None if name in TABLES else meshes.sharded_dimension(names, mesh.shape)
             for name, names in axes.items()
         }
-        whole = _by_name(lambda name, shard: _gathered(shard, where[name], compute_dtype(config)), params)
+        whole = weights.by_name(lambda name, shard: _gathered(shard, where[name], compute_dtype(config)), params)
         metrics, grads = gradient(whole, tokens_BxT, targets_BxT)
         # A table's gradient has come from all rows of its ``fsdp`` group, by the way of what was looked up.
         summed = {name: name in TABLES and alone.columns is not None for name in axes}
-        grads = _by_name(lambda name, grad: _mean(grad, where[name], mesh, summed=summed[name]), grads)
+        grads = weights.by_name(lambda name, grad: _mean(grad, where[name], mesh, summed=summed[name]), grads)
         return lax.pmean(metrics, ROWS), grads
 
     rows = PartitionSpec(ROWS)
@@ -69,11 +69,6 @@ def gradient_of(decoder: Decoder, of_rows: Callable[[Decoder], Gradient]) -> Gra
         out_specs=(PartitionSpec(), stored),
         check_vma=False,
     )
-
-
-def _by_name(function: Callable[[str, jax.Array], jax.Array], tree: dict[str, Any]) -> dict[str, Any]:
-    """``function`` of each array and the name of the parameter it belongs to."""
-    return {name: jax.tree.map(lambda leaf, name=name: function(name, leaf), leaves) for name, leaves in tree.items()}
 
 
 def _gathered(shard: jax.Array, axis: int | None, dtype: jnp.dtype) -> jax.Array:
