@@ -2,15 +2,13 @@
 
 import collections
 import dataclasses
-import os
 import re
-from pathlib import Path
 
 from ml_collections import ConfigDict
 
 from lrt_jax.model import costs
 from lrt_jax.setup.config import Config, ConfigError, from_config_dict
-from lrt_jax.setup.config_file import found, module, reason
+from lrt_jax.setup.config_file import returned
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,15 +73,7 @@ def load(path: str) -> Sweep:
       ConfigError: there is no such file, it fails, returns something else, or two runs have one name.
     """
     rule = "it must be a Python file whose function get_sweep returns a lrt_jax.comparison.plan.Sweep"
-    path = found(os.path.expanduser(path))  # noqa: PTH111  leaves a ~ that names nobody, which no file has
-    if not Path(path).is_file():
-        raise ConfigError(f"the sweep is {path!r}, but there is no such file; shipped ones are in configs/sweeps/")
-    try:
-        sweep = module(path).get_sweep()
-    except ConfigError:
-        raise
-    except Exception as error:
-        raise ConfigError(f"the sweep is {path!r}, which fails{reason(path, error)}; {rule}") from None
+    sweep = returned(f"the sweep is {path!r}", path, "get_sweep", rule, folder="configs/sweeps")
     if not isinstance(sweep, Sweep) or not sweep.runs:
         raise ConfigError(f"the sweep is {path!r}, whose get_sweep returns no runs; {rule}")
     if sweep.baseline not in {run.variant for run in sweep.runs}:

@@ -7,6 +7,7 @@ import sys
 import traceback
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from absl import flags
 from ml_collections import ConfigDict
@@ -35,20 +36,7 @@ class ConfigFileParser(flags.ArgumentParser):
           ConfigError: there is no such file, it fails, returns something else, or lacks a field that is overridden.
         """
         path, colon, argument = value.partition(":")
-        path = found(os.path.expanduser(path))  # noqa: PTH111  leaves a ~ that names nobody, which no file has
-        try:
-            if not Path(path).is_file():
-                raise ConfigError(
-                    f"--config is {value!r}, but there is no file {path}; shipped ones are {', '.join(_shipped())}"
-                )
-            get_config = getattr(module(path), "get_config", None)
-            if get_config is None:
-                raise ConfigError(f"--config is {value!r}, which has no function get_config; {RULE}")
-            config = get_config(argument) if colon else get_config()
-        except UserError:
-            raise
-        except Exception as error:
-            raise ConfigError(f"--config is {value!r}, which fails{reason(path, error)}; {RULE}") from None
+        config = returned(f"--config is {value!r}", path, "get_config", RULE, *([argument] if colon else []))
         if not isinstance(config, ConfigDict):
             kind = type(config).__name__
             raise ConfigError(f"--config is {value!r}, whose get_config returns a {kind}; {RULE}")
@@ -58,17 +46,35 @@ class ConfigFileParser(flags.ArgumentParser):
         return config
 
 
-def found(path: str) -> str:
+def returned(said: str, path: str, name: str, rule: str, *arguments: str, folder: str = "configs") -> Any:
+    """What the function ``name`` of a user's Python file returns; what is wrong with it is said behind ``said``.
+
+    There are shipped ones in ``folder``.
+
+    Raises:
+      UserError: the function raised one; or ConfigError: there is no such file or function, or it fails.
+    """
+    path = _found(os.path.expanduser(path))  # noqa: PTH111  leaves a ~ that names nobody, which no file has
+    try:
+        if not Path(path).is_file():
+            shipped = sorted(f"{folder}/{file.name}" for file in (SHIPPED.parent / folder).glob("*.py"))
+            raise ConfigError(f"{said}, but there is no file {path}; shipped ones are {', '.join(shipped)}")
+        function = getattr(module(path), name, None)
+        if function is None:
+            raise ConfigError(f"{said}, which has no function {name}; {rule}")
+        return function(*arguments)
+    except UserError:
+        raise
+    except Exception as error:
+        raise ConfigError(f"{said}, which fails{_reason(path, error)}; {rule}") from None
+
+
+def _found(path: str) -> str:
     """The path, or that of the shipped file which it names from another directory than the one with configs/."""
     within = Path(path).relative_to("configs") if path.startswith("configs/") else None
     if within is not None and not Path(path).exists() and (SHIPPED / within).exists():
         return str(SHIPPED / within)
     return path
-
-
-def _shipped() -> list[str]:
-    """The config files that come with the package, as ``configs/NAME.py``."""
-    return sorted(f"configs/{file.name}" for file in SHIPPED.glob("*.py"))
 
 
 def module(path: str) -> ModuleType:
@@ -82,7 +88,7 @@ def module(path: str) -> ModuleType:
     return made
 
 
-def reason(path: str, error: Exception) -> str:
+def _reason(path: str, error: Exception) -> str:
     """Where in a file of the user's it fails, as far as the error knows, and with what."""
     said = str(error.msg if isinstance(error, SyntaxError) else error).strip().splitlines()
     return f"{_line(path, error)} ({': '.join([type(error).__name__, *said[:1]])})"
