@@ -228,5 +228,5 @@ def test_names_that_are_not_utf8_make_records(tmp_path):
     config = config_of(tmp_path, on_bad_record="skip")
     corpus = open_corpus(config.data)
     records = prepare(config, corpus, TOKENIZER, tmp_path / "run")
-    assert records.left_out == 2 and held_out_rows(config, corpus, TOKENIZER, 4).bytes > 0
+    assert records.left_out == 2 and held_out_rows(config, corpus, TOKENIZER, 4).text
     assert prepare(config, open_corpus(config.data), TOKENIZER, tmp_path / "run").left_out == 2

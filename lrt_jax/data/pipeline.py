@@ -37,11 +37,6 @@ class HeldOut:
     targets_NxT: np.ndarray  # int32; each token of the stretch but the first, once
     text: bytes  # the UTF-8 bytes of the targets, in order; special tokens have none
 
-    @property
-    def bytes(self) -> int:
-        """How many UTF-8 bytes the targets stand for: the denominator of bits per byte."""
-        return len(self.text)
-
 
 @dataclasses.dataclass(frozen=True)
 class _Steps:
