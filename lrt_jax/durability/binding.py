@@ -3,6 +3,7 @@
 Which of it a run that goes on may change is said here; the config that lies in the work dir is written and read here.
 """
 
+import contextlib
 import hashlib
 import json
 from pathlib import Path
@@ -63,10 +64,7 @@ def check_config(config: Config, workdir: epath.PathLike) -> list[str]:
 
 def records_of(workdir: epath.PathLike, step: int | None) -> str | None:
     """The name of the records that the checkpoint of ``step`` was trained on; None where it does not say."""
-    noted = inventory.folder_of(workdir, step or 0) / DATA_ITEM
-    if step is None or not noted.exists() or inventory.faults(workdir, step, ("data",)):
-        return None
-    return json.loads(noted.read_bytes()).get("records")
+    return None if step is None else _noted(workdir, step, "records")
 
 
 def check_tokenizer(config: Config, workdir: epath.PathLike) -> None:
@@ -96,19 +94,22 @@ def check_kept_tokenizer(workdir: epath.PathLike, step: int) -> None:
       ConfigError: it is another.
     """
     kept = epath.Path(workdir) / tokenizer.FILE
-    noted = inventory.folder_of(workdir, step) / DATA_ITEM
-    if not (kept.exists() and noted.exists()) or inventory.faults(workdir, step, ("data",)):
-        return
-    try:
-        before = json.loads(noted.read_bytes()).get("tokenizer")
-    except FileNotFoundError:  # the run beside this reader has removed it
-        return
-    now = hashlib.sha256(tokenizer.bytes_kept(workdir)).hexdigest()
-    if before not in (None, now):
+    before = _noted(workdir, step, "tokenizer") if kept.exists() else None
+    now = hashlib.sha256(tokenizer.bytes_kept(workdir)).hexdigest() if before else None
+    if before != now:
         raise ConfigError(
             f"{kept} is not the tokenizer that the checkpoint of step {step:,} was trained with (its SHA-256 is {now}, "
             f"not {before}); put that one back, or begin anew in another --workdir"
         )
+
+
+def _noted(workdir: epath.PathLike, step: int, field: str) -> str | None:
+    """What a checkpoint says of its place in the data; None where it does not, or the run beside has removed it."""
+    noted = inventory.folder_of(workdir, step) / DATA_ITEM
+    if noted.exists() and not inventory.faults(workdir, step, ("data",)):
+        with contextlib.suppress(FileNotFoundError):
+            return json.loads(noted.read_bytes()).get(field)
+    return None
 
 
 def holds_parameters_only(workdir: epath.PathLike) -> bool:
