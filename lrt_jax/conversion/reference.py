@@ -123,9 +123,7 @@ def schedule_config(reference: Mapping[str, Any]) -> ScheduleConfig:
         )
     if fields["use_interleaved"]:
         return ScheduleConfig(
-            name="interleaved",
-            subsets=fields["interleaved_num_passes"],
-            kv_refresh=fields["interleaved_kv_refresh"],
+            name="interleaved", subsets=fields["interleaved_num_passes"], kv_refresh=fields["interleaved_kv_refresh"]
         )
     return ScheduleConfig(name="plain")
 

@@ -108,11 +108,7 @@ def run(
 
 
 def sequential(
-    model: Model,
-    state: DecodeState,
-    tokens_BxN: jax.Array,
-    use_memory: bool = True,
-    keep_hidden: bool = False,
+    model: Model, state: DecodeState, tokens_BxN: jax.Array, use_memory: bool = True, keep_hidden: bool = False
 ) -> tuple[DecodeState, jax.Array]:
     """Exact prefill, one recurrent step per token.
 

@@ -255,12 +255,7 @@ def subset_forwards(
 
 
 def subset_forwards_alone(
-    model: Model,
-    tokens_BxT: jax.Array,
-    targets_BxT: jax.Array,
-    partition: Partition,
-    *,
-    unroll: bool,
+    model: Model, tokens_BxT: jax.Array, targets_BxT: jax.Array, partition: Partition, *, unroll: bool
 ) -> tuple[jax.Array, jax.Array]:
     """Subset forwards without an initialization forward: the buffer and the memory begin empty."""
     config, (rows, length) = model.config, tokens_BxT.shape

@@ -68,13 +68,7 @@ def build(config: ScheduleConfig, sequence_length: int) -> Schedule:
     return RUN[config.name](config, sequence_length)
 
 
-def plain(
-    model: Model,
-    tokens_BxT: jax.Array,
-    targets_BxT: jax.Array,
-    *,
-    weights: tuple[float, ...] = (),
-) -> Outcome:
+def plain(model: Model, tokens_BxT: jax.Array, targets_BxT: jax.Array, *, weights: tuple[float, ...] = ()) -> Outcome:
     """One forward with zero memory: the baseline, and the initialization forward of other schedules."""
     model = model.by_layer()
     (embedded,) = model.embed(tokens_BxT)

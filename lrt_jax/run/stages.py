@@ -106,11 +106,7 @@ def build(
 
 
 def _kind(
-    config: Config,
-    decoder: Decoder,
-    mesh: Mesh,
-    transformation: optax.GradientTransformation,
-    schedule: ScheduleConfig,
+    config: Config, decoder: Decoder, mesh: Mesh, transformation: optax.GradientTransformation, schedule: ScheduleConfig
 ) -> Kind:
     built = schedules.build(schedule, config.model.sequence_length)
     names = schedules.forward_names(schedule)

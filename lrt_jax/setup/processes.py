@@ -70,11 +70,7 @@ def check_flags(coordinator_address: str | None, num_processes: int | None, proc
     Raises:
       ProcessError: naming the flag, what was found and what is allowed.
     """
-    given = {
-        "--coordinator_address": coordinator_address,
-        "--num_processes": num_processes,
-        "--process_id": process_id,
-    }
+    given = {"--coordinator_address": coordinator_address, "--num_processes": num_processes, "--process_id": process_id}
     missing = [name for name, value in given.items() if value is None]
     if len(missing) == len(given):
         return

@@ -63,11 +63,7 @@ def gradient_of(decoder: Decoder, of_rows: Callable[[Decoder], Gradient]) -> Gra
 
     rows = PartitionSpec(ROWS)
     return jax.shard_map(
-        of_own_rows,
-        mesh=mesh,
-        in_specs=(stored, rows, rows),
-        out_specs=(PartitionSpec(), stored),
-        check_vma=False,
+        of_own_rows, mesh=mesh, in_specs=(stored, rows, rows), out_specs=(PartitionSpec(), stored), check_vma=False
     )
 
 

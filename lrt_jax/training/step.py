@@ -72,12 +72,7 @@ def build(
 
 
 def gradient_of(
-    decoder: Decoder,
-    schedule: Schedule,
-    forward_names: list[str],
-    accumulation: int = 1,
-    *,
-    gather_once: bool = False,
+    decoder: Decoder, schedule: Schedule, forward_names: list[str], accumulation: int = 1, *, gather_once: bool = False
 ) -> guard.Gradient:
     """The function ``(params, tokens_BxT, targets_BxT) -> (metrics, gradient)`` of :func:`build`, not jitted.
 
