@@ -28,7 +28,6 @@ import jax.numpy as jnp
 
 from benchmarks.arguments import natural, output, pattern, positive, several
 from benchmarks.checks import check
-from lrt_jax.method import schedules
 from lrt_jax.model import costs
 from lrt_jax.model.backend import compute_dtype
 from lrt_jax.model.decoder import Decoder
@@ -112,10 +111,7 @@ class Timed:
     def __init__(self, model: ModelConfig, schedule: ScheduleConfig, batch: int, options: argparse.Namespace):
         """Compiles, from scratch."""
         transformation = optimizer.build(OptimizerConfig(name=options.optimizer), table(model), steps=1000)
-        built = schedules.build(schedule, model.sequence_length)
-        train = step.build(
-            Decoder(model), built, transformation, schedules.forward_names(schedule), options.accumulation
-        )
+        train = step.build(Decoder(model), schedule, transformation, options.accumulation)
         self._state = creator(model, options.optimizer)(0)
         shape = (batch, model.sequence_length + 1)
         tokens = jax.random.randint(jax.random.key(1), shape, 0, model.vocab_size, jnp.int32)

@@ -25,7 +25,6 @@ from lrt_jax.model.decoder import Decoder
 from lrt_jax.model.model import Model
 from lrt_jax.setup.config import DecodeConfig, MeshConfig, ModelConfig, ScheduleConfig
 from lrt_jax.setup import mesh as meshes
-from lrt_jax.method import schedules
 from lrt_jax.training import state, step
 jax.config.update("jax_enable_x64", True)
 ROWS, T, V = 8, 16, 48
@@ -49,8 +48,7 @@ for name, schedule, config in (
         mesh = meshes.make_mesh(MeshConfig(*sizes), jax.devices()[: int(np.prod(sizes))])
         decoder, sgd = Decoder(config, mesh), optax.sgd(0.1, momentum=0.9)
         once = meshes.gathers_once(MeshConfig(gather=gather), mesh.shape)
-        built, names = schedules.build(schedule, T), schedules.forward_names(schedule)
-        train = step.build(decoder, built, sgd, names, gather_once=once)
+        train = step.build(decoder, schedule, sgd, gather_once=once)
         if initial is None:
             initial = jax.tree.map(np.asarray, state.create(decoder, sgd, mesh, seed=0))
         current, losses, score = jax.device_put(initial, state.state_shardings(decoder, sgd, mesh)), [], None

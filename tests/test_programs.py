@@ -97,13 +97,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(x64, unrolled):
     config, schedule, params, batch, (loss, grads) = unrolled
     # ε of 1 keeps Adam's first update from hiding the gradient's scale.
     adamw = optimizer.build(OptimizerConfig(name="adamw", eps=1.0), table(config), steps=10)
-    train = step.build(
-        Decoder(config),
-        schedules.build(dataclasses.replace(schedule, unroll=False), config.sequence_length),
-        adamw,
-        schedules.forward_names(schedule),
-        accumulation=4,
-    )
+    train = step.build(Decoder(config), dataclasses.replace(schedule, unroll=False), adamw, accumulation=4)
     arrays = jax.tree.map(jnp.array, params)
     fresh = jax.jit(adamw.init)(arrays)
     updates, _ = jax.jit(adamw.update)(grads, fresh, arrays)

@@ -20,7 +20,6 @@ import optax
 from lrt_jax.model.decoder import Decoder
 from lrt_jax.setup.config import MeshConfig, ModelConfig, ScheduleConfig
 from lrt_jax.setup import mesh as meshes
-from lrt_jax.method import schedules
 from lrt_jax.training import state, step
 jax.config.update("jax_enable_x64", True)
 ROWS, T, V = 16, 8, 48
@@ -45,8 +44,7 @@ for scan, memory, subsets, accumulation, sizes, values, dtype in (
             drawn = {name: rng.normal(size=leaf.shape, scale=0.2) for name, leaf in shapes.items()}
         params = {name: jax.device_put(drawn[name].astype(leaf.dtype), leaf.sharding) for name, leaf in shapes.items()}
         batch = meshes.global_batch(mesh, (rows[:, :-1], rows[:, 1:]))
-        build, names = schedules.build(schedule, T), schedules.forward_names(schedule)
-        gradient = jax.jit(step.gradient_of(decoder, build, names, accumulation, gather_once=once))
+        gradient = jax.jit(step.gradient_of(decoder, schedule, accumulation, gather_once=once))
         lowered = gradient.lower(params, *batch)
         found.append(jax.tree.map(np.asarray, lowered.compile()(params, *batch)))
     kinds = ("all_gather", "reduce_scatter", "all_to_all", "all_reduce")

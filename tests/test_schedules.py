@@ -289,7 +289,7 @@ def test_training_lowers_the_loss(tiny, random_batch):
     schedule = ScheduleConfig(subsets=2, unroll=False)
     muon = optimizer.build(OptimizerConfig(), table(config), steps=30)
     decoder = Decoder(config)
-    train = step.build(decoder, schedules.build(schedule, 16), muon, schedules.forward_names(schedule))
+    train = step.build(decoder, schedule, muon)
     current = state.create(decoder, muon, make_mesh(MeshConfig()), seed=0)
     batch = random_batch(config, rows=4)
     losses = []

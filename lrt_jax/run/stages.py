@@ -8,7 +8,6 @@ from typing import Any
 import optax
 from jax.sharding import Mesh
 
-from lrt_jax.method import schedules
 from lrt_jax.model import costs
 from lrt_jax.model.decoder import Decoder
 from lrt_jax.model.parameters import table
@@ -108,22 +107,13 @@ def build(
 def _kind(
     config: Config, decoder: Decoder, mesh: Mesh, transformation: optax.GradientTransformation, schedule: ScheduleConfig
 ) -> Kind:
-    built = schedules.build(schedule, config.model.sequence_length)
-    names = schedules.forward_names(schedule)
-    once = meshes.gathers_once(config.mesh, mesh.shape)
+    accumulation, once = config.train.accumulation, meshes.gathers_once(config.mesh, mesh.shape)
+    judge = functools.partial(guard.judge, config=config.train)
     return Kind(
-        step=step.build(
-            decoder,
-            built,
-            transformation,
-            names,
-            config.train.accumulation,
-            functools.partial(guard.judge, config=config.train),
-            gather_once=once,
-        ),
+        step=step.build(decoder, schedule, transformation, accumulation, judge, gather_once=once),
         flops_per_step=costs.train_flops(config.model, schedule) * config.train.batch_size,
         statistics=guard.statistics(
-            step.gradient_of(decoder, built, names, config.train.accumulation, gather_once=once),
+            step.gradient_of(decoder, schedule, accumulation, gather_once=once),
             {name for name, parameter in table(config.model).items() if parameter.axes[0] == "layers"},
         ),
     )

@@ -17,7 +17,6 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lrt_jax.evaluation import bits_per_byte, health
 from lrt_jax.inference import decode
-from lrt_jax.method import schedules
 from lrt_jax.model import backend, costs
 from lrt_jax.model.decoder import Decoder
 from lrt_jax.model.model import Model
@@ -130,15 +129,8 @@ def train_steps_of(config: Config, mesh: Mesh) -> Iterator[tuple[str, Any, tuple
     batch = (_rows(mesh, (config.train.batch_size, length)),) * 2
     kinds = config.schedule.kinds
     for schedule in kinds:
-        function = step.build(
-            decoder,
-            schedules.build(schedule, length),
-            transformation,
-            schedules.forward_names(schedule),
-            config.train.accumulation,
-            functools.partial(guard.judge, config=config.train),
-            gather_once=meshes.gathers_once(config.mesh, mesh.shape),
-        )
+        judge, once = functools.partial(guard.judge, config=config.train), meshes.gathers_once(config.mesh, mesh.shape)
+        function = step.build(decoder, schedule, transformation, config.train.accumulation, judge, gather_once=once)
         label = "train step" if len(kinds) == 1 else f"train step, {schedule.label}"
         yield label, function, (whole, *batch)
 

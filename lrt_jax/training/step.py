@@ -8,11 +8,12 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from lrt_jax.method.schedules import Schedule
+from lrt_jax.method import schedules
 from lrt_jax.model.backend import compute_dtype
 from lrt_jax.model.decoder import Decoder
 from lrt_jax.model.model import Model
 from lrt_jax.setup import mesh as meshes
+from lrt_jax.setup.config import ScheduleConfig
 from lrt_jax.training import guard, replicas
 from lrt_jax.training.state import TrainState, state_shardings
 
@@ -23,9 +24,8 @@ Judge = Callable[[guard.Running, jax.Array, jax.Array], tuple[jax.Array, guard.R
 
 def build(
     decoder: Decoder,
-    schedule: Schedule,
+    schedule: ScheduleConfig,
     optimizer: optax.GradientTransformation,
-    forward_names: list[str],
     accumulation: int = 1,
     judge: Judge | None = None,
     *,
@@ -35,9 +35,8 @@ def build(
 
     Args:
       decoder: the model.
-      schedule: computes the loss.
+      schedule: computes the loss; not a staged one.
       optimizer: turns gradients into updates.
-      forward_names: names of the schedule's forwards, for the metrics.
       accumulation: microbatches that the rows are split into, one after the other; the gradient is
         that of the whole batch.
       judge: tells good steps from bad ones, whose updates are then held back; None: every step is good.
@@ -47,7 +46,7 @@ def build(
       The step. Its metrics are scalars on the device: ``train/loss``, ``train/loss_<forward>`` (nats
       per token) and ``train/grad_norm``; with a judge also ``train/bad_steps`` so far and ``train/bad_in_a_row``.
     """
-    gradient = gradient_of(decoder, schedule, forward_names, accumulation, gather_once=gather_once)
+    gradient = gradient_of(decoder, schedule, accumulation, gather_once=gather_once)
 
     def step(
         state: TrainState, tokens_BxT: jax.Array, targets_BxT: jax.Array
@@ -72,7 +71,7 @@ def build(
 
 
 def gradient_of(
-    decoder: Decoder, schedule: Schedule, forward_names: list[str], accumulation: int = 1, *, gather_once: bool = False
+    decoder: Decoder, schedule: ScheduleConfig, accumulation: int = 1, *, gather_once: bool = False
 ) -> guard.Gradient:
     """The function ``(params, tokens_BxT, targets_BxT) -> (metrics, gradient)`` of :func:`build`, not jitted.
 
@@ -80,16 +79,18 @@ def gradient_of(
     once, and not by every forward of every microbatch (``replicas``).
     """
     if gather_once:
-        return replicas.gradient_of(decoder, lambda alone: _gradient_of(alone, schedule, forward_names, accumulation))
-    return _gradient_of(decoder, schedule, forward_names, accumulation)
+        return replicas.gradient_of(decoder, lambda alone: _gradient_of(alone, schedule, accumulation))
+    return _gradient_of(decoder, schedule, accumulation)
 
 
-def _gradient_of(decoder: Decoder, schedule: Schedule, forward_names: list[str], accumulation: int) -> guard.Gradient:
+def _gradient_of(decoder: Decoder, config: ScheduleConfig, accumulation: int) -> guard.Gradient:
+    schedule = schedules.build(config, decoder.config.sequence_length)
+    names = [f"train/loss_{name}" for name in schedules.forward_names(config)]
+
     def gradient(params: Any, tokens_BxT: jax.Array, targets_BxT: jax.Array) -> tuple[dict[str, jax.Array], Any]:
         def objective(params: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
             outcome = schedule(Model(decoder, params), tokens_BxT, targets_BxT)
-            parts = {f"train/loss_{name}": outcome.forward_losses_F[i] for i, name in enumerate(forward_names)}
-            return outcome.loss, {"train/loss": outcome.loss, **parts}
+            return outcome.loss, {"train/loss": outcome.loss, **dict(zip(names, outcome.forward_losses_F, strict=True))}
 
         grads, metrics = jax.grad(objective, has_aux=True)(params)
         return metrics, grads
@@ -100,8 +101,7 @@ def _gradient_of(decoder: Decoder, schedule: Schedule, forward_names: list[str],
         split = [rows.reshape(accumulation, -1, rows.shape[1]) for rows in (tokens_BxT, targets_BxT)]
         # Asked of the gradient itself, its shapes would cost a trace of the whole schedule.
         zero = jnp.zeros((), jnp.promote_types(jnp.float32, compute_dtype(decoder.config)))
-        names = ["train/loss", *(f"train/loss_{name}" for name in forward_names)]
-        zeros = dict.fromkeys(names, zero), jax.tree.map(jnp.zeros_like, params)
+        zeros = dict.fromkeys(["train/loss", *names], zero), jax.tree.map(jnp.zeros_like, params)
         add = lambda total, rows: (jax.tree.map(jnp.add, total, gradient(params, *rows)), None)  # noqa: E731
         total, _ = lax.scan(add, zeros, tuple(split))
         return jax.tree.map(lambda leaf: leaf / accumulation, total)
