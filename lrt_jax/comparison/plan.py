@@ -50,12 +50,7 @@ class Run:
 
 @dataclasses.dataclass(frozen=True)
 class Sweep:
-    """Runs to be compared.
-
-    Attributes:
-      runs: in the order in which they are to run.
-      baseline: the variant that others are compared with.
-    """
+    """Runs in the order in which they are to run, and the variant that others are compared with."""
 
     runs: tuple[Run, ...]
     baseline: str

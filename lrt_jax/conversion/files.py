@@ -25,12 +25,7 @@ class ConversionError(UserError):
 
 @dataclasses.dataclass(frozen=True)
 class ArrayFile:
-    """What a file holds.
-
-    Attributes:
-      arrays: by name.
-      metadata: strings by name: safetensors metadata, or ``config_json`` of an ``.npz``.
-    """
+    """What a file holds: arrays, and strings (safetensors metadata, or ``config_json`` of an ``.npz``), by name."""
 
     arrays: dict[str, np.ndarray]
     metadata: dict[str, str]

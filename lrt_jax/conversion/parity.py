@@ -30,22 +30,10 @@ INPUTS = ("tokens", "targets", "param_names")
 
 
 class Difference(NamedTuple):
-    """One array of a parity file, or one entry of ``grad_norms``.
-
-    Attributes:
-      name: in the file.
-      error: largest absolute difference, divided by the array's largest entry.
-    """
+    """One array of a parity file, by its name, and its largest absolute error as a share of its largest entry."""
 
     name: str
     error: float
-
-
-class Results(NamedTuple):
-    """What one training schedule gave."""
-
-    outcome: Outcome
-    grads: dict[str, np.ndarray]  # by the authors' names
 
 
 def differences(path: Path, dtype: Dtype = "float64", **model: Any) -> Iterator[Difference]:
@@ -126,7 +114,7 @@ class _Runs:
         self._config, self._schedule, self._arrays = config, schedule, arrays
         self._model = Model(Decoder(config), params)
         self._batch = tuple(jnp.asarray(arrays[name], jnp.int32) for name in ("tokens", "targets"))
-        self._done: dict[str, Results] = {}
+        self._done: dict[str, tuple[Outcome, dict[str, np.ndarray]]] = {}
 
     def result(self, name: str, param_names: list[str]) -> Any:
         """Our value of the array called ``name``."""
@@ -173,7 +161,8 @@ class _Runs:
             loss_weights=tuple(float(weight) for weight in weights),
         )
 
-    def _run(self, schedule: ScheduleConfig) -> Results:
+    def _run(self, schedule: ScheduleConfig) -> tuple[Outcome, dict[str, np.ndarray]]:
+        """What a schedule gives: its outcome, and gradients by the authors' names."""
         # Rolled wherever the layers are: the same numbers, compiled faster.
         schedule = dataclasses.replace(schedule, unroll=not self._config.scan_layers)
         built = schedules.build(schedule, self._batch[0].shape[1])
@@ -183,7 +172,7 @@ class _Runs:
             return outcome.loss, outcome
 
         grads, outcome = jax.jit(jax.grad(objective, has_aux=True))(self._model)
-        return Results(outcome, reference.to_reference(grads.params, self._config))
+        return outcome, reference.to_reference(grads.params, self._config)
 
     def _plain_logits(self) -> jax.Array:
         def logits(model: Model) -> jax.Array:

@@ -25,12 +25,7 @@ LINKED, HIDDEN, OF_A_TOOL, NOT_LINES = "links to what is read", "hidden", "other
 
 @dataclasses.dataclass(frozen=True, order=True)
 class File:
-    """A file of a corpus.
-
-    Attributes:
-      name: its path below the corpus's root, the same wherever that lies.
-      path: where it lies.
-    """
+    """A file of a corpus: its path below the corpus's root, the same wherever that lies, and where it lies."""
 
     name: str
     path: str

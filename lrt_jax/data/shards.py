@@ -180,11 +180,8 @@ def _lines(stream: BinaryIO) -> Iterator[tuple[int, int, bytes]]:
 def _cut(stream: BinaryIO, document_bytes: int) -> Iterator[tuple[int, bytes]]:
     """UTF-8 text in pieces of at most ``document_bytes``, cut after a line end, or between characters of a longer line.
 
-    A piece depends only on the bytes up to its end and the ``document_bytes`` after its start, so that what is
-    appended to a file changes its last piece only.
-
-    Yields:
-      Each piece, after its byte offset.
+    Each comes after its byte offset. A piece depends only on the bytes up to its end and the ``document_bytes`` after
+    its start, so that what is appended to a file changes its last piece only.
     """
     data, begin, needed = bytearray(), 0, document_bytes + 3  # a character may go on for 3 bytes
     more = True

@@ -31,14 +31,11 @@ FIXED_BY_PARAMETERS = ("model",)
 
 
 def check_config(config: Config, workdir: epath.PathLike) -> list[str]:
-    """Checks that a run may go on in a work dir that was begun before; a fresh one allows everything.
+    """Checks that a run may go on in a work dir that was begun before; returns a line for each change.
 
     What binds it is the config of the newest checkpoint; the work dir's own file only where there is none yet. A work
-    dir of imported parameters is bound to the model only. A corpus may be spelled otherwise, and be moved once there is
-    a checkpoint, which knows its files.
-
-    Returns:
-      A line for each field that has changed, where it may.
+    dir of imported parameters is bound to the model only, a fresh one to nothing. A corpus may be spelled otherwise,
+    and be moved once there is a checkpoint, which knows its files.
 
     Raises:
       ConfigError: a field that the saved state depends on has changed, or the config of before cannot be read.

@@ -36,14 +36,7 @@ class CheckpointError(UserError):
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """One checkpoint as it is found.
-
-    Attributes:
-      step: after how many steps.
-      unfinished: its save was cut off, or is under way.
-      faults: what is wrong with its files.
-      bytes: its size.
-    """
+    """One checkpoint as it is found: unfinished where its save was cut off or goes on; its files' faults; its bytes."""
 
     step: int
     unfinished: bool

@@ -25,14 +25,7 @@ TRIES = 10
 
 @dataclasses.dataclass(frozen=True)
 class Trained:
-    """A model, and what is needed to use it.
-
-    Attributes:
-      config: of the run that trained it.
-      model: the decoder, on the mesh where its parameters are, and these.
-      tokenizer: text to tokens and back.
-      step: after how many steps.
-    """
+    """A model after so many steps, on the mesh where its parameters are; its tokenizer, and the config of its run."""
 
     config: Config
     model: Model

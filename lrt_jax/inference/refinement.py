@@ -44,7 +44,6 @@ class Chunk:
     """What all refinements of given tokens have in common.
 
     Attributes:
-      model: the model.
       state: before the tokens.
       tokens_BxP: int32, PAD only on the left.
       positions_BxP: of ``decode.positions_of``.

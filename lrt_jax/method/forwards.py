@@ -190,13 +190,10 @@ def in_turn(
     *,
     unroll: bool,
 ) -> tuple[Any, Any]:
-    """``lax.scan`` of a forward over what each of several has of its own.
+    """``lax.scan`` of a forward over what each of several has of its own: the last carry and all outputs, stacked.
 
     ``forward`` takes model, carry and one of ``each``, and returns model, carry and output. Unrolled, what each has is
     known while tracing, and each reads the model that the one before handed on.
-
-    Returns:
-      The last carry and all outputs, stacked.
     """
     if not unroll:
         stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *each)

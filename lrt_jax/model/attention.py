@@ -35,7 +35,7 @@ def attend(
     keys_BxN: jax.Array,
     window: jax.Array | int,
 ) -> jax.Array:
-    """Softmax attention, scaled by 1/√C, of P queries over N keys; softmax in float32 or wider.
+    """Softmax attention, scaled by 1/√C, of P queries over N keys: [B, P, H, C]; softmax in float32 or wider.
 
     Args:
       q_BxPxHxC: queries, H heads.
@@ -44,9 +44,6 @@ def attend(
       queries_BxP: position of each query; the first axis may be 1, for all rows alike.
       keys_BxN: position of each key, EMPTY where there is none; the first axis may be 1.
       window: how many positions before itself a query sees.
-
-    Returns:
-      [B, P, H, C].
     """
     q_BxKxGxPxC = grouped(q_BxPxHxC, k_BxKxNxC.shape[1])
     scores_BxKxGPxN = scores(q_BxKxGxPxC, k_BxKxNxC, visible(queries_BxP, keys_BxN, window))

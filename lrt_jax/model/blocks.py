@@ -43,7 +43,7 @@ def attend_in_blocks(
     farthest: int,
     block: int | None = None,
 ) -> jax.Array:
-    """``attention.attend`` for a strided subset, or, with ``subsets`` = 1, for all positions, block by block.
+    """``attention.attend``, in blocks, of a strided subset, or with ``subsets`` = 1 of all positions; [B, P, H, C].
 
     The queries are one subset of S, in ascending order, and the N = S P keys are in slot order (slot r P + j holds
     position j S + r). A block of queries a to b sees nothing of the slots j ≥ b of any subset, nor of
@@ -59,9 +59,6 @@ def attend_in_blocks(
       subsets: S.
       farthest: a number that ``window`` does not exceed.
       block: queries in a block, about; None: BLOCK.
-
-    Returns:
-      [B, P, H, C].
     """
     length = q_BxPxHxC.shape[1]
     k, v = (_in_subsets(pieces, subsets) for pieces in (k_BxKxNxC, v_BxKxNxC))

@@ -63,16 +63,13 @@ class Cached(NamedTuple):
         *,
         farthest: int,
     ) -> jax.Array:
-        """Softmax attention of P new positions over the cache and over N newer ones; softmax in float32 or wider.
+        """Attention [B, P, H, C] of P new positions over the cache and over N newer ones; softmax in float32 or wider.
 
         Args, beside those of ``attention.attend``:
           keys: of what the cache does not have, [B, K, n, C] in pieces: their own, and a buffer's beside it.
           values: likewise.
           queries_BxP: int32 positions; EMPTY where a row rests, whose result means nothing.
           farthest: ``window``, where it is known.
-
-        Returns:
-          [B, P, H, C].
         """
         del farthest
         rows, length, heads, width = q_BxPxHxC.shape

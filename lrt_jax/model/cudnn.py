@@ -26,7 +26,7 @@ Three = tuple[jax.Array, jax.Array, jax.Array]
 def attend_by_cudnn(
     q_BxPxHxC: jax.Array, k: Pieces, v: Pieces, *, window: int, subsets: int, subset: int, interpret: bool
 ) -> jax.Array:
-    """``attention.attend`` for subset i of S, all rows alike.
+    """``attention.attend`` for subset i of S, all rows alike: [B, P, H, C].
 
     Args:
       q_BxPxHxC: the queries of subset i, ascending; bfloat16 or float16.
@@ -36,9 +36,6 @@ def attend_by_cudnn(
       subsets: S; 1: all positions.
       subset: i.
       interpret: compute by XLA, where there is no GPU.
-
-    Returns:
-      [B, P, H, C].
     """
     if len(k) != subsets:
         k, v = (tuple(jnp.split(jnp.concatenate(pieces, axis=2), subsets, axis=2)) for pieces in (k, v))

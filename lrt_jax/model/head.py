@@ -17,7 +17,7 @@ def softcapped(raw: jax.Array, softcap: float) -> jax.Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def cross_entropy(raw: jax.Array, targets: jax.Array, softcap: float) -> jax.Array:
-    """Cross entropy in nats of int targets [...] under the logits that :func:`softcapped` makes of raw [..., V].
+    """Cross entropy [...] of int targets under the logits :func:`softcapped` of raw [..., V]: nats, float32 or wider.
 
     Of all that is as large as the logits, the largest array there is, one is kept for the backward pass: ``raw``, in
     the dtype that the product left it in, or, where that is no narrower, the logits; the rest is computed again.
@@ -27,9 +27,6 @@ def cross_entropy(raw: jax.Array, targets: jax.Array, softcap: float) -> jax.Arr
 
     The target's logit is selected by comparison: a gather's gradient is a scatter, which the CPU backend
     runs element by element (docs/LOG.md).
-
-    Returns:
-      [...], float32 or wider.
     """
     return _forward(raw, targets, softcap)[0]
 

@@ -72,10 +72,7 @@ def mix_residual(
 class Gates(NamedTuple):
     """One number for each position and KV head, [B, P, K, 1]; None where there is none of this kind.
 
-    Attributes:
-      local: g_loc, of the layer's own keys and values.
-      memory: g_mem.
-      value: g_ve, of value embeddings.
+    g_loc, of the layer's own keys and values; g_mem, of the memory; and g_ve, of value embeddings.
     """
 
     local: jax.Array | None = None

@@ -53,7 +53,7 @@ def attend_by_splash(
     mesh: Mesh | None,
     interpret: bool,
 ) -> jax.Array:
-    """``attention.attend`` for subset i of S, its keys in slot order, all rows alike.
+    """``attention.attend`` for subset i of S, its keys in slot order, all rows alike: [B, P, H, C].
 
     Args:
       q_BxPxHxC: the queries of subset i, ascending.
@@ -64,9 +64,6 @@ def attend_by_splash(
       subset: i.
       mesh: a kernel is not partitioned by GSPMD, so rows and heads are dealt to the devices of this mesh by hand.
       interpret: run the kernel in Python's stead, where there is no TPU.
-
-    Returns:
-      [B, P, H, C].
 
     Raises:
       ValueError: no block size divides P.

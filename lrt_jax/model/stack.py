@@ -16,14 +16,7 @@ from lrt_jax.setup.config import ModelConfig
 
 
 class Layers(NamedTuple):
-    """Consecutive layers, and what each of them reads.
-
-    Attributes:
-      indices: which of the model's.
-      weights: of all of them.
-      own: likewise.
-      before: likewise where layers are scanned; else a list.
-    """
+    """Consecutive layers: which of the model's, and what each reads; ``before`` is a list where they are unrolled."""
 
     indices: range
     weights: Weights

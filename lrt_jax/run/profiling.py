@@ -22,8 +22,7 @@ class Profiler:
     def before_step(self, state: Any) -> str:
         """Begins or ends the trace where it is time to; only then is ``state``, of the step before, waited for.
 
-        Returns:
-          A line to print; mostly empty.
+        Returns a line to print, mostly empty.
 
         Raises:
           WorkdirError: the trace cannot be written.

@@ -20,12 +20,9 @@ from lrt_jax.training.step import Step
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
-    """A schedule that steps may have.
+    """A schedule that steps may have: the jitted step, and the FLOPs of its whole batch, for MFU.
 
-    Attributes:
-      step: the jitted training step.
-      flops_per_step: of the whole batch, for MFU.
-      statistics: of parameters and gradient of a batch, for the report of a bad step.
+    ``statistics`` are those of parameters and gradient of a batch, for the report of a bad step.
     """
 
     step: Step

@@ -222,12 +222,7 @@ class Drawn:
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """A share of the run's steps.
-
-    Attributes:
-      mixture: the schedules that its steps are drawn from; mostly one.
-      share: of the run's steps.
-    """
+    """A share of the run's steps, and the schedules that these are drawn from; mostly one."""
 
     mixture: tuple[Drawn, ...]
     share: float

@@ -16,15 +16,7 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """A config on a topology.
-
-    Attributes:
-      config: the run.
-      topology: its name.
-      chip: of the topology.
-      sizes: of the mesh axes, and ``slices``.
-      compiled: what was compiled.
-    """
+    """A config on a topology, the sizes of the mesh axes and of ``slices``, and what was compiled."""
 
     config: Config
     topology: str
@@ -61,11 +53,6 @@ class Report:
     def mfu_bound(self) -> float:
         """The share of peak FLOP/s that could be reached if everything overlapped."""
         return self.step.flops / self.chip.peak / max(self.seconds.values())
-
-    @property
-    def peak(self) -> float:
-        """Bytes that the hungriest program needs on a chip."""
-        return max((program.peak for program in self.compiled), default=math.nan)
 
     def lines(self) -> Iterator[str]:
         """The table."""

@@ -30,16 +30,13 @@ def rate_shape(config: OptimizerConfig, steps: int) -> Rate:
 def build(
     config: OptimizerConfig, table: Mapping[str, Parameter], steps: int, mesh: Mesh | None = None
 ) -> optax.GradientTransformation:
-    """Clipping, then Muon for matrices (or AdamW), AdamW for every other group.
+    """Clipping, then Muon for matrices (or AdamW), AdamW for every other group; in a flat dict by the table's names.
 
     Args:
       config: rates and constants.
       table: the parameter table, whose groups decide who gets what.
       steps: length of the run, which the rate's shape and the decay of weights follow.
       mesh: that parameters and gradients are stored on, for Muon to share its work out on.
-
-    Returns:
-      A transformation of gradients in a flat dict with the table's names.
     """
     shape = rate_shape(config, steps)
     decay = optax.schedules.linear_schedule(config.weight_decay, 0.0, steps)
