@@ -17,6 +17,7 @@ from lrt_jax.model.backend import HOMES, attention_kind, target
 from lrt_jax.model.buffer import SLOTS
 from lrt_jax.setup.config import ModelConfig
 
+# Of keys, or of values: [B, K, n, C] each.
 Pieces = tuple[jax.Array, ...]
 
 
@@ -49,12 +50,13 @@ def attention_for(
 def _with_known_window(config: ModelConfig, kernel: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
     """A kernel, part of which is its window, whose positions are those of a whole subset, the same in all rows."""
 
-    def attend(q: jax.Array, k: Pieces, v: Pieces, *where: Any, farthest: int) -> jax.Array:
+    def attend(q_BxPxHxC: jax.Array, k: Pieces, v: Pieces, *where: Any, farthest: int) -> jax.Array:
         if not config.scan_layers or len(set(config.windows)) == 1:
-            return kernel(q, k, v, window=farthest)
+            return kernel(q_BxPxHxC, k, v, window=farthest)
         # Scanned layers choose between two.
         short, long = (functools.partial(kernel, window=size) for size in sorted(set(config.windows)))
-        return lax.cond(where[-1] < config.sequence_length, short, long, q, k, v)
+        *_, window = where
+        return lax.cond(window < config.sequence_length, short, long, q_BxPxHxC, k, v)
 
     return attend
 
@@ -71,12 +73,12 @@ def _joined(config: ModelConfig, attend: Callable[..., jax.Array]) -> Callable[.
     (docs/LOG.md). With ``remat`` nothing of a layer is kept.
     """
 
-    def on_pieces(q: jax.Array, k: Pieces, v: Pieces, *where: Any, **window: int) -> jax.Array:
+    def on_pieces(q_BxPxHxC: jax.Array, k: Pieces, v: Pieces, *where: Any, **window: int) -> jax.Array:
         def joined(q: jax.Array, k: Pieces, v: Pieces) -> jax.Array:
             return attend(q, *(jnp.concatenate(pieces, axis=SLOTS) for pieces in (k, v)), *where, **window)
 
         again = len(k) > 2 and not config.remat
-        return (jax.checkpoint(joined, policy=_is_computed) if again else joined)(q, k, v)
+        return (jax.checkpoint(joined, policy=_is_computed) if again else joined)(q_BxPxHxC, k, v)
 
     return on_pieces
 

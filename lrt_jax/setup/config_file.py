@@ -1,4 +1,7 @@
-"""The config file that ``--config`` names: read as a flag's value, with one clear sentence for what is wrong in it."""
+"""Files of Python that users name: the config of ``--config``, read as a flag's value, and sweeps.
+
+What is wrong in one is said in one clear sentence.
+"""
 
 import importlib.machinery
 import importlib.util
