@@ -2,9 +2,10 @@
 
     python -m benchmarks.few_shot WORKDIR FOLDER [--json=FILE] [--tasks=copa,arc_easy] [--items=32] …
 
-FOLDER has the tasks of CORE (docs/OPERATIONS.md). The loop scores one option at a time, whole, by the same recurrence,
+FOLDER has the tasks of CORE (docs/EVALUATION.md). The loop scores one option at a time, whole, by the same recurrence,
 compiled for lengths that are powers of two: what one writes first. All are run once before, so that compilation does
-not count, and then in turns; of the loop only ``--loop_items`` of the items are timed. Scores must agree.
+not count, and then in turns; of the loop only ``--loop_items`` of the items are timed. Its scores must be those of
+``sequential``.
 """
 
 import argparse
@@ -88,7 +89,7 @@ def measure(trained: Trained, label: str, questions: list[Question], options: ar
         score = Scorer(trained.mesh, config.model.sequence_length, how, tokens, **memory)
 
         def run() -> list[list[float]]:
-            found = dict(score(trained.model, questions))
+            found = {index: answer for batch in score(trained.model, questions) for index, answer in batch}
             return [found[index].losses.tolist() for index in range(len(questions))]
 
         return run
@@ -102,7 +103,7 @@ def measure(trained: Trained, label: str, questions: list[Question], options: ar
     }
     scores = {way: run() for way, (_, run) in ways.items()}
     for expected, found in zip(scores["loop"], scores["sequential"], strict=False):
-        np.testing.assert_allclose(found, expected, rtol=1e-3)
+        np.testing.assert_allclose(found, expected, rtol=1e-4)
     seconds: dict[str, list[float]] = {way: [] for way in ways}
     for _ in range(options.rounds):
         for way, (_, run) in ways.items():
@@ -119,7 +120,7 @@ def measure(trained: Trained, label: str, questions: list[Question], options: ar
 
 def questions_of(trained: Trained, task: tasks.Task, path: Any, count: int) -> list[Question]:
     """The first questions of a task that can be asked."""
-    items, _ = items_of.read(task, str(path), path.read_bytes(), print)
+    items = items_of.read(task, str(path), path.read_bytes(), print).asked
     found: list[Question] = []
     for index in range(len(items)):
         encoded = prompts.encode(trained.tokenizer, prompts.texts(task, items, index))

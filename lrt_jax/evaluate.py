@@ -23,10 +23,10 @@ from lrt_jax.setup import flags as command_line
 from lrt_jax.setup import mesh as meshes
 from lrt_jax.setup import processes
 from lrt_jax.setup import workdir as workdirs
-from lrt_jax.setup.config import ConfigError, DecodeConfig, Prefill, fingerprint
+from lrt_jax.setup.config import ConfigError, DecodeConfig, Prefill
 
-# Flags that only make sense beside another one.
-ONLY_WITH = {"tasks": "core", "items": "core", "against": "core"}
+# Flags of one way of scoring alone.
+OF = {"core": ("tasks", "items", "against"), "held-out text": ("rows", "passes", "corpus")}
 
 
 def define_flags() -> None:
@@ -53,62 +53,83 @@ def main() -> None:
     values = flags.FLAGS
     if values.workdir is None:
         raise ConfigError("--workdir is not set; it must be a run's work dir")
-    if values.core is not None and values.text:
-        raise ConfigError("--core and --text are both set; give one of them")
-    for name, other in ONLY_WITH.items():
-        if values[name].value and not values[other].value:
-            raise ConfigError(f"--{name} needs --{other}=FOLDER")
-    if not (values.memory or values.core is not None or values.text):
-        raise ConfigError("--nomemory needs --core or --text; of held-out text val/bpb_init is without memory")
+    way = _way()
     decode = command_line.decode_flags()
     processes.start()
-    workdir = workdirs.local(values.workdir)
-    if values.core is not None or values.text:
-        trained = load.load(workdir, values.step)
-        meshes.cache_compilations(workdir)
-        how = trained.config.scoring
-        how = dataclasses.replace(how, prefill=values.scoring or how.prefill, **decode)
-        (few_shot if values.core is not None else text)(trained, workdir, how)
-        return
-    found = evaluate(
-        workdir,
-        values.step,
-        values.rows,
-        scoring=values.scoring,
-        passes=values.passes,
-        source=values.corpus,
-        **decode,
+    names = (
+        "step",
+        "text",
+        "core",
+        "memory",
+        "scoring",
+        *command_line.DECODE_FLAGS,
+        *(name for of in OF.values() for name in of),
     )
-    processes.say(json.dumps(found, indent=2))
+    processes.require_same("flags", {name: values[name].value for name in names})
+    workdir = workdirs.local(values.workdir)
+    if way == "held-out text":
+        scores = evaluate(workdir, values.step, values.rows, values.scoring, values.passes, values.corpus, **decode)
+        processes.say(json.dumps(scores, indent=2))
+        return
+    trained = load.load(workdir, values.step)
+    meshes.cache_compilations(workdir)
+    how = trained.config.scoring
+    how = dataclasses.replace(how, prefill=values.scoring or how.prefill, **decode)
+    if way == "core":
+        few_shot(trained, workdir, how)
+    else:
+        text(trained, how)
+
+
+def _way() -> str:
+    """What is scored: ``core``, ``text`` or ``held-out text``.
+
+    Raises:
+      ConfigError: flags do not go together.
+    """
+    values = flags.FLAGS
+    if values.core is not None and values.text:
+        raise ConfigError("--core and --text are both set; give one of them")
+    way = "core" if values.core is not None else "text" if values.text else "held-out text"
+    for other, names in OF.items():
+        for name in names:
+            if way != other and values[name].value != values[name].default:
+                needed = f"--{other}=FOLDER" if other == "core" else other
+                raise ConfigError(f"--{name} is set, which is for {needed} only, and not for {way}")
+    if way == "held-out text" and not values.memory:
+        raise ConfigError("--nomemory is for --core or --text only; of held-out text val/bpb_init is without memory")
+    return way
 
 
 def few_shot(trained: load.Trained, workdir: Path, how: DecodeConfig) -> None:
     """Scores the tasks of ``--core``, prints a table, and leaves scores and table in the work dir."""
     values = flags.FLAGS
-    folder = workdirs.expanded(values.core, "--core")
-    choice = Choice(folder, tuple(values.tasks), values.items, how, values.memory)
+    choice = Choice(
+        workdirs.expanded(values.core, "--core"), tuple(values.tasks), values.items, how, use_memory=values.memory
+    )
+    other = None if values.against is None else workdirs.expanded(values.against, "--against")
+    if other is not None:
+        processes.together(lambda: results.require_scores(other) if processes.is_first() else None)
     core = Core(trained.config, trained.mesh, trained.tokenizer, choice)
     kept = results.folder_of(workdir, trained.step, choice)
-    settings = {"run": fingerprint(trained.config), "step": trained.step}
-    report = core(trained.model, kept, settings)
+    report = core(trained.model, kept, done=lambda score: processes.say(str(score)))
     if not processes.is_first():
         return
-    results.write(kept, report)
-    print("", *report.table(), f"\nItem by item: {kept}", sep="\n", flush=True)
-    if values.against is not None:
-        compared = results.against(report, workdirs.expanded(values.against, "--against"), kept)
-        print("", *compared, sep="\n", flush=True)
+    table = results.write(kept, report)
+    print("", *report.table(), f"\nThis table: {table}; item by item: {kept}", sep="\n", flush=True)
+    if other is not None:
+        print("", *results.against(report, other, kept), sep="\n", flush=True)
 
 
-def text(trained: load.Trained, workdir: Path, how: DecodeConfig) -> None:
+def text(trained: load.Trained, how: DecodeConfig) -> None:
     """Scores the files of ``--text``, each a document, and prints bits per byte of each and of all.
 
     Raises:
       ConfigError: one cannot be read, is not UTF-8 or is empty.
     """
-    del workdir
     paths = [workdirs.expanded(given, "--text") for given in flags.FLAGS.text]
-    found = texts.score(trained, [texts.read(path) for path in paths], how, use_memory=flags.FLAGS.memory)
+    read = processes.from_first(lambda: json.dumps([texts.read(path) for path in paths]).encode())
+    found = texts.score(trained, json.loads(read), how, use_memory=flags.FLAGS.memory)
     documents = [
         {"file": str(path), "bpb": one.bits_per_byte, **one._asdict()} for path, one in zip(paths, found, strict=True)
     ]

@@ -10,9 +10,12 @@ import pytest
 
 from lrt_jax.few_shot import items as items_of
 from lrt_jax.few_shot import prompts, record, statistics, tasks
+from lrt_jax.few_shot.items import Item
 from lrt_jax.few_shot.prompts import Question
 from lrt_jax.few_shot.record import Record, Scored
+from lrt_jax.few_shot.scorer import Answer
 from lrt_jax.few_shot.tasks import FewShotError, Task
+from lrt_jax.setup.errors import WorkdirError
 
 COPA, WINOGRAD, DYCK = tasks.chosen(["copa", "winograd", "bigbench_dyck_languages"])
 
@@ -20,9 +23,9 @@ COPA, WINOGRAD, DYCK = tasks.chosen(["copa", "winograd", "bigbench_dyck_language
 def read(task, folder=None, **options):
     lines = [json.dumps(item) for item in few_shot_items.ITEMS[task.file]]
     said = []
-    items, _ = items_of.read(task, task.file, "\n".join(lines).encode(), said.append, **options)
-    assert not said
-    return items
+    items = items_of.read(task, task.file, "\n".join(lines).encode(), said.append, **options)
+    assert not said and not items.left_out
+    return items.asked
 
 
 def plainly(task: Task, index: int, shots: int) -> list[tuple[list[int], int]]:
@@ -103,7 +106,6 @@ def test_options_that_are_cropped_apart_share_nothing_that_they_have_not():
 @pytest.mark.parametrize(
     ("task", "rows", "said"),
     [
-        (COPA, [[1, 5, 6], [1, 5, 6, 7]], "option 0 has no token that the other options have not"),
         (DYCK, [[1, 5, 6], [1, 5, 9, 7]], "the tokenizer joins the end of the prompt and the beginning of the"),
         (DYCK, [[1, 5, 6], [1, 5, 6]], "the tokenizer joins the end of the prompt and the beginning of the"),
         (DYCK, [[1, 5], [1, 5, *range(20)]], "option 0 alone has 20 tokens; the context has 20"),
@@ -122,6 +124,7 @@ GOOD = '{"query": "a", "choices": ["b", "c"], "gold": 1}'
     [
         (COPA, "{", "is not JSON"),
         (COPA, "[1]", "is no JSON object"),
+        (COPA, "[" * 100_000, "is not JSON"),
         (COPA, '{"query": "a", "choices": ["b"], "gold": 0}', r"choices has 1; it must be a list of two texts or more"),
         (COPA, '{"query": "a", "choices": "bc", "gold": 0}', r"choices is str; it must be a list"),
         (COPA, '{"query": "a", "choices": ["b", null], "gold": 0}', r"choices\[1\] is null; it must be text"),
@@ -142,21 +145,25 @@ def test_a_bad_line_is_said_and_the_rest_is_read(task, line, said):
         "language_modeling": '{"context": "", "continuation": "b"}',
     }[task.kind]
     lines = []
-    items, left_out = items_of.read(task, "DIR/x.jsonl", f"{good}\n{line}\n\n{good}\n".encode(), lines.append)
-    assert (len(items), left_out) == (2, 1)
-    assert {item.line for item in items} == {1, 4}
+    items = items_of.read(task, "DIR/x.jsonl", f"{good}\r\n{line}\n\n{good}\n".encode(), lines.append)
+    assert (len(items.asked), items.left_out, items.cut) == (2, 1, False)
+    assert {item.line for item in items.asked} == {1, 4}
     (line,) = lines
     assert line.startswith("DIR/x.jsonl, line 2: ") and line.endswith("; it is left out")
     assert re.search(said, line)
 
 
 def test_a_task_needs_more_items_than_shots():
-    with pytest.raises(FewShotError, match="has 10 good items to ask; bigbench_dyck_languages needs 10 "):
+    with pytest.raises(FewShotError, match="10 of its 12 items are asked; bigbench_dyck_languages needs 10 "):
         read(DYCK, most=10)
+    with pytest.raises(FewShotError, match="x: it has 1; copa needs 10 solved items and one to ask"):
+        items_of.read(Task(**(vars(COPA) | {"shots": 10})), "x", GOOD.encode(), print)
 
 
 def test_a_cut_is_made_before_shots_are_drawn():
     assert [item.line for item in read(DYCK, most=11)] == [item.line for item in read(DYCK)[:11]]
+    text = "\n".join([GOOD] * 3).encode()
+    assert [items_of.read(COPA, "x", text, print, most=most).cut for most in (2, 3, 4)] == [True, False, False]
 
 
 def test_tasks_are_found_in_a_folder_or_in_the_unpacked_bundle(tmp_path):
@@ -169,7 +176,7 @@ def test_tasks_are_found_in_a_folder_or_in_the_unpacked_bundle(tmp_path):
         list(tasks.files(tmp_path / "three", tasks.CORE))
     with pytest.raises(FewShotError, match=r"no task has a file; there must be world_knowledge/arc_easy\.jsonl"):
         list(tasks.files(tmp_path / "one", tasks.chosen(["arc_easy"])))
-    with pytest.raises(FewShotError, match="'arc' is no task of CORE; allowed are: hellaswag_zeroshot, "):
+    with pytest.raises(FewShotError, match="--tasks has 'arc', which is no task of CORE; allowed are: hellaswag_z"):
         tasks.chosen(["arc"])
 
 
@@ -182,35 +189,77 @@ def scored(number, correct=True, losses=(1.0, 2.0)):
     return Scored(number, number + 1, correct, losses, False, 0, 0)
 
 
+def opened(folder, **settings):
+    return Record(folder, COPA, "data", {"items": 0} | settings)
+
+
 def test_a_record_goes_on_behind_its_last_good_line(tmp_path):
-    first = Record(tmp_path, COPA, "data", {"items": 0})
+    first = opened(tmp_path)
     first.add([scored(0), scored(1, False, (float("nan"), 1.0))])
     whole = first.path.read_bytes()
     first.add([scored(2)])
+    first.close()
     torn = first.path.read_bytes()
     for cut in range(len(whole) + 1, len(torn)):  # wherever a process was killed
         first.path.write_bytes(torn[:cut])
-        again = Record(tmp_path, COPA, "data", {"items": 0})
+        again = opened(tmp_path)
         assert sorted(again.items) == [0, 1]
         assert np.isnan(again.items[1].losses[0])
+        again.close()
+    again = opened(tmp_path)
     again.add([scored(2)])
+    again.close()
     assert first.path.read_bytes() == torn
     assert record.read(first.path).keys() == {0, 1, 2}
     first.path.write_bytes(whole[:10])  # not even the first line
-    again = Record(tmp_path, COPA, "data", {"items": 0})
+    again = opened(tmp_path)
     again.add([scored(5)])
+    again.close()
     assert record.header_of(first.path)["settings"] == {"items": 0}
     assert record.read(first.path).keys() == {5}
 
 
+def test_a_damaged_line_costs_no_other(tmp_path):
+    one = opened(tmp_path)
+    one.add([scored(0), scored(1), scored(2)])
+    one.close()
+    lines = one.path.read_bytes().splitlines(keepends=True)
+    one.path.write_bytes(b"".join([lines[0], lines[1], b"{" + lines[2], lines[3]]))
+    again = opened(tmp_path)
+    assert sorted(again.items) == [0, 2]
+    again.add([scored(1)])
+    again.close()
+    assert record.read(one.path).keys() == {0, 1, 2}
+
+
+def test_two_processes_do_not_write_one_record(tmp_path):
+    one = opened(tmp_path)
+    with pytest.raises(WorkdirError, match="is being written by another process; wait until that one has ended"):
+        opened(tmp_path)
+    opened(tmp_path, items=5).close()  # another way of asking is another file
+    one.close()
+    opened(tmp_path).close()
+
+
+def test_options_without_a_token_of_their_own_are_judged_as_nanochat_does():
+    """The mean over nothing is NaN there, and Python's least of several is NaN only if the first is."""
+    for rows, guessed in [([[1, 5, 6], [1, 5, 6, 7]], 0), ([[1, 5, 6, 7], [1, 5, 6]], 0), ([[1, 5], [1, 5]], 0)]:
+        prompt = prompts.prompt(COPA, [np.array(row) for row in rows], context=20)
+        answer = Answer(np.array([3.0 if count else 0.0 for count in prompt.question.scored]), np.ones(2, bool), 0, 0)
+        for gold in (0, 1):
+            one = record.scored(COPA, 0, Item(1, (("a", "b"), ("a", "c")), gold), prompt, answer)
+            assert one.correct == (gold == guessed)
+            assert [np.isnan(loss) for loss in one.losses] == [not count for count in prompt.question.scored]
+    same = prompts.prompt(WINOGRAD, [np.array([1, 5, 6])] * 2, context=20)
+    assert same.question.scored == (0, 0)
+
+
 def test_what_scores_depend_on_names_their_file(tmp_path):
-    names = {
-        Record(tmp_path, task, data, settings).path
-        for task in (COPA, WINOGRAD)
-        for data in ("a", "b")
-        for settings in ({"items": 0}, {"items": 5}, {"items": 0, "memory": False})
-    }
-    assert len(names) == 12
+    for task in (COPA, WINOGRAD):
+        for data in ("a", "b"):
+            for settings in ({"items": 0}, {"items": 5}, {"items": 0, "memory": False}):
+                Record(tmp_path, task, data, settings).close()
+    assert len(list(tmp_path.iterdir())) == 12
 
 
 def test_intervals_are_those_of_a_bootstrap():
@@ -221,7 +270,11 @@ def test_intervals_are_those_of_a_bootstrap():
     right = np.array([one.correct for one in items], float)
     drawn = np.random.default_rng(0).choice(right, size=(20_000, 60)).mean(axis=1)
     np.testing.assert_allclose(found.interval, np.quantile(drawn, [0.025, 0.975]), atol=0.02)
-    assert not found.is_a_guess
+    assert found.is_a_guess  # a third is less than a half
+    right = [statistics.score(COPA, [scored(number, number < 8) for number in range(count)], 0) for count in (8, 12)]
+    assert [one.is_a_guess for one in right] == [False, True]
+    nothing = statistics.score(DYCK, [scored(0, False)], left_out=0)
+    assert nothing.is_a_guess and not statistics.score(DYCK, [scored(0)], left_out=0).is_a_guess
 
 
 def test_the_mean_is_of_centred_accuracies_and_called_core_only_if_it_is():

@@ -13,7 +13,7 @@ from lrt_jax.evaluation import texts
 from lrt_jax.inference import decode
 from lrt_jax.inference.load import Trained
 from lrt_jax.inference.text import encode
-from lrt_jax.integrations.requests import Model as Asked
+from lrt_jax.integrations.requests import Answers
 from lrt_jax.model.decoder import Decoder
 from lrt_jax.model.model import Model
 from lrt_jax.setup import mesh as meshes
@@ -58,7 +58,7 @@ def test_windows_score_every_token_once_with_half_a_context_before_it():
     for length in range(2, 100):
         tokens = np.arange(length)
         scored = []
-        for window, count in texts.windows(tokens, CONTEXT):
+        for window, count in texts.windows(tokens, CONTEXT, CONTEXT // 2):
             assert 1 < len(window) <= CONTEXT + 1
             assert len(window) - count >= (1 if window[0] == 0 else CONTEXT // 2)
             scored += window[-count:].tolist()
@@ -69,12 +69,22 @@ def test_texts_are_scored_as_single_steps_score_them(trained):
     found = texts.score(trained, DOCUMENTS, SEQUENTIAL)
     for text, one in zip(DOCUMENTS, found, strict=True):
         tokens = encode(trained.tokenizer, text)
-        expected = sum(losses_of(trained, window)[-count:].sum() for window, count in texts.windows(tokens, CONTEXT))
+        expected = sum(
+            losses_of(trained, window)[-count:].sum() for window, count in texts.windows(tokens, CONTEXT, CONTEXT // 2)
+        )
         assert one.nats == pytest.approx(expected, rel=1e-5)
         assert (one.tokens, one.bytes) == (len(tokens) - 1, len(text.encode()))
         assert one.bits_per_byte == pytest.approx(expected / np.log(2) / len(text.encode()), rel=1e-5)
     assert len(encode(trained.tokenizer, DOCUMENTS[0])) > CONTEXT + 1
+    assert texts.score(trained, [], SEQUENTIAL) == []
+    assert texts.score(trained, [""], SEQUENTIAL)[0].nats == 0
     assert texts.total(found).bytes == sum(len(text.encode()) for text in DOCUMENTS)
+
+
+def test_rolling_windows_are_the_harness_s():
+    tokens = np.array([-1, *range(10)])  # the example of its documentation
+    found = [(window[:-1].tolist(), window[-count:].tolist()) for window, count in texts.windows(tokens, 4, 4)]
+    assert found == [([-1, 0, 1, 2], [0, 1, 2, 3]), ([3, 4, 5, 6], [4, 5, 6, 7]), ([5, 6, 7, 8], [8, 9])]
 
 
 def test_what_is_no_text_is_refused(tmp_path):
@@ -98,7 +108,7 @@ def test_loglikelihoods_are_those_of_single_steps(trained):
         ("", "The"),
         (DOCUMENTS[0], " then"),  # longer than the context: it loses its first tokens
     ]
-    found = Asked(trained, SEQUENTIAL).loglikelihood(pairs)
+    found = Answers(trained, SEQUENTIAL).loglikelihood(pairs)
     assert found[1] == pytest.approx(found[2], rel=1e-6)
     for (context, continuation), (logprob, greedy) in zip(pairs, found, strict=True):
         whole = encode(trained.tokenizer, context + continuation)
@@ -106,11 +116,11 @@ def test_loglikelihoods_are_those_of_single_steps(trained):
         tokens = whole[-CONTEXT - 1 :]
         assert logprob == pytest.approx(-losses_of(trained, tokens)[-count:].sum(), rel=1e-5)
         assert greedy == all(logits_of(trained, tokens[:-1]).argmax(axis=1)[-count:] == tokens[-count:])
-    assert Asked(trained, SEQUENTIAL, use_memory=False).loglikelihood(pairs[:1])[0][0] != pytest.approx(found[0][0])
+    assert Answers(trained, SEQUENTIAL, use_memory=False).loglikelihood(pairs[:1])[0][0] != pytest.approx(found[0][0])
 
 
 def test_what_cannot_be_asked_is_said(trained):
-    asked = Asked(trained, SEQUENTIAL)
+    asked = Answers(trained, SEQUENTIAL)
     with pytest.raises(UserError, match=r"tokens behind its context; allowed are 1 to 24"):
         asked.loglikelihood([("a", DOCUMENTS[0])])
     with pytest.raises(UserError, match="max_gen_toks is 24; with a context of 24 allowed are 1 to 23"):
@@ -118,7 +128,7 @@ def test_what_cannot_be_asked_is_said(trained):
 
 
 def test_texts_are_continued_up_to_a_stop_string(trained):
-    asked = Asked(trained, SEQUENTIAL)
+    asked = Answers(trained, SEQUENTIAL)
     prompts = [("The man", {"max_gen_toks": 6}), (DOCUMENTS[0], {"max_gen_toks": 6})]
     plain = asked.generate_until(prompts)
     tokens = encode(trained.tokenizer, "The man")
@@ -163,7 +173,7 @@ def test_the_harness_finds_the_model_and_is_answered(trained, monkeypatch):
     model = Stub.registered["lrt"](workdir="DIR", scoring="fixed_point", batch_size=1)
     requests = [types.SimpleNamespace(args=("The man", " turned on"))]
     ((logprob, greedy),) = model.loglikelihood(requests)
-    assert logprob == pytest.approx(Asked(trained, SEQUENTIAL).loglikelihood([requests[0].args])[0][0], rel=0.01)
+    assert logprob == pytest.approx(Answers(trained, SEQUENTIAL).loglikelihood([requests[0].args])[0][0], rel=0.01)
     assert not greedy
     (rolled,) = model.loglikelihood_rolling([types.SimpleNamespace(args=("retired",))])
     assert rolled < 0
@@ -171,3 +181,7 @@ def test_the_harness_finds_the_model_and_is_answered(trained, monkeypatch):
     assert isinstance(text, str)
     with pytest.raises(ConfigError, match="scoring is 'fast'; allowed are: sequential, fixed_point"):
         adapter.LRT(workdir="DIR", scoring="fast")
+    with pytest.raises(ConfigError, match="memory is 'no'; it must be bool"):
+        adapter.LRT(workdir="DIR", memory="no")
+    with pytest.raises(TypeError, match="scorign"):
+        adapter.LRT(workdir="DIR", scorign="fixed_point")

@@ -175,12 +175,13 @@ def test_few_shot_tasks_are_asked_in_training_and_by_the_command(used, trained, 
     workdir, out = trained[1]
     rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if "few_shot/copa" in row] == [4, 8]
-    assert "mean over a part of the items of 1 of CORE's 22 tasks, which is not CORE" in out
+    assert "mean over a part of the items of 1 of CORE's 22 tasks, which is not CORE" in out  # a line is left out
+    assert out.count(f"{tasks}/commonsense_reasoning/copa.jsonl, line 4: choices is missing; it is left out") == 1
     assert sorted(path.name for path in (workdir / "few_shot").iterdir()) == ["step_4-sequential", "step_8-sequential"]
     code, out, err = used["core"]
     assert code == 0, err
     assert f"{tasks}/commonsense_reasoning/copa.jsonl, line 4: choices is missing; it is left out" in out
-    assert "| copa | 3 | 0 | " in out and "squad: " in out and "| all items | 3 | " in out
+    assert "| copa | 3 | 0 | " in out and "squad is left out: " in out and "| all items | 3 | " in out
 
 
 def test_any_text_is_scored(used):
@@ -309,9 +310,10 @@ WRONG = [
         [*TRAIN, "--config.schedule.name=staged", "--config.schedule.stages=interleaved(0):1"],
         "subsets is 0; it must",
     ),
-    (["lrt_jax.evaluate", "--workdir=/nowhere", "--tasks=copa"], "--tasks needs --core=FOLDER"),
+    (["lrt_jax.evaluate", "--workdir=/nowhere", "--tasks=copa"], "--tasks is set, which is for --core=FOLDER only"),
+    (["lrt_jax.evaluate", "--workdir=/nowhere", "--text=/x", "--rows=3"], "--rows is set, which is for held-out text"),
     (["lrt_jax.evaluate", "--workdir=/nowhere", "--core=/x", "--text=/y"], "--core and --text are both set"),
-    (["lrt_jax.evaluate", "--workdir=/nowhere", "--nomemory"], "--nomemory needs --core or --text"),
+    (["lrt_jax.evaluate", "--workdir=/nowhere", "--nomemory"], "--nomemory is for --core or --text only"),
     ([*TRAIN, "--config.eval.core=/nowhere"], "config.eval.core is '/nowhere', which is no folder"),
     (["lrt_jax.convert", "verify"], "the arguments are 'verify'; allowed are: import FILE"),
     (["lrt_jax.convert", "verify", "/nowhere.npz"], "there is no file /nowhere.npz"),

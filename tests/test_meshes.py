@@ -61,7 +61,8 @@ for name, schedule, config in (
             score = np.asarray(score(Model(decoder, current.params), *batch)).tolist()
             # Few-shot questions whose options share some tokens.
             asked = [Question(row[:4], (row[4:10], row[3:12]), (2, 3)) for row in rows[:3]]
-            answers = dict(Scorer(mesh, T, DecodeConfig(), 64)(Model(decoder, current.params), asked))
+            scored = Scorer(mesh, T, DecodeConfig(), 64)(Model(decoder, current.params), asked)
+            answers = {number: answer for batch in scored for number, answer in batch}
             score += [float(loss) for number in range(3) for loss in answers[number].losses]
         shards = {leaf: len({str(shard.index) for shard in current.params[leaf].addressable_shards})
                   for leaf in ("query", "value_embedding")}

@@ -54,6 +54,19 @@ def held(workdir: Path) -> Iterator[None]:
                 folder.rmdir()
 
 
+def taken(descriptor: int) -> bool:
+    """Locks a file that is open, until it is closed; False: another process has. True where files cannot be locked."""
+    if fcntl is None:
+        return True
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
 def _take(path: Path) -> int | None:
     """The file, open and locked; None where it cannot be locked."""
     deadline = time.monotonic() + PATIENCE

@@ -21,8 +21,8 @@ from lrt_jax.setup import mesh as meshes
 from lrt_jax.setup.config import ConfigError, DecodeConfig
 
 
-class Scored(NamedTuple):
-    """A document.
+class Document(NamedTuple):
+    """The score of a document.
 
     Attributes:
       tokens: how many it has, BOS not counted.
@@ -50,9 +50,9 @@ class _Window(NamedTuple):
     scored: int
 
 
-def total(scored: Sequence[Scored]) -> Scored:
+def total(documents: Sequence[Document]) -> Document:
     """All of them as one."""
-    return Scored(*(sum(column) for column in zip(*scored, strict=True)))
+    return Document(*(sum(column) for column in zip(*documents, strict=True)))
 
 
 def read(path: Path) -> str:
@@ -72,27 +72,31 @@ def read(path: Path) -> str:
     return text
 
 
-def windows(tokens: np.ndarray, context: int) -> Iterator[tuple[np.ndarray, int]]:
+def windows(tokens: np.ndarray, context: int, stride: int) -> Iterator[tuple[np.ndarray, int]]:
     """Windows of a document, and how many of the last tokens of each are scored: every one but BOS exactly once.
 
     Args:
       tokens: of the document, BOS first.
       context: T: a window has up to T + 1 tokens, the last of which is not read.
+      stride: how many tokens a window after the first scores, at most; the rest of it is there to be read.
     """
     done, end = 1, min(len(tokens), context + 1)
     while done < len(tokens):
         yield tokens[max(0, end - context - 1) : end], end - done
-        done, end = end, min(len(tokens), end + max(1, context // 2))
+        done, end = end, min(len(tokens), end + stride)
 
 
-def score(trained: Trained, texts: Sequence[str], how: DecodeConfig, *, use_memory: bool = True) -> list[Scored]:
+def score(
+    trained: Trained, texts: Sequence[str], how: DecodeConfig, *, use_memory: bool = True, stride: int | None = None
+) -> list[Document]:
     """Scores documents, ``eval.batch_size`` windows at once.
 
     Args:
       trained: the model.
-      texts: the documents, none of them empty.
+      texts: the documents.
       how: ``prefill`` says how true recurrence is computed.
       use_memory: False zeroes the memory that the model reads: for ablations.
+      stride: see :func:`windows`; None: half a context.
 
     Raises:
       UserError: a text is none, but bytes that are not UTF-8.
@@ -100,9 +104,10 @@ def score(trained: Trained, texts: Sequence[str], how: DecodeConfig, *, use_memo
     context, mesh = trained.config.model.sequence_length, trained.mesh
     encoded = [encode(trained.tokenizer, text) for text in texts]
     # Of similar length together, so that little is padded.
-    cut = [_Window(number, *one) for number, tokens in enumerate(encoded) for one in windows(tokens, context)]
+    stride = stride or max(1, context // 2)
+    cut = [_Window(number, *one) for number, tokens in enumerate(encoded) for one in windows(tokens, context, stride)]
     cut.sort(key=lambda window: -len(window.tokens))
-    rows = meshes.whole_rows(mesh, min(trained.config.eval.batch_size, len(cut)))
+    rows = meshes.whole_rows(mesh, max(1, min(trained.config.eval.batch_size, len(cut))))
 
     @jax.jit
     def program(model: Model, tokens_BxT: jax.Array, targets_BxT: jax.Array, scored_BxT: jax.Array) -> Any:
@@ -113,7 +118,7 @@ def score(trained: Trained, texts: Sequence[str], how: DecodeConfig, *, use_memo
     nats, fallbacks = np.zeros(len(texts)), np.zeros(len(texts), int)
     for begin in range(0, len(cut), rows):
         batch = cut[begin : begin + rows]
-        columns = min(context, 1 << (len(batch[0].tokens) - 2).bit_length())
+        columns = meshes.whole_columns(mesh, min(context, 1 << (len(batch[0].tokens) - 2).bit_length()))
         tokens_BxT = np.full((rows, columns), PAD, np.int32)
         targets_BxT, scored_BxT = np.zeros_like(tokens_BxT), np.zeros(tokens_BxT.shape, bool)
         for row, window in enumerate(batch):
@@ -127,6 +132,6 @@ def score(trained: Trained, texts: Sequence[str], how: DecodeConfig, *, use_memo
             nats[window.document] += losses_B[row]
             fallbacks[window.document] += fallbacks_B[row]
     return [
-        Scored(len(tokens) - 1, len(text.encode()), float(nats[number]), int(fallbacks[number]))
+        Document(len(tokens) - 1, len(text.encode()), float(nats[number]), int(fallbacks[number]))
         for number, (tokens, text) in enumerate(zip(encoded, texts, strict=True))
     ]

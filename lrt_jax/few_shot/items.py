@@ -25,10 +25,22 @@ class Item(NamedTuple):
     gold: int
 
 
-def read(
-    task: Task, path: str, data: bytes, say: Callable[[str], None], most: int | None = None
-) -> tuple[list[Item], int]:
-    """The items of a task in the order in which they are asked, and how many lines are left out.
+class Items(NamedTuple):
+    """What a file has to ask.
+
+    Attributes:
+      asked: the items, in their order.
+      left_out: how many lines are not.
+      cut: whether there are more.
+    """
+
+    asked: list[Item]
+    left_out: int
+    cut: bool
+
+
+def read(task: Task, path: str, data: bytes, say: Callable[[str], None], most: int | None = None) -> Items:
+    """The items of a task in the order in which they are asked.
 
     Args:
       task: whose items they are.
@@ -50,11 +62,15 @@ def read(
                 say(f"{path}, line {number}: {error}; it is left out")
                 left_out += 1
     random.Random(ORDER).shuffle(items)
-    items = items[:most]
-    if len(items) <= task.shots:
-        what = f"{task.shots} solved items and one to ask" if task.shots else "one"
-        raise FewShotError(f"{path} has {len(items)} good items to ask; {task.label} needs {what}")
-    return items, left_out
+    if len(items[:most]) <= task.shots:
+        found = (
+            f"{most} of its {len(items):,} items are asked"
+            if len(items[:most]) < len(items)
+            else f"it has {len(items)}"
+        )
+        what = f"{task.shots} solved items and one to ask" if task.shots else "one item"
+        raise FewShotError(f"{path}: {found}; {task.label} needs {what}")
+    return Items(items[:most], left_out, cut=len(items[:most]) < len(items))
 
 
 def _item(kind: Kind, number: int, line: bytes) -> Item:
@@ -65,7 +81,7 @@ def _item(kind: Kind, number: int, line: bytes) -> Item:
     """
     try:
         values = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         raise ValueError("is not JSON") from None
     if not isinstance(values, dict):
         raise ValueError("is no JSON object")

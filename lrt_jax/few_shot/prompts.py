@@ -24,8 +24,8 @@ class Question(NamedTuple):
 
     Attributes:
       shared: int32, the tokens that all of them begin with, perhaps none; the last of them is in ``options``.
-      options: int32, the tokens behind these, two or more of each: the first is read, and not scored.
-      scored: how many of the last tokens of each option are scored, one or more.
+      options: int32, the tokens behind these: the first of each is read, and not scored.
+      scored: how many of the last tokens of each option are scored. None are, of an option that the others begin with.
     """
 
     shared: np.ndarray
@@ -87,13 +87,12 @@ def prompt(task: Task, tokens: Sequence[np.ndarray], context: int) -> Prompt:
         starts = [len(one) - suffix for one in tokens]
     else:
         starts = [_common_of_all(tokens)] * len(tokens)
-    for number, (one, start) in enumerate(zip(tokens, starts, strict=True)):
-        if start == len(one):
-            raise ValueError(f"option {number} has no token that the other options have not")
-        if len(one) - start >= context:
-            raise ValueError(f"option {number} alone has {len(one) - start} tokens; the context has {context}")
+    # Without anything before it nothing is scored.
+    scored = tuple(len(one) - start if start else 0 for one, start in zip(tokens, starts, strict=True))
+    for number, count in enumerate(scored):
+        if count >= context:
+            raise ValueError(f"option {number} alone has {count} tokens; the context has {context}")
     lengths = [min(len(one), context) for one in tokens]
-    scored = tuple(len(one) - start for one, start in zip(tokens, starts, strict=True))
     cropped = [one[-length:] for one, length in zip(tokens, lengths, strict=True)]
     before = min(length - count for length, count in zip(lengths, scored, strict=True))
     shared = max(0, min(_common_of_all(cropped), before) - 1)

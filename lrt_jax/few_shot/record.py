@@ -1,9 +1,9 @@
 """What is scored is on disk at once, item by item: a file of lines for each task and way of scoring.
 
-A process that is killed loses the batch it was at. Its files are named by all that scores depend on, so nothing is
-taken for what it is not, and nothing is ever overwritten.
+A process that is killed loses the batches it was at. Files are named by all that scores depend on, and only ever grow.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -13,11 +13,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from lrt_jax.durability import lock
 from lrt_jax.few_shot.items import Item
 from lrt_jax.few_shot.prompts import Prompt
 from lrt_jax.few_shot.scorer import Answer
 from lrt_jax.few_shot.tasks import Task
-from lrt_jax.setup.errors import writing
+from lrt_jax.setup.errors import WorkdirError, writing
 
 FOLDER = "few_shot"  # in a work dir
 
@@ -46,32 +47,46 @@ class Scored(NamedTuple):
 
 def scored(task: Task, number: int, item: Item, prompt: Prompt, answer: Answer) -> Scored:
     """The score of an answer; of several options with the same mean loss the first is the model's."""
-    counts = prompt.question.scored
-    losses = tuple(float(loss) / count for loss, count in zip(answer.losses, counts, strict=True))
-    if task.kind == "language_modeling":
-        correct = bool(answer.greedy[0])
-    else:
-        correct = all(map(math.isfinite, losses)) and losses.index(min(losses)) == item.gold
+    pairs = zip(answer.losses, prompt.question.scored, strict=True)
+    losses = tuple(float(loss) / count if count else math.nan for loss, count in pairs)
+    # Where the first is NaN, so is Python's least: nanochat's rule.
+    least = losses.index(min(losses))
+    correct = bool(answer.greedy[0]) if task.kind == "language_modeling" else least == item.gold
     return Scored(number, item.line, correct, losses, prompt.cropped, answer.refinements, answer.fallbacks)
 
 
 class Record:
-    """The file of one task: a line of JSON that says how it was scored, then one for each item."""
+    """The file of one task, held by this process alone: a line of JSON on how it was scored, then one for each item."""
 
     def __init__(self, folder: Path, task: Task, data: str, settings: dict[str, Any]):
-        """Reads what is there; half a line that a killed process left is cut off when the next is written.
+        """Opens the file, and reads what is there; half a line that a killed process left is cut off.
 
         Args:
-          folder: where files are; it is made when something is written.
+          folder: where files are.
           task: whose items these are.
           data: SHA-256 of the file of items.
           settings: what else scores depend on, as JSON has it.
+
+        Raises:
+          WorkdirError: it cannot be written, or another process has it open.
         """
-        self._header = {"task": dataclasses.asdict(task), "data": data, "settings": settings}
-        digest = hashlib.sha256(json.dumps(self._header, sort_keys=True).encode()).hexdigest()[:8]
+        header = {"task": dataclasses.asdict(task), "data": data, "settings": settings}
+        digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode()).hexdigest()[:8]
         self.path = folder / f"{task.label}-{digest}.jsonl"
-        # Items by number, and how many bytes are good lines.
-        self.items, self._whole = _read(self.path) if self.path.exists() else ({}, 0)
+        with writing(self.path):
+            folder.mkdir(parents=True, exist_ok=True)
+            self._file = self.path.open("a+b")
+            if not lock.taken(self._file.fileno()):
+                self._file.close()
+                raise WorkdirError(f"{self.path} is being written by another process; wait until that one has ended")
+            self._file.seek(0)
+            lines = self._file.read().splitlines(keepends=True)
+            if lines and not lines[-1].endswith(b"\n"):
+                self._file.truncate(sum(map(len, lines[:-1])))
+                lines = lines[:-1]
+        self.items = _items(lines)
+        if not lines:
+            self._append(header)
 
     def add(self, items: Sequence[Scored]) -> None:
         """Puts scores on disk.
@@ -79,24 +94,23 @@ class Record:
         Raises:
           WorkdirError: they cannot be written.
         """
-        lines = [] if self._whole else [json.dumps(self._header)]
-        lines += [json.dumps(to_json(one), allow_nan=False) for one in items]
-        data = ("\n".join(lines) + "\n").encode()
-        with writing(self.path):
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("r+b" if self.path.exists() else "wb") as stream:
-                stream.truncate(self._whole)
-                stream.seek(self._whole)
-                stream.write(data)
-                stream.flush()
-                os.fsync(stream.fileno())
-        self._whole += len(data)
+        self._append(*map(to_json, items))
         self.items |= {one.item: one for one in items}
+
+    def close(self) -> None:
+        """Lets others have it."""
+        self._file.close()
+
+    def _append(self, *values: dict[str, Any]) -> None:
+        with writing(self.path):
+            self._file.write(b"".join(json.dumps(one, allow_nan=False).encode() + b"\n" for one in values))
+            self._file.flush()
+            os.fsync(self._file.fileno())
 
 
 def read(path: Path) -> dict[int, Scored]:
-    """The scores in a file, by the numbers of the items."""
-    return _read(path)[0]
+    """The scores in a file, by the numbers of the items; lines that are damaged have none."""
+    return _items(path.read_bytes().splitlines(keepends=True))
 
 
 def header_of(path: Path) -> dict[str, Any]:
@@ -109,22 +123,13 @@ def header_of(path: Path) -> dict[str, Any]:
         return json.loads(stream.readline())
 
 
-def _read(path: Path) -> tuple[dict[int, Scored], int]:
-    """The scores in a file, and how many bytes they take; it ends at the first line that is damaged."""
-    items: dict[int, Scored] = {}
-    whole = 0
-    for line in path.read_bytes().splitlines(keepends=True):
-        if not line.endswith(b"\n"):
-            break
-        try:
-            values = json.loads(line)
-            if whole:
-                one = from_json(values)
-                items[one.item] = one
-        except (ValueError, TypeError, KeyError):
-            break
-        whole += len(line)
-    return items, whole
+def _items(lines: Sequence[bytes]) -> dict[int, Scored]:
+    found: dict[int, Scored] = {}
+    for line in lines[1:]:
+        with contextlib.suppress(ValueError, TypeError, KeyError):
+            one = from_json(json.loads(line))
+            found.setdefault(one.item, one)
+    return found
 
 
 def to_json(one: Scored) -> dict[str, Any]:

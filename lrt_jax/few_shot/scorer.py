@@ -1,7 +1,7 @@
 """Scores of many questions under true recurrence, in batches of few shapes.
 
-What the options of a question begin with is read once; each option then goes on from the state after it. Questions are
-batched by lengths of their own, so that a score does not depend on which others there are.
+What the options of a question begin with is read once; each option then goes on from the state after it. A score does
+not depend on which other questions there are, but for the rounding of float32.
 """
 
 import functools
@@ -34,7 +34,7 @@ class Answer(NamedTuple):
     """How a question's options fared.
 
     Attributes:
-      losses: of each option, nats, the sum over its scored tokens.
+      losses: of each option, nats, the sum over its scored tokens; 0 where there are none.
       greedy: of each, whether every scored token is the most likely one.
       refinements: of fixed point: the most that any part of the question took; 0 where scored sequentially.
       fallbacks: chunks that did not converge, and were computed sequentially instead.
@@ -144,8 +144,8 @@ class Scorer:
 
     def __call__(
         self, model: Model, questions: Sequence[Question], between: Callable[[], None] = lambda: None
-    ) -> Iterator[tuple[int, Answer]]:
-        """The number and the answer of every question, in the order in which they are done.
+    ) -> Iterator[list[tuple[int, Answer]]]:
+        """The number and the answer of every question, batch by batch as they are done.
 
         Args:
           model: what is scored, of the config and on the mesh that this was made for.
@@ -153,16 +153,18 @@ class Scorer:
           between: called before each batch; may raise, to end the scoring.
         """
         by_shape = self._by_shape(questions)
-        pending: Iterator[tuple[int, Answer]] = iter(())
+        pending: tuple[Sequence[int], Any] | None = None
         for shape, indices in sorted(by_shape.items(), reverse=True):  # the largest first: it may be too large
             indices.sort(key=lambda index: -len(questions[index].shared))
             rows = self._rows(shape, len(indices))
             for batch in _batches(indices, rows):
                 between()
                 dispatched = self._dispatch(model, shape, rows, [questions[index] for index in batch])
-                yield from pending  # fetched only now, so that the device does not wait for the host
-                pending = _answers(batch, questions, dispatched)
-        yield from pending
+                if pending is not None:  # fetched only now, so that the device does not wait for the host
+                    yield _answers(questions, *pending)
+                pending = (batch, dispatched)
+        if pending is not None:
+            yield _answers(questions, *pending)
 
     def _shape(self, question: Question) -> _Shape:
         whole = len(question.shared) + question.longest
@@ -187,7 +189,8 @@ class Scorer:
     def _fits(self, shape: _Shape, other: _Shape) -> bool:
         """Whether questions of one shape may be padded to another. By fixed point chunks must stay as they are."""
         larger = all(ours <= theirs for ours, theirs in zip(shape, other, strict=True))
-        same_chunks = shape.shared == other.shared and other.options <= self._how.chunk
+        chunk = self._how.chunk - self._how.chunk % self._how.subsets
+        same_chunks = shape.shared == other.shared and other.options <= chunk
         return larger and (self._how.prefill == "sequential" or same_chunks)
 
     def _rounded(self, number: int) -> int:
@@ -198,8 +201,7 @@ class Scorer:
         size = COLUMNS
         while size < number:
             size *= 4 if size < 128 else 2
-        size = min(size, self._context)
-        return size + -size % self._mesh.shape["sequence"]
+        return meshes.whole_columns(self._mesh, min(size, self._context))
 
     def _rows(self, shape: _Shape, questions: int) -> int:
         """Rows of a batch: not many more than there are questions, and of few sizes."""
@@ -226,8 +228,8 @@ class Scorer:
             for row, (owner, option, scored) in enumerate(part):
                 owner_R[row] = owner
                 _put(tokens_RxN[row], option[:-1])
-                _put(targets_RxM[row], option[-scored:])
-                scored_RxM[row, -scored:] = True
+                _put(targets_RxM[row], option[len(option) - scored :])
+                scored_RxM[row, shape.scored - scored :] = True
             arrays = map(self._global, (tokens_RxN, targets_RxM, scored_RxM))
             judged.append(self._programs.judge(model, state, owner_R, *arrays))
         return effort, judged
@@ -237,24 +239,23 @@ class Scorer:
 
 
 def _answers(
-    batch: Sequence[int], questions: Sequence[Question], dispatched: tuple[_Effort, list[_Judged]]
-) -> Iterator[tuple[int, Answer]]:
+    questions: Sequence[Question], batch: Sequence[int], dispatched: tuple[_Effort, list[_Judged]]
+) -> list[tuple[int, Answer]]:
     """Number and answer of each question of a batch, fetched."""
     effort, judged = jax.device_get(dispatched)
     # Rows of all parts one after the other; those that fill up the last one come last.
     losses_n, greedy_n, (refinements_n, fallbacks_n) = jax.tree.map(lambda *parts: np.concatenate(parts), *judged)
-    begin = 0
+    begin, answers = 0, []
     for row, index in enumerate(batch):
         mine = slice(begin, begin := begin + len(questions[index].options))
-        yield (
-            index,
-            Answer(
-                losses=losses_n[mine].astype(np.float64),
-                greedy=greedy_n[mine],
-                refinements=int(max(effort.refinements_R[row], *refinements_n[mine])),
-                fallbacks=int(effort.fallbacks_R[row] + fallbacks_n[mine].sum()),
-            ),
+        answer = Answer(
+            losses=losses_n[mine].astype(np.float64),
+            greedy=greedy_n[mine],
+            refinements=int(max(effort.refinements_R[row], *refinements_n[mine])),
+            fallbacks=int(effort.fallbacks_R[row] + fallbacks_n[mine].sum()),
         )
+        answers.append((index, answer))
+    return answers
 
 
 def _batches(sequence: Sequence[T], size: int) -> Iterator[Sequence[T]]:

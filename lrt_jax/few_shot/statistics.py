@@ -1,11 +1,11 @@
 """Accuracies with their intervals, and two runs compared item by item."""
 
 import dataclasses
-import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
+from scipy import special
 
 from lrt_jax.few_shot.record import Scored
 from lrt_jax.few_shot.tasks import CORE, Task
@@ -47,10 +47,16 @@ class Score:
     cropped: int
     left_out: int
 
+    def __str__(self) -> str:
+        low, high = (f"{100 * edge:.1f}" for edge in self.interval)
+        found = f"{self.task}: {100 * self.accuracy:.1f} % right of {self.items:,} items ({low} to {high})"
+        return f"{found}; a guess has {100 * self.chance:.1f}"
+
     @property
     def is_a_guess(self) -> bool:
-        """Whether the interval does not tell it from a guess."""
-        return self.interval[0] <= self.chance <= self.interval[1]
+        """Whether so many right items or more are not unlikely for a guess (one-sided, 2.5 %)."""
+        right = round(self.accuracy * self.items)
+        return right == 0 or special.bdtrc(right - 1, self.items, self.chance) > (1 - SHARE) / 2
 
 
 def score(task: Task, items: Sequence[Scored], left_out: int) -> Score:
@@ -131,6 +137,6 @@ def compare(pairs: Sequence[tuple[bool, bool]]) -> Comparison:
     """Compares two runs, given which of them were right on each item; there is one item or more."""
     first = sum(a and not b for a, b in pairs)
     second = sum(b and not a for a, b in pairs)
-    tosses = first + second  # of a fair coin, if both are as good
-    as_far = sum(math.comb(tosses, heads) for heads in range(min(first, second) + 1))
-    return Comparison(len(pairs), first, second, min(1.0, 2 * as_far / 2**tosses))
+    # Tosses of a fair coin, if both are as good: how likely are so few heads, or so few tails?
+    as_far = float(special.bdtr(min(first, second), first + second, 0.5))
+    return Comparison(len(pairs), first, second, min(1.0, 2 * as_far))

@@ -5,6 +5,7 @@ the accuracy of a guess are those of nanochat's evaluation.
 """
 
 import dataclasses
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal, TypeVar
@@ -77,14 +78,14 @@ CORE = (
 LABELS = tuple(task.label for task in CORE)
 
 
-def chosen(labels: Sequence[str]) -> list[Task]:
-    """The tasks of these labels in CORE's order; all of them if there are none.
+def chosen(labels: Sequence[str], name: str = "--tasks") -> list[Task]:
+    """The tasks of these labels in CORE's order; all of them if there are none. ``name`` is that of the flag or field.
 
     Raises:
       FewShotError: CORE has no task of a label.
     """
     if unknown := [label for label in labels if label not in LABELS]:
-        raise FewShotError(f"{unknown[0]!r} is no task of CORE; allowed are: {', '.join(LABELS)}")
+        raise FewShotError(f"{name} has {unknown[0]!r}, which is no task of CORE; allowed are: {', '.join(LABELS)}")
     return [task for task in CORE if not labels or task.label in labels]
 
 
@@ -97,7 +98,7 @@ def files(folder: Path, tasks: Iterable[Task], name: str = "--core") -> Iterator
     Raises:
       FewShotError: it is no folder, or has none of the files.
     """
-    if not folder.is_dir():
+    if not os.path.isdir(folder):  # noqa: PTH112 - pathlib's raises where the name is too long
         raise FewShotError(f"{name} is {str(folder)!r}, which is no folder; it must be one with {CORE[1].file}, say")
     found = []
     for task in tasks:

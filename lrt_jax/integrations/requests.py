@@ -22,9 +22,11 @@ from lrt_jax.setup.errors import UserError
 
 # New tokens of a text, where a request does not say how many.
 TOKENS = 256
+# Continuations of one context that are scored as one question, at most.
+OPTIONS = 8
 
 
-class Model:
+class Answers:
     """A trained model, asked in texts."""
 
     def __init__(self, trained: Trained, how: DecodeConfig, *, use_memory: bool = True):
@@ -55,21 +57,24 @@ class Model:
             room = self._context + 1 - len(continuation)
             encoded[number] = (context[-room:], continuation)
             together.setdefault(encoded[number][0].tobytes(), []).append(number)
-        groups = list(together.values())
+        # A few of each, so that batches have as many options as questions, nearly.
+        groups = [numbers[at : at + OPTIONS] for numbers in together.values() for at in range(0, len(numbers), OPTIONS)]
         questions = []
         for numbers in groups:
             context = encoded[numbers[0]][0]
             options = tuple(np.concatenate([context[-1:], encoded[number][1]]) for number in numbers)
             questions.append(Question(context[:-1], options, tuple(len(option) - 1 for option in options)))
         found: list[tuple[float, bool]] = [(0.0, False)] * len(pairs)
-        for group, answer in self._scorer(self._trained.model, questions):
-            for number, loss, greedy in zip(groups[group], answer.losses, answer.greedy, strict=True):
-                found[number] = (-float(loss), bool(greedy))
+        for batch in self._scorer(self._trained.model, questions):
+            for group, answer in batch:
+                for number, loss, greedy in zip(groups[group], answer.losses, answer.greedy, strict=True):
+                    found[number] = (-float(loss), bool(greedy))
         return found
 
     def loglikelihood_rolling(self, documents: Sequence[str]) -> list[float]:
-        """ln p of each document; one longer than the context in windows, each half a context behind the one before."""
-        scored = texts.score(self._trained, documents, self._how, use_memory=self._use_memory)
+        """ln p of each document; a long one in the harness's windows, of which only the last overlaps."""
+        how, stride = self._how, self._context
+        scored = texts.score(self._trained, documents, how, use_memory=self._use_memory, stride=stride)
         return [-one.nats for one in scored]
 
     def generate_until(self, prompts_and_options: Sequence[tuple[str, Mapping[str, Any]]]) -> list[str]:
@@ -103,7 +108,7 @@ class Model:
             for begin in range(0, len(order), self._rows):
                 part = order[begin : begin + self._rows]
                 asked = [cropped[number] for number in part]
-                done = text.complete(self._trained, asked, tokens=tokens, method=method, stop_strings=stops)
+                done = text.complete(self._trained, asked, tokens=tokens, method=method, seeds=part, stop_strings=stops)
                 for number, completion in zip(part, done, strict=True):
                     found[number] = completion.text
         return found

@@ -22,6 +22,7 @@ from lrt_jax.durability.watchdog import Watchdog
 from lrt_jax.evaluation.bits_per_byte import Evaluator
 from lrt_jax.few_shot import results
 from lrt_jax.few_shot.core import Choice, Core
+from lrt_jax.few_shot.tasks import FewShotError
 from lrt_jax.inference import load, text
 from lrt_jax.inference.generate import Method, check_lengths
 from lrt_jax.inference.sampling import Sampling
@@ -37,7 +38,7 @@ from lrt_jax.run.startup import Startup
 from lrt_jax.setup import hardware, processes
 from lrt_jax.setup import mesh as meshes
 from lrt_jax.setup import workdir as workdirs
-from lrt_jax.setup.config import Config, fingerprint
+from lrt_jax.setup.config import Config
 from lrt_jax.setup.durations import require_ahead, train_steps
 from lrt_jax.setup.errors import one_line
 from lrt_jax.training import optimizer, state
@@ -149,8 +150,13 @@ def _few_shot(config: Config) -> Choice | None:
     """
     if not config.eval.core:
         return None
-    folder = workdirs.expanded(config.eval.core, "config.eval.core")
-    choice = Choice(folder, config.eval.core_tasks, config.eval.core_items, config.scoring, named_by="config.eval.core")
+    choice = Choice(
+        folder=workdirs.expanded(config.eval.core, "config.eval.core"),
+        labels=config.eval.core_tasks,
+        items=config.eval.core_items,
+        decode=config.scoring,
+        names=("config.eval.core", "config.eval.core_tasks"),
+    )
     choice.files()
     return choice
 
@@ -164,13 +170,23 @@ def _asking(
     assert decoder.mesh is not None
     core = Core(config, decoder.mesh, tokenizer, choice)
 
+    told: set[str] = set()
+
     def ask(params: Any, step: int, say: Callable[[str], None], between: Callable[[], None]) -> dict[str, float]:
-        kept, settings = results.folder_of(workdir, step, choice), {"run": fingerprint(config), "step": step}
-        scored = core(Model(decoder, params), kept, settings, lambda _: None, between)
-        if processes.is_first():
-            results.write(kept, scored)
-        say(f"{scored.name}: {scored.mean:+.4f} after step {step:,} ({kept / results.TABLE})")
-        return scored.metrics()
+        def say_once(line: str) -> None:  # what is wrong with an item is so each time
+            if line not in told:
+                told.add(line)
+                say(line)
+
+        kept = results.folder_of(workdir, step, choice)
+        try:
+            report = core(Model(decoder, params), kept, say_once, between=between)
+        except FewShotError as error:
+            say_once(f"warning: {error}")
+            return {}
+        table = results.write(kept, report) if processes.is_first() else kept
+        say(f"{report.name}: {report.mean:+.4f} after step {step:,} ({table})")
+        return report.metrics()
 
     return ask
 
@@ -185,9 +201,11 @@ def _trained(
         return trainer.state.params, {}
     with watchers.stop.deferred():
         scores = parts.evaluate(trainer.state.params, None)
-        scores |= parts.few_shot(trainer.state.params, trainer.step)
-    parts.writer.write(trainer.step, scores)
-    return trainer.state.params, scores
+        parts.writer.write(trainer.step, scores)
+        few_shot = parts.few_shot(trainer.state.params, trainer.step)
+        if few_shot:
+            parts.writer.write(trainer.step, few_shot)
+    return trainer.state.params, scores | few_shot
 
 
 def _machine(config: Config) -> Mesh:

@@ -197,6 +197,11 @@ def whole_rows(mesh: Mesh, rows: int) -> int:
     return -(-rows // ways) * ways
 
 
+def whole_columns(mesh: Mesh, columns: int) -> int:
+    """The smallest number from ``columns`` on that the devices along ``sequence`` share evenly."""
+    return -(-columns // mesh.shape["sequence"]) * mesh.shape["sequence"]
+
+
 def global_batch(mesh: Mesh, local: Any, rows: int | None = None) -> Any:
     """A tree of this process's rows, arrays [n, T, ...] of the n that :func:`local_rows` names, as global arrays.
 
