@@ -53,6 +53,7 @@ def main() -> None:
     values = flags.FLAGS
     if values.workdir is None:
         raise ConfigError("--workdir is not set; it must be a run's work dir")
+    workdir = workdirs.local(values.workdir)
     way = _way()
     decode = command_line.decode_flags()
     processes.start()
@@ -66,7 +67,6 @@ def main() -> None:
         *(name for of in OF.values() for name in of),
     )
     processes.require_same("flags", {name: values[name].value for name in names})
-    workdir = workdirs.local(values.workdir)
     if way == "held-out text":
         scores = evaluate(workdir, values.step, values.rows, values.scoring, values.passes, values.corpus, **decode)
         processes.say(json.dumps(scores, indent=2))

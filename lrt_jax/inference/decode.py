@@ -105,10 +105,20 @@ def absorb(state: DecodeState, out: Forward, positions_BxP: jax.Array) -> Decode
     """The state after the tokens of a :func:`forward`; rows whose last column is PAD keep their memory."""
     last_Bx1 = positions_BxP[:, -1:] != EMPTY
     return DecodeState(
-        cache=caches.write(state.cache, out.buffer.pieces[0], positions_BxP),
+        cache=caches.write(state.cache, out.buffer.pieces[0], _once_computed(positions_BxP, out.hidden_BxPxD)),
         memory_BxD=jnp.where(last_Bx1, out.source_BxPxD[:, -1], state.memory_BxD),
         key_B=state.key_B,
     )
+
+
+def _once_computed(positions_BxP: jax.Array, hidden_BxPxD: jax.Array) -> jax.Array:
+    """The positions, which nobody knows before the hidden states: no maximum is below -∞.
+
+    So XLA writes into the cache after all layers have read it, in place. Otherwise it copies the whole cache for each
+    token, so that writes and reads can go side by side (docs/LOG.md); it takes barriers away before it decides.
+    """
+    never_B = jnp.max(hidden_BxPxD, axis=(1, 2)) < -jnp.inf
+    return positions_BxP + never_B[:, None].astype(positions_BxP.dtype)
 
 
 def advance(
