@@ -18,6 +18,7 @@ from lrt_jax.few_shot.prompts import Question
 from lrt_jax.inference import decode, prefill
 from lrt_jax.inference.decode import PAD, DecodeState
 from lrt_jax.model.model import Model
+from lrt_jax.setup import host_memory
 from lrt_jax.setup import mesh as meshes
 from lrt_jax.setup.config import DecodeConfig
 
@@ -204,10 +205,8 @@ class Scorer:
         return meshes.whole_columns(self._mesh, min(size, self._context))
 
     def _rows(self, shape: _Shape, questions: int) -> int:
-        """Rows of a batch: not many more than there are questions, and of few sizes."""
-        rows = ROWS
-        while rows < questions:
-            rows *= 4 if rows < 32 else 2
+        """Rows of a batch: on a CPU few, on which many cost as much as they are; else for all questions, if they fit."""
+        rows = ROWS if host_memory.cpu_is_device() else max(ROWS, 1 << (questions - 1).bit_length())
         return meshes.whole_rows(self._mesh, min(rows, max(1, self._tokens // max(shape))))
 
     def _dispatch(self, model: Model, shape: _Shape, rows: int, questions: Sequence[Question]) -> Any:
