@@ -22,7 +22,7 @@ def run(monkeypatch):
     def command(module, *arguments):
         values = flags.FlagValues()
         monkeypatch.setattr(flags, "FLAGS", values)
-        for kind in ("string", "integer", "float", "bool", "enum", "multi_string"):
+        for kind in ("string", "integer", "float", "bool", "enum", "list", "multi_string"):
             define = getattr(flags, f"DEFINE_{kind}")
             define = define.func if isinstance(define, functools.partial) else define
             monkeypatch.setattr(flags, f"DEFINE_{kind}", functools.partial(define, flag_values=values))

@@ -205,7 +205,7 @@ class Scorer:
         return meshes.whole_columns(self._mesh, min(size, self._context))
 
     def _rows(self, shape: _Shape, questions: int) -> int:
-        """Rows of a batch: few on a CPU, where a row costs the same alone; else enough for all questions, if they fit."""
+        """Rows of a batch: few on a CPU, where a row costs the same alone; else enough for all, if they fit."""
         rows = ROWS if host_memory.cpu_is_device() else max(ROWS, 1 << (questions - 1).bit_length())
         return meshes.whole_rows(self._mesh, min(rows, max(1, self._tokens // max(shape))))
 
