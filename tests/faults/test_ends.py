@@ -181,7 +181,7 @@ def test_a_work_dir_that_vanishes_or_cannot_be_written(place, tell):
     blocked = place.folder / "a file"
     blocked.write_text("")
     error = the_error(place.start(blocked / "run", **SCHEDULE).end())
-    assert "(Not a directory); the work dir must be" in error
+    assert f"{str(blocked)!r} is there and no folder; it must be one" in error
     tell("a work dir that cannot be made", "one line", error[7:120] + " …")
     if os.getuid() == 0:
         workdir = place.workdir("read-only")
