@@ -143,6 +143,7 @@ class Core:
         if not scores:
             raise FewShotError(f"{self._choice.folder}: no task could be scored; the lines above say why")
         value, interval = statistics.mean(items)
+        whole = not (cut or any(score.left_out for score in scores))
         return Report(
             scores=tuple(scores),
             items=items,
@@ -150,9 +151,7 @@ class Core:
             missing=tuple(missing),
             mean=value,
             interval=interval,
-            name=statistics.name_of_mean(
-                [score.task for score in scores], whole=not (cut or any(score.left_out for score in scores))
-            ),
+            name=statistics.name_of_mean([score.task for score in scores], whole=whole),
             how=self._choice.how,
             seconds=time.monotonic() - began,
         )
