@@ -1,6 +1,7 @@
-"""Score a checkpoint on held-out text, on any text, or on few-shot tasks.
+"""Score a checkpoint on held-out text, on any text, on few-shot tasks, or on the words of state tracking.
 
 python -m lrt_jax.evaluate --workdir=DIR [--step=N] [--rows=N] [--scoring=fixed_point]
+python -m lrt_jax.evaluate --workdir=DIR [--lengths=32,512]        # of a run of config.data.task
 python -m lrt_jax.evaluate --workdir=DIR --text=FILE [--text=FILE …]
 python -m lrt_jax.evaluate --workdir=DIR --core=FOLDER [--tasks=copa,arc_easy] [--items=N] [--against=DIR]
 """
@@ -15,25 +16,35 @@ from absl import flags
 from lrt_jax.data import corpus, pipeline, records
 from lrt_jax.durability import binding
 from lrt_jax.evaluation import texts
+from lrt_jax.evaluation.accuracy import Accuracy
 from lrt_jax.evaluation.bits_per_byte import Evaluator
 from lrt_jax.few_shot import results
 from lrt_jax.few_shot.core import Choice, Core
 from lrt_jax.inference import load
+from lrt_jax.model.decoder import Decoder
+from lrt_jax.model.model import Model
 from lrt_jax.setup import flags as command_line
 from lrt_jax.setup import mesh as meshes
 from lrt_jax.setup import processes
 from lrt_jax.setup import workdir as workdirs
-from lrt_jax.setup.config import ConfigError, DecodeConfig, Prefill
+from lrt_jax.setup.config import Config, ConfigError, DecodeConfig, Prefill, validate
 
 # Flags of one way of scoring alone.
-OF = {"core": ("tasks", "items", "against"), "held-out text": ("rows", "passes", "corpus")}
+OF = {
+    "core": ("tasks", "items", "against"),
+    "held-out text": ("rows", "passes", "corpus"),
+    "words": ("rows", "lengths"),
+}
 
 
 def define_flags() -> None:
     """Declares the command's flags."""
     flags.DEFINE_string("workdir", None, "The run to score.")
     flags.DEFINE_integer("step", None, "The checkpoint's step; default: the newest.", lower_bound=0)
-    flags.DEFINE_integer("rows", None, "Held-out rows; default: config.eval.final_rows.", lower_bound=1)
+    flags.DEFINE_integer("rows", None, "Held-out rows or words; default: config.eval.final_rows.", lower_bound=1)
+    flags.DEFINE_list(
+        "lengths", [], "Of config.data.task: accuracy between these lengths; default: config.eval.lengths."
+    )
     flags.DEFINE_integer(
         "passes", None, "Full forwards that show how memory settles; default: config.eval.passes.", lower_bound=0
     )
@@ -54,21 +65,19 @@ def main() -> None:
     if values.workdir is None:
         raise ConfigError("--workdir is not set; it must be a run's work dir")
     workdir = workdirs.local(values.workdir)
-    way = _way()
+    way = _way(binding.read_config(workdir).data.task)
     decode = command_line.decode_flags()
     processes.start()
-    names = (
-        "step",
-        "text",
-        "core",
-        "memory",
-        "scoring",
-        *command_line.DECODE_FLAGS,
-        *(name for of in OF.values() for name in of),
-    )
+    own = {name for of in OF.values() for name in of}
+    names = ("step", "text", "core", "memory", "scoring", *command_line.DECODE_FLAGS, *sorted(own))
     processes.require_same("flags", {name: values[name].value for name in names})
     if way == "held-out text":
         scores = evaluate(workdir, values.step, values.rows, values.scoring, values.passes, values.corpus, **decode)
+        processes.say(json.dumps(scores, indent=2))
+        return
+    if way == "words":
+        lengths = tuple(map(_length, values.lengths))
+        scores = answers(workdir, values.step, values.rows, lengths, values.scoring, **decode)
         processes.say(json.dumps(scores, indent=2))
         return
     trained = load.load(workdir, values.step)
@@ -81,8 +90,8 @@ def main() -> None:
         text(trained, how)
 
 
-def _way() -> str:
-    """What is scored: ``core``, ``text`` or ``held-out text``.
+def _way(task: str) -> str:
+    """What is scored: ``core``, ``text``, ``held-out text`` or, of a run of ``task``, ``words``.
 
     Raises:
       ConfigError: flags do not go together.
@@ -90,12 +99,13 @@ def _way() -> str:
     values = flags.FLAGS
     if values.core is not None and values.text:
         raise ConfigError("--core and --text are both set; give one of them")
-    way = "core" if values.core is not None else "text" if values.text else "held-out text"
-    for other, names in OF.items():
-        for name in names:
-            if way != other and values[name].value != values[name].default:
-                needed = f"--{other}=FOLDER" if other == "core" else other
-                raise ConfigError(f"--{name} is set, which is for {needed} only, and not for {way}")
+    way = "core" if values.core is not None else "text" if values.text else "words" if task else "held-out text"
+    for name in sorted({name for names in OF.values() for name in names}.difference(OF.get(way, ()))):
+        if values[name].value != values[name].default:
+            owners = [f"--{other}=FOLDER" if other == "core" else other for other, names in OF.items() if name in names]
+            raise ConfigError(f"--{name} is set, which is for {' and '.join(owners)} only, and not for {way}")
+    if way == "words" and not values.memory:
+        raise ConfigError("--nomemory is for --core or --text only; of words val/loss_init is without memory")
     if way == "held-out text" and not values.memory:
         raise ConfigError("--nomemory is for --core or --text only; of held-out text val/bpb_init is without memory")
     return way
@@ -164,16 +174,7 @@ def evaluate(
     """
     trained = load.load(workdir, step)
     meshes.cache_compilations(workdir)
-    config = trained.config
-    config = dataclasses.replace(
-        config,
-        eval=dataclasses.replace(
-            config.eval,
-            scoring=scoring or config.eval.scoring,
-            passes=config.eval.passes if passes is None else passes,
-        ),
-        decode=dataclasses.replace(config.decode, **decode),
-    )
+    config = _asked(trained.config, scoring, decode, passes=passes)
     data = dataclasses.replace(config.data, corpus=source or config.data.corpus)
     begun = records.begun(workdir, binding.records_of(workdir, trained.step), binding=False)
     texts = corpus.open_corpus(data, begun)
@@ -183,6 +184,54 @@ def evaluate(
     scores = evaluator(trained.model)
     gzip = evaluator.gzip_bits_per_byte()
     return {"step": trained.step, **scores, "gzip": gzip, "scoring": evaluator.scoring}
+
+
+def answers(
+    workdir: Path,
+    step: int | None = None,
+    rows: int | None = None,
+    lengths: tuple[int, ...] = (),
+    scoring: Prefill | None = None,
+    **decode: Any,
+) -> dict[str, Any]:
+    """The metrics of :class:`Accuracy` of a run of ``config.data.task``, ``step``, and ``scoring``: how it was scored.
+
+    Args:
+      workdir, step, scoring, **decode: as in :func:`evaluate`.
+      rows: words to score; None: ``config.eval.final_rows``.
+      lengths: where the intervals of positions end; none: ``config.eval.lengths``.
+
+    Raises:
+      UserError: there is no such checkpoint, or the lengths cannot be.
+    """
+    config, params, step = load.load_params(workdir, step)
+    meshes.cache_compilations(workdir)
+    config = validate(_asked(config, scoring, decode, final_rows=rows, lengths=lengths or None))
+    mesh = load.mesh_of(config)
+    scores = Accuracy(config, mesh)(Model(Decoder(config.model, mesh), params))
+    return {"step": step, **scores, "scoring": config.eval.scoring}
+
+
+def _length(text: str) -> int:
+    """One of ``--lengths``.
+
+    Raises:
+      ConfigError: it is no number.
+    """
+    try:
+        return int(text)
+    except ValueError:
+        raise ConfigError(f"--lengths has {text!r}; it must be numbers with commas between, as in 32,512") from None
+
+
+def _asked(config: Config, scoring: Prefill | None, decode: dict[str, Any], **scored: Any) -> Config:
+    """The run's config with what the flags ask for: fields of ``decode``, and those of ``eval`` that are not None."""
+    changes = {name: value for name, value in {"scoring": scoring, **scored}.items() if value is not None}
+    return dataclasses.replace(
+        config,
+        eval=dataclasses.replace(config.eval, **changes),
+        decode=dataclasses.replace(config.decode, **decode),
+    )
 
 
 if __name__ == "__main__":

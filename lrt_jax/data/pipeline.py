@@ -57,9 +57,9 @@ class _Steps:
 class _Batches(grain.DatasetIterator[Batch]):
     """Batches whose state is the same on every process: the records' name and tokenizer, the next row's number."""
 
-    def __init__(self, parent: grain.DatasetIterator[Batch], records: Records, batch_size: int):
+    def __init__(self, parent: grain.DatasetIterator[Batch], name: str, tokenizer: str, batch_size: int):
         super().__init__(parent)
-        self._name, self._tokenizer, self._batch_size = records.name, records.tokenizer, batch_size
+        self._name, self._tokenizer, self._batch_size = name, tokenizer, batch_size
 
     def __next__(self) -> Batch:
         return next(self._parent)
@@ -97,8 +97,15 @@ def training_batches(
     size = config.train.batch_size
     rows = grain.MapDataset.source(records).shuffle(config.seed % 2**31).repeat()
     steps = grain.MapDataset.source(_Steps(rows, size, tuple(range(size) if here is None else here)))
+    return stream(steps, config, name=records.name, tokenizer=records.tokenizer)
+
+
+def stream(
+    steps: grain.MapDataset[Batch], config: Config, *, name: str, tokenizer: str
+) -> grain.DatasetIterator[Batch]:
+    """The batches of steps, read ahead; ``name`` and ``tokenizer`` tell, when a run goes on, whether they are those."""
     options = grain.ReadOptions(num_threads=THREADS, prefetch_buffer_size=max(config.data.prefetch, THREADS))
-    return _Batches(iter(steps.to_iter_dataset(options)), records, size)
+    return _Batches(iter(steps.to_iter_dataset(options)), name, tokenizer, config.train.batch_size)
 
 
 def held_out_rows(config: Config, corpus: Corpus, tokenizer: Tokenizer, rows: int) -> HeldOut:

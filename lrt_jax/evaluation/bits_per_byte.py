@@ -3,7 +3,6 @@
 BPB = nats of the targets / (ln 2 · UTF-8 bytes of the targets); special tokens count in neither.
 """
 
-import dataclasses
 import functools
 import gzip
 import itertools
@@ -22,7 +21,7 @@ from lrt_jax.inference import scoring
 from lrt_jax.method import schedules
 from lrt_jax.model.model import Model
 from lrt_jax.setup import mesh as meshes
-from lrt_jax.setup.config import Config
+from lrt_jax.setup.config import Config, fingerprint
 
 # Where the position buckets of sequential BPB begin; the last one ends at T.
 BUCKETS = (0, 16, 64, 256, 1024, 4096)
@@ -47,7 +46,7 @@ class Evaluator:
           held_out: rows of tokens and targets.
           token_bytes: int [V], UTF-8 bytes of each token, 0 for special tokens.
         """
-        self._mesh, self.held_out = mesh, held_out
+        self._config, self._mesh, self.held_out = config, mesh, held_out
         self._batch_size = meshes.whole_rows(mesh, config.eval.batch_size)
         self._decode = config.scoring
         self._token_bytes = token_bytes
@@ -105,6 +104,25 @@ class Evaluator:
         subsets = f", subsets={how.subsets}" if how.subsets > 1 else ""
         return f"fixed_point(tolerance={how.tolerance:g}, max_refinements={how.max_refinements}{subsets})"
 
+    def lines(self, scores: dict[str, float]) -> Iterator[str]:
+        """The closing table, of what a call returned."""
+        rows = {
+            "initialization forward  val/bpb_init": scores["val/bpb_init"],
+            "merged                  val/bpb": scores["val/bpb"],
+            "sequential              val/bpb_sequential": scores["val/bpb_sequential"],
+            "gzip -9, the same bytes": self.gzip_bits_per_byte(),
+        }
+        if self._config.eval.baseline and self._config.eval.baseline_of == fingerprint(self._config):
+            rows["plain model, same compute, measured before"] = self._config.eval.baseline
+        yield f"\nbits per byte of {len(self.held_out.text):,} held-out bytes"
+        for name, value in rows.items():
+            yield f"  {name:<46}{value:8.4f}"
+        yield from health.lines(scores)
+        if warning := health.warning(scores, self._config.eval.gap):
+            yield warning
+        if self.scoring != "sequential":
+            yield f"val/bpb_sequential was computed by {self.scoring}"
+
     def gzip_bits_per_byte(self) -> float:
         """What ``gzip -9`` needs for the UTF-8 bytes of all rows' targets: a yardstick anyone can check."""
         text = self.held_out.text
@@ -127,9 +145,9 @@ def programs(config: Config, mesh: Mesh) -> tuple[Any, Any]:
     The first scores the forwards of the schedule in parallel, the second true recurrence.
     """
     how = config.scoring
-    last = dataclasses.replace(config.schedule.in_stages[-1].schedule, jitter=0.0, plain_prefix=False)
-    forwards = schedules.build(last, config.model.sequence_length)
-    begins_with_init = schedules.forward_names(last)[0] == "init"
+    scored = config.schedule.scored
+    forwards = schedules.build(scored, config.model.sequence_length)
+    begins_with_init = schedules.forward_names(scored)[0] == "init"
 
     def parallel(model: Model, tokens_BxT: jax.Array, targets_BxT: jax.Array, counted_BxT: jax.Array) -> Any:
         outcome = forwards(model, tokens_BxT, targets_BxT)

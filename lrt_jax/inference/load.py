@@ -48,12 +48,18 @@ def load(workdir: Path, step: int | None = None) -> Trained:
     """The model of a work dir after ``step`` steps (None: the newest good checkpoint).
 
     Raises:
-      ConfigError: ``workdir`` is no run's work dir, has no such checkpoint, or not its tokenizer.
+      ConfigError: ``workdir`` is no run's work dir, has no such checkpoint, or not its tokenizer; or its run had no
+        text.
       CheckpointError: the checkpoint is damaged.
     """
     config, params, step = load_params(workdir, step)
+    if config.data.task:
+        raise ConfigError(
+            f"--workdir is {str(workdir)!r}, a run of config.data.task = {config.data.task!r}: it knows no text; "
+            "`python -m lrt_jax.evaluate --workdir=DIR` scores its answers"
+        )
     binding.check_kept_tokenizer(workdir, step)
-    model = Model(Decoder(config.model, _mesh(config)), params)
+    model = Model(Decoder(config.model, mesh_of(config)), params)
     return Trained(config, model, tokenizer.load(workdir, config), step)
 
 
@@ -65,7 +71,7 @@ def load_params(workdir: Path, step: int | None = None) -> tuple[Config, dict[st
       CheckpointError: the checkpoint is damaged; without ``step``, all of them are.
     """
     config = binding.read_config(workdir)
-    abstract = state.abstract_params(Decoder(config.model), _mesh(config))
+    abstract = state.abstract_params(Decoder(config.model), mesh_of(config))
     for _ in range(TRIES):
         chosen = int(processes.from_first(lambda: str(_chosen(workdir, step)).encode()))
         try:
@@ -98,7 +104,7 @@ def _chosen(workdir: Path, step: int | None) -> int:
     return step
 
 
-def _mesh(config: Config) -> Mesh:
+def mesh_of(config: Config) -> Mesh:
     """The run's mesh; where the devices here do not make it up, one device of each process alone."""
     try:
         return meshes.make_mesh(config.mesh)

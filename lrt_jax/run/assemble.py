@@ -2,9 +2,10 @@
 
 import contextlib
 import dataclasses
+import functools
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,13 +13,13 @@ import optax
 from grain import DatasetIterator
 from jax.sharding import Mesh
 
-from lrt_jax.data import corpus, pipeline, records, tokenizer
-from lrt_jax.data.pipeline import HeldOut
-from lrt_jax.data.records import Records
+from lrt_jax.data import corpus, pipeline, records, tasks, tokenizer
+from lrt_jax.data.pipeline import Batch
 from lrt_jax.data.tokenizer import Tokenizer
 from lrt_jax.durability import binding, checkpoint, inventory, lock
 from lrt_jax.durability.interruption import Stopped, StopRequests
 from lrt_jax.durability.watchdog import Watchdog
+from lrt_jax.evaluation.accuracy import Accuracy
 from lrt_jax.evaluation.bits_per_byte import Evaluator
 from lrt_jax.few_shot import results
 from lrt_jax.few_shot.core import Choice, Core
@@ -100,18 +101,18 @@ def _run(config: Config, workdir: Path, watchers: Watchers, opened: contextlib.E
     decoder = Decoder(config.model, mesh)
     transformation = optimizer.build(config.optimizer, table(config.model), steps, mesh)
     plan = stages.build(config, decoder, mesh, transformation, steps)
-    evaluator = Evaluator(config, mesh, data.held_out, data.tokenizer.token_bytes)
     ask = _asking(config, workdir, decoder, data.tokenizer, few_shot)
     checkpoints = checkpoint.Checkpoints(workdir, config.train.keep)
     opened.callback(checkpoints.close)
     train_state, begins = _state(config, workdir, start, checkpoints, decoder, transformation, data.batches)
     # Only now, so that a mistake in the config leaves nothing behind that binds the work dir to it.
     if processes.is_first():
-        tokenizer.keep(data.tokenizer, workdir)
+        if data.tokenizer is not None:
+            tokenizer.keep(data.tokenizer, workdir)
         binding.write_config(config, workdir)
     writer = metrics.Writer(workdir, start or 0, steps) if processes.is_first() else metrics.Silent()
     opened.callback(writer.close)
-    notes = [*changes, *_left_out(data.records), f"{workdir}: {begins}"]
+    notes = [*changes, *_left_out(data.left_out), f"{workdir}: {begins}"]
     for line in report.opening(config, counts, mesh, plan, notes):
         writer.line(line)
     startup.lap("state")
@@ -124,21 +125,22 @@ def _run(config: Config, workdir: Path, watchers: Watchers, opened: contextlib.E
         plan=plan,
         mesh=mesh,
         batches=data.batches,
-        documents=lambda batch: pipeline.described(batch, data.tokenizer),
-        evaluate=lambda params, rows: evaluator(Model(decoder, params), rows, between),
+        documents=data.documents,
+        evaluate=lambda params, rows: data.evaluator(Model(decoder, params), rows, between),
         few_shot=lambda params, step: ask(params, step, writer.line, between),
         checkpoints=checkpoints,
         writer=writer,
-        constant={"data/left_out": data.records.left_out} if config.data.on_bad_record == "skip" else {},
+        constant={"data/left_out": data.left_out} if config.data.on_bad_record == "skip" else {},
         peak_flops=hardware.peak_flops(mesh.local_devices[0]) * mesh.size,
         workdir=workdir,
     )
     params, scores = _trained(config, parts, watchers, train_state)
     opened.close()
     if scores:
-        for line in report.closing(config, scores, evaluator, plan, time.perf_counter() - began):
+        for line in report.closing(config, plan, data.evaluator.lines(scores), time.perf_counter() - began):
             processes.say(line)
-        _sample(load.Trained(config, Model(decoder, params), data.tokenizer, steps))
+        if data.tokenizer is not None:
+            _sample(load.Trained(config, Model(decoder, params), data.tokenizer, steps))
     return scores
 
 
@@ -162,12 +164,12 @@ def _few_shot(config: Config) -> Choice | None:
 
 
 def _asking(
-    config: Config, workdir: Path, decoder: Decoder, tokenizer: Tokenizer, choice: Choice | None
+    config: Config, workdir: Path, decoder: Decoder, tokenizer: Tokenizer | None, choice: Choice | None
 ) -> Callable[..., dict[str, float]]:
     """A function of (params, step, say, between) that scores them on few-shot tasks."""
     if choice is None:
         return lambda *_: {}
-    assert decoder.mesh is not None
+    assert decoder.mesh is not None and tokenizer is not None
     core = Core(config, decoder.mesh, tokenizer, choice)
 
     told: set[str] = set()
@@ -229,15 +231,28 @@ def _recover(workdir: Path) -> int | None:
 
 
 class _Data(NamedTuple):
-    """What a run reads: the tokenizer, the corpus as tokens, this process's batches, and held-out rows."""
+    """What a run reads, text or words of a task.
 
-    tokenizer: Tokenizer
-    records: Records
+    Attributes:
+      batches: of this process, without end.
+      evaluator: scores a model on what is held out.
+      documents: tells what a batch is made of.
+      tokenizer: None of a task, which has no text.
+      left_out: how many bad records are not there.
+    """
+
     batches: DatasetIterator
-    held_out: HeldOut
+    evaluator: Evaluator | Accuracy
+    documents: Callable[[Batch], Sequence[str]]
+    tokenizer: Tokenizer | None
+    left_out: int
 
 
 def _data(config: Config, workdir: Path, mesh: Mesh, start: int | None, watchdog: Watchdog) -> _Data:
+    here = meshes.local_rows(mesh, config.train.batch_size)
+    if config.data.task:
+        batches = tasks.training_batches(config, here)
+        return _Data(batches, Accuracy(config, mesh), tasks.described, tokenizer=None, left_out=0)
     texts = corpus.open_corpus(config.data, records.begun(workdir, binding.records_of(workdir, start)))
     processes.say(one_line(texts.read_as))
     binding.check_tokenizer(config, workdir)
@@ -247,8 +262,14 @@ def _data(config: Config, workdir: Path, mesh: Mesh, start: int | None, watchdog
             prompt = text.encode(tokens, config.eval.prompt)
             check_lengths([prompt], config.eval.sample_tokens, config.model.sequence_length)
         rows = records.prepare(config, texts, tokens, workdir)
-    batches = pipeline.training_batches(config, rows, meshes.local_rows(mesh, config.train.batch_size))
-    return _Data(tokens, rows, batches, pipeline.held_out_rows(config, texts, tokens, config.eval.final_rows))
+    held_out = pipeline.held_out_rows(config, texts, tokens, config.eval.final_rows)
+    return _Data(
+        batches=pipeline.training_batches(config, rows, here),
+        evaluator=Evaluator(config, mesh, held_out, tokens.token_bytes),
+        documents=functools.partial(pipeline.described, tokenizer=tokens),
+        tokenizer=tokens,
+        left_out=rows.left_out,
+    )
 
 
 def _state(
@@ -273,9 +294,9 @@ def _state(
     return created.replace(params=params), "beginning at step 0 with the parameters imported into it"
 
 
-def _left_out(rows: Records) -> Iterator[str]:
-    if rows.left_out:
-        yield f"{rows.left_out:,} bad records of the corpus are left out (config.data.on_bad_record = skip)"
+def _left_out(count: int) -> Iterator[str]:
+    if count:
+        yield f"{count:,} bad records of the corpus are left out (config.data.on_bad_record = skip)"
 
 
 def _sample(trained: load.Trained) -> None:

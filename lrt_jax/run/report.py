@@ -5,8 +5,6 @@ from collections.abc import Iterator
 import jax
 from jax.sharding import Mesh
 
-from lrt_jax.evaluation import health
-from lrt_jax.evaluation.bits_per_byte import Evaluator
 from lrt_jax.model import costs
 from lrt_jax.model.backend import Attention, attention_kind, compute_dtype
 from lrt_jax.run.stages import Plan
@@ -52,27 +50,10 @@ def opening(
     yield from notes
 
 
-def closing(
-    config: configs.Config, scores: dict[str, float], evaluator: Evaluator, plan: Plan, seconds: float
-) -> Iterator[str]:
-    """The closing table."""
+def closing(config: configs.Config, plan: Plan, scores: Iterator[str], seconds: float) -> Iterator[str]:
+    """What the run was, and the table of its scores."""
     per_step = config.train.batch_size * config.model.sequence_length
     tokens, effective = plan.steps * per_step, plan.forwards_until(plan.steps) * per_step
-    rows = {
-        "initialization forward  val/bpb_init": scores["val/bpb_init"],
-        "merged                  val/bpb": scores["val/bpb"],
-        "sequential              val/bpb_sequential": scores["val/bpb_sequential"],
-        "gzip -9, the same bytes": evaluator.gzip_bits_per_byte(),
-    }
-    if config.eval.baseline and config.eval.baseline_of == configs.fingerprint(config):
-        rows["plain model, same compute, measured before"] = config.eval.baseline
     yield f"\n{plan.steps:,} steps, {tokens:,} tokens, {effective:,.0f} effective"
     yield f"{seconds / 60:.1f} minutes in this session, setup and evaluation included"
-    yield f"\nbits per byte of {len(evaluator.held_out.text):,} held-out bytes"
-    for name, value in rows.items():
-        yield f"  {name:<46}{value:8.4f}"
-    yield from health.lines(scores)
-    if warning := health.warning(scores, config.eval.gap):
-        yield warning
-    if evaluator.scoring != "sequential":
-        yield f"val/bpb_sequential was computed by {evaluator.scoring}"
+    yield from scores

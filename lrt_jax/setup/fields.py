@@ -24,6 +24,7 @@ ValueEmbeddings = Literal["all", "alternate", "none"]
 Dtype = Literal["auto", "float32", "bfloat16", "float64"]
 Prefill = Literal["sequential", "fixed_point"]
 Gather = Literal["auto", "step", "forward"]
+Task = Literal["", "parity", "mod5", "s5", "swap_s5"]
 
 Size = Annotated[int, within(1, LARGEST)]
 Steps = Annotated[int, within(0, LARGEST)]
@@ -150,6 +151,8 @@ class DataConfig:
     prefetch: Unnamed[Annotated[int, within(1, 1024)]] = 16
     # What cannot be read ends the run, or is left out and counted.
     on_bad_record: Unnamed[Literal["stop", "skip"]] = "stop"
+    # Instead of text, words of T letters over a group, and the state after each as its answer (data.tasks); "" = text.
+    task: Unnamed[Task] = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -209,6 +212,8 @@ class EvalConfig:
     scoring: Prefill = "sequential"  # how val/bpb_sequential is computed
     passes: NotNegative[int] = 4  # full forwards that show how memory settles (evaluation.health); 0 = not measured
     gap: NotNegative[float] = 0.01  # a warning is due where sequential BPB is above merged by more than this share
+    # Of data.task: where the intervals end by which accuracy is told; the longest may be longer than T.
+    lengths: tuple[Size, ...] = (32, 64, 128, 256, 512)
     core: str = ""  # a folder with the few-shot tasks of CORE, scored at the end; "" = none
     core_every: NotNegative[int] = 0  # in steps; 0 = only at the end
     core_tasks: tuple[str, ...] = ()  # labels; none = all

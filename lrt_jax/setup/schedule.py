@@ -96,6 +96,11 @@ class ScheduleConfig:
         return parse_stages(self) if self.name == STAGED else (Stage((Drawn(self, 1.0),), 1.0),)
 
     @property
+    def scored(self) -> "ScheduleConfig":
+        """The schedule whose forwards are scored in parallel: that of the last stage, without noise."""
+        return dataclasses.replace(self.in_stages[-1].schedule, jitter=0.0, plain_prefix=False)
+
+    @property
     def kinds(self) -> "list[ScheduleConfig]":
         """The schedules that steps of the run may have, each once."""
         return list(dict.fromkeys(drawn.schedule for stage in self.in_stages for drawn in stage.mixture))

@@ -1,5 +1,6 @@
 """Reading a config, and which fields go together; what a field may be by itself stands beside it, as its annotation."""
 
+import itertools
 import json
 import math
 import re
@@ -10,7 +11,18 @@ from ml_collections import ConfigDict
 
 from lrt_jax.setup import schema
 from lrt_jax.setup.durations import UNITS
-from lrt_jax.setup.fields import ALL, FINAL, Config, DecodeConfig, MeshConfig, ModelConfig, OptimizerConfig, TrainConfig
+from lrt_jax.setup.fields import (
+    ALL,
+    FINAL,
+    Config,
+    DataConfig,
+    DecodeConfig,
+    EvalConfig,
+    MeshConfig,
+    ModelConfig,
+    OptimizerConfig,
+    TrainConfig,
+)
 from lrt_jax.setup.schedule import SCHEDULES, STAGED, ScheduleConfig
 from lrt_jax.setup.schema import ConfigError
 
@@ -58,6 +70,9 @@ def validate(config: Mapping[str, Any] | Config) -> Config:
     _refuse("optimizer", found.optimizer, _in_optimizer(found.optimizer))
     _refuse("decode", found.decode, _in_decode(found.decode))
     _refuse("mesh", found.mesh, _in_mesh(found.mesh))
+    _refuse("eval", found.eval, _in_eval(found.eval, found.data.task))
+    if found.data.task:
+        _refuse("data", found.data, _in_task(found.data))
     return found
 
 
@@ -182,6 +197,20 @@ def _in_mesh(mesh: MeshConfig) -> Broken:
     rest = [axis for axis, size in vars(mesh).items() if size == -1]
     if len(rest) > 1:
         yield rest[-1], f'only one axis may be -1 ("the rest"), not {" and ".join(rest)}'
+
+
+def _in_eval(scored: EvalConfig, task: str) -> Broken:
+    if not scored.lengths or any(after <= before for before, after in itertools.pairwise(scored.lengths)):
+        yield "lengths", "it must hold one length or more, in ascending order"
+    if task and scored.core:
+        yield "core", f"its tasks are text; it must be '' with data.task = {task!r}"
+
+
+def _in_task(data: DataConfig) -> Broken:
+    for field in ("corpus", "tokenizer"):
+        default = getattr(DataConfig, field)
+        if getattr(data, field) != default:
+            yield field, f"words of data.task = {data.task!r} are drawn, not read: it must be {default!r} (the default)"
 
 
 def _divides(field: str, part: int, name: str, whole: int, allowed: str = "") -> None:

@@ -1,0 +1,42 @@
+"""State tracking: a small model on words over a group, trained on 32 letters and scored on up to 512.
+
+    python -m lrt_jax.main --config=configs/state_tracking.py                   # parity, trained sequentially
+    python -m lrt_jax.main --config=configs/state_tracking.py:s5                # mod5, s5, swap_s5
+    python -m lrt_jax.main --config=configs/state_tracking.py:parity --config.schedule.name=interleaved
+    python -m lrt_jax.sweep configs/sweeps/state_tracking.py                    # all of them, by many schedules
+
+Every letter is followed by the state it leads to, as its answer; there is no text (lrt_jax/data/tasks.py). An LRT keeps
+the state in its memory; a plain Transformer, ``--config.model.memory=none --config.model.residual_injection=False
+--config.schedule.name=plain``, does not learn to go on beyond the trained length (docs/RESULTS.md).
+"""
+
+from ml_collections import ConfigDict
+
+from lrt_jax.setup.config import ConfigError, default_config
+
+# Each with its number of states.
+TASKS = {"parity": 2, "mod5": 5, "s5": 120, "swap_s5": 120}
+
+
+def get_config(variant: str = "parity") -> ConfigDict:
+    """The config of one of TASKS."""
+    if variant not in TASKS:
+        raise ConfigError(f"configs/state_tracking.py has no variant {variant!r}; allowed are: {', '.join(TASKS)}")
+    config = default_config(
+        model__layers=2,
+        model__width=64,
+        model__heads=1,
+        model__kv_heads=1,
+        model__sequence_length=32,
+        model__vocab_size=TASKS[variant],
+        train__batch_size=32,
+    )
+    config.data.task = variant
+    config.model.update(window_pattern="L", value_embeddings="none")
+    config.schedule.name = "sequential"
+    config.train.update(steps=400, log_every=20, keep=1)
+    config.eval.update(batch_size=64, rows=64, final_rows=256)
+    # AdamW, whose steps end with its gradients: Muon's do not, and a model that has solved its task forgets it.
+    config.optimizer.update(name="adamw", matrix_lr=0.003, embedding_lr=0.3, head_lr=0.01, scalar_lr=0.02)
+    config.optimizer.update(b1=0.9, b2=0.99, warmup=0.05, warmdown=0.3, clip=1.0)
+    return config
