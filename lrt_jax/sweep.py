@@ -2,7 +2,8 @@
 
 FILE lists runs (``configs/sweeps/``), each with a budget of effective tokens. They run one after the other, each in a
 folder of DIR; the same command goes on where it was stopped, and leaves out what is done. It ends with a table of
-what is done so far (``table.md``), the numbers (``results.json``) and a picture (``bpb.png``).
+what is done so far (``table.md``), the numbers (``results.json``) and a picture (``bpb.png``; of
+state tracking ``accuracy.png``).
 """
 
 import json
@@ -17,7 +18,8 @@ import jax
 from absl import flags
 
 from lrt_jax import main as training
-from lrt_jax.comparison import plan, plots, results
+from lrt_jax.comparison import answers, plan, plots, results
+from lrt_jax.comparison.results import Answered, Result
 from lrt_jax.data import records, tokenizer
 from lrt_jax.model import costs
 from lrt_jax.run.loop import TrainingError
@@ -119,14 +121,19 @@ def _add_seconds(path: Path, more: float) -> float:
 def report(sweep: plan.Sweep, out: Path) -> None:
     """Writes and prints what the runs that are done, on whatever machine, came to."""
     found = [result for run in sweep.runs if (result := results.read(out / run.name)) is not None]
-    lines = [f"{len(found)} of {len(sweep.runs)} runs are done", "", *results.table(sweep, found)]
+    texts = [result for result in found if isinstance(result, Result)]
+    answered = [result for result in found if isinstance(result, Answered)]
+    table = answers.table(sweep, answered) if answered else results.table(sweep, texts)
+    summary = answers.summary(sweep, answered) if answered else results.summary(sweep, texts)
+    lines = [f"{len(found)} of {len(sweep.runs)} runs are done", "", *table]
     out.mkdir(parents=True, exist_ok=True)
     (out / "table.md").write_text("\n".join(lines) + "\n")
-    summary = {"reported_on": _machine(), **results.summary(sweep, found)}
-    (out / "results.json").write_text(json.dumps(summary, indent=2) + "\n")
+    (out / "results.json").write_text(json.dumps({"reported_on": _machine(), **summary}, indent=2) + "\n")
     print("\n" + "\n".join(lines))
-    if found:
-        plots.draw(sweep, found, out / "bpb.png")
+    if answered:
+        plots.draw_answers(sweep, answered, out / "accuracy.png")
+    elif texts:
+        plots.draw(sweep, texts, out / "bpb.png")
 
 
 def _machine() -> dict[str, str | int | None]:

@@ -79,7 +79,18 @@ def test_a_shard_that_cannot_be_is_refused(shard):
 
 
 def result(variant, budget, seed, bpb):
-    return Result(variant, budget, seed, int(budget), float(budget), 1000, bpb, bpb * 1.01, bpb * 1.05, 1.0)
+    return Result(
+        variant=variant,
+        budget=budget,
+        seed=seed,
+        tokens=int(budget),
+        effective_tokens=float(budget),
+        parameters=1000,
+        seconds=1.0,
+        bpb=bpb,
+        bpb_merged=bpb * 1.01,
+        bpb_init=bpb * 1.05,
+    )
 
 
 def test_the_compute_saved_is_that_of_the_curves_it_was_made_from():

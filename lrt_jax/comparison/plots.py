@@ -1,28 +1,23 @@
-"""A sweep as a picture: bits per byte by effective compute, with each variant's curve."""
+"""A sweep as a picture: bits per byte by effective compute, with each variant's curve; or right answers by length."""
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from lrt_jax.comparison.plan import Sweep
-from lrt_jax.comparison.results import Result, curve
+from lrt_jax.comparison.results import Answered, Result, curve
 from lrt_jax.setup.errors import UserError
 
 
 def draw(sweep: Sweep, results: Sequence[Result], path: Path) -> None:
-    """Writes the picture, in the format that the path's suffix names.
+    """Writes the picture of bits per byte, in the format that the path's suffix names.
 
     Raises:
       UserError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UserError(
-            "plots need matplotlib: pip install 'lrt-jax[plots]'; the table and the JSON file are there"
-        ) from None
-    figure = Figure(figsize=(8, 5), layout="constrained")
+    figure = _figure(8, 5)
     axes = figure.add_subplot(xscale="log", xlabel="effective tokens", ylabel="sequential bits per byte")
     for number, variant in enumerate(sweep.variants):
         points = [(result.effective_tokens, result.bpb) for result in results if result.variant == variant]
@@ -37,3 +32,41 @@ def draw(sweep: Sweep, results: Sequence[Result], path: Path) -> None:
             axes.plot(effective, [fitted.bpb(one) for one in effective], color=color, linewidth=1)
     axes.legend()
     figure.savefig(path)
+
+
+def draw_answers(sweep: Sweep, results: Sequence[Answered], path: Path) -> None:
+    """Writes the picture of right answers: a panel for each task, a line for each variant, its mean over seeds.
+
+    Raises:
+      UserError: matplotlib is not installed.
+    """
+    names = list(dict.fromkeys(result.task for result in results))
+    figure = _figure(4.2 * len(names), 4.6)
+    panels = figure.subplots(1, len(names), sharey=True, squeeze=False)[0]
+    lines = {}
+    for axes, task in zip(panels, names, strict=True):
+        for number, variant in enumerate(variant for variant in sweep.variants if variant.startswith(f"{task} ")):
+            accuracies = [result.accuracy for result in results if result.variant == variant]
+            if not accuracies:
+                continue
+            ends = [int(interval.rpartition("_")[2]) for interval in accuracies[0]]
+            means = 100 * np.mean([list(accuracy.values()) for accuracy in accuracies], axis=0)
+            marks = {"marker": "osD^vPX*<>"[number % 10], "color": f"C{number % 10}"}
+            lines[variant.removeprefix(f"{task} ")] = axes.plot(ends, means, linewidth=1.2, markersize=5, **marks)[0]
+        axes.set(title=task, xlabel="up to this position", ylim=(-3, 103))
+        axes.set_xscale("log", base=2)
+        axes.grid(alpha=0.3)
+    panels[0].set_ylabel("right answers, %")
+    figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=min(5, len(lines)), frameon=False)
+    figure.savefig(path)
+
+
+def _figure(width: float, height: float) -> Any:
+    """An empty figure, in inches."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UserError(
+            "plots need matplotlib: pip install 'lrt-jax[plots]'; the table and the JSON file are there"
+        ) from None
+    return Figure(figsize=(width, height), layout="constrained")

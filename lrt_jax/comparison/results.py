@@ -19,6 +19,7 @@ from lrt_jax.comparison.plan import Run, Sweep
 from lrt_jax.model import costs
 
 FILE = "result.json"  # in a run's folder, once it is done
+ACCURACY = "val/accuracy/"
 # The 97.5 % quantile of Student's t, by degrees of freedom from 1 on; then that of the normal distribution.
 STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 NORMAL = 1.96
@@ -26,18 +27,15 @@ NORMAL = 1.96
 REACH = 4.0
 
 
-@dataclasses.dataclass(frozen=True)
-class Result:
-    """One run that is done.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Done:
+    """One run that is done, whatever it was about.
 
     Attributes:
       variant, budget, seed: as in the plan.
       tokens: that it was trained on.
       effective_tokens: the same times the schedule's forwards-equivalent.
       parameters: of the model.
-      bpb: sequential bits per byte of the held-out rows.
-      bpb_merged: the same in parallel, by the last forward of each position.
-      bpb_init: by the initialization forward.
       seconds: that it took, all sessions together.
     """
 
@@ -47,19 +45,47 @@ class Result:
     tokens: int
     effective_tokens: float
     parameters: int
-    bpb: float
-    bpb_merged: float
-    bpb_init: float
     seconds: float
 
 
-def read(folder: Path) -> Result | None:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Result(Done):
+    """One run on text.
+
+    Attributes:
+      bpb: sequential bits per byte of the held-out rows.
+      bpb_merged: the same in parallel, by the last forward of each position.
+      bpb_init: by the initialization forward.
+    """
+
+    bpb: float
+    bpb_merged: float
+    bpb_init: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Answered(Done):
+    """One run of state tracking.
+
+    Attributes:
+      task: ``config.data.task``.
+      accuracy: the share of right answers under true recurrence, by the interval of positions, ``0_to_32`` ….
+    """
+
+    task: str
+    accuracy: dict[str, float]
+
+
+def read(folder: Path) -> Done | None:
     """The result in a run's folder; None while it is not done."""
     path = folder / FILE
-    return Result(**json.loads(path.read_text())) if path.exists() else None
+    if not path.exists():
+        return None
+    fields = json.loads(path.read_text())
+    return Answered(**fields) if "accuracy" in fields else Result(**fields)
 
 
-def write(folder: Path, result: Result) -> None:
+def write(folder: Path, result: Done) -> None:
     """Marks a run as done; atomic."""
     unfinished = folder / f"{FILE}.new"
     unfinished.write_text(json.dumps(dataclasses.asdict(result), indent=2) + "\n")
@@ -192,19 +218,22 @@ def summary(sweep: Sweep, results: Sequence[Result]) -> dict[str, Any]:
     }
 
 
-def result_of(run: Run, scores: dict[str, float], seconds: float, parameters: int, steps: int) -> Result:
+def result_of(run: Run, scores: dict[str, float], seconds: float, parameters: int, steps: int) -> Done:
     """A run's result from its closing metrics."""
     config = run.complete
     tokens = steps * config.train.batch_size * config.model.sequence_length
+    about: dict[str, Any] = {
+        "variant": run.variant,
+        "budget": run.effective_tokens,
+        "seed": run.seed,
+        "tokens": tokens,
+        "effective_tokens": tokens * costs.forwards_equivalent(config.model, config.schedule),
+        "parameters": parameters,
+        "seconds": seconds,
+    }
+    if config.data.task:
+        accuracy = {name.removeprefix(ACCURACY): value for name, value in scores.items() if name.startswith(ACCURACY)}
+        return Answered(**about, task=config.data.task, accuracy=accuracy)
     return Result(
-        variant=run.variant,
-        budget=run.effective_tokens,
-        seed=run.seed,
-        tokens=tokens,
-        effective_tokens=tokens * costs.forwards_equivalent(config.model, config.schedule),
-        parameters=parameters,
-        bpb=scores["val/bpb_sequential"],
-        bpb_merged=scores["val/bpb"],
-        bpb_init=scores["val/bpb_init"],
-        seconds=seconds,
+        **about, bpb=scores["val/bpb_sequential"], bpb_merged=scores["val/bpb"], bpb_init=scores["val/bpb_init"]
     )
