@@ -37,6 +37,6 @@ def get_config(variant: str = "parity") -> ConfigDict:
     config.train.update(steps=400, log_every=20, keep=1)
     config.eval.update(batch_size=64, rows=64, final_rows=256)
     # AdamW, whose steps end with its gradients: Muon's do not, and a model that has solved its task forgets it.
-    config.optimizer.update(name="adamw", matrix_lr=0.003, embedding_lr=0.3, head_lr=0.01, scalar_lr=0.02)
+    config.optimizer.update(name="adamw", matrix_lr=0.001, embedding_lr=0.03, head_lr=0.003, scalar_lr=0.02, eps=1e-8)
     config.optimizer.update(b1=0.9, b2=0.99, warmup=0.05, warmdown=0.3, clip=1.0)
     return config

@@ -16,7 +16,7 @@ from lrt_jax.setup.config import from_config_dict
 from lrt_jax.setup.config_file import module
 
 SEEDS = (0, 1, 2)
-STEPS = {"parity": 400, "mod5": 400, "swap_s5": 1000, "s5": 1000}
+STEPS = {"parity": 300, "mod5": 300, "swap_s5": 1000, "s5": 1000}
 PLAIN = {"model.memory": "none", "model.residual_injection": False, "schedule.name": "plain"}
 
 
