@@ -13,6 +13,11 @@ from lrt_jax.reporting.measured import Measured
 from lrt_jax.reporting.runs import Run, Sweep
 
 AXES = {"steps": "by steps", "tokens": "by tokens", "time": "by time", "compute": "by effective compute"}
+# Of training: each metric, its title, and the unit of its axis.
+TRAINING = {
+    "train/loss": ("Training loss", "loss, nats per token"),
+    "train/grad_norm": ("Gradient norm", "global norm, before clipping"),
+}
 # Points that a chart's curves may have together, and one of them, at most.
 POINTS, LONGEST = 16_000, 1_200
 # Of more runs than these, only smoothed losses are shown.
@@ -62,9 +67,9 @@ def _placed(runs: Sequence[Run], metric: str, axis: str) -> list[tuple[Run, np.n
     return found
 
 
-def losses(runs: Sequence[Run], axis: str) -> Chart | None:
-    """The training loss."""
-    found = _placed(runs, "train/loss", axis)
+def curves(runs: Sequence[Run], axis: str, metric: str, title: str, unit: str) -> Chart | None:
+    """A metric of training, as logged and smoothed."""
+    found = _placed(runs, metric, axis)
     if not found:
         return None
     look, most, pale = looks(runs), min(LONGEST, POINTS // len(found)), len(found) <= PALE
@@ -78,7 +83,7 @@ def losses(runs: Sequence[Run], axis: str) -> Chart | None:
                 line.curve(axes, *drawing.thinned(x_N / scale, y_N, most), alpha=0.3, linewidth=0.7, marker=None)
             smooth = drawing.thinned(x_N / scale, drawing.smoothed(y_N)[0], most)
             line.curve(axes, *smooth, marker=marker, linewidth=1.6 if pale else 0.8)
-        axes.set_ylabel("loss, nats per token")
+        axes.set_ylabel(unit)
         if all_N.min() > 0:
             axes.set_yscale("log")
             drawing.round_ticks(axes.yaxis, all_N)
@@ -86,7 +91,7 @@ def losses(runs: Sequence[Run], axis: str) -> Chart | None:
     widths = [drawing.smoothed(y_N)[1] for *_, y_N in found]
     over = f"{min(widths):,}" if min(widths) == max(widths) else f"{min(widths):,} to {max(widths):,}"
     about = f"{'Pale: as logged. Strong: running' if pale else 'Running'} mean over {over} reports."
-    return Chart(_file("loss", axis), "Training loss", about if max(widths) > 1 else "", draw)
+    return Chart(_file(title, axis), title, about if max(widths) > 1 else "", draw)
 
 
 def bits_per_byte(runs: Sequence[Run], measured: Measurements, axis: str) -> Chart | None:
@@ -114,7 +119,7 @@ def bits_per_byte(runs: Sequence[Run], measured: Measurements, axis: str) -> Cha
 
 
 def _file(what: str, axis: str) -> str:
-    return f"{what}-{AXES[axis]}".replace(" ", "-")
+    return f"{what.lower()}-{AXES[axis]}".replace(" ", "-")
 
 
 def forwards(run: Run, number: int, several: bool) -> Chart | None:

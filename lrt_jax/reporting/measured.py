@@ -116,6 +116,8 @@ def measure(run: Run, texts: Texts, samples: int, prompt: str | None, *, whole: 
       whole: False: gzip only, which needs no checkpoint.
     """
     found = Measured(whole=whole)
+    if run.config is None:  # a note of the run says why
+        return found
     held_out = _tried(found, "Its held-out text cannot be read", lambda: texts.of(run))
     if held_out is not None:
         found.gzip = held_out[1]

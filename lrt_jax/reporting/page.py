@@ -23,6 +23,8 @@ from lrt_jax.reporting.style import CSS
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 # More runs than these are rows of tables and not columns, and have no charts of their own.
 COLUMNS = 4
+# Characters of a row's name that stay on one line.
+LONG = 30
 NUMBERS = {
     "parameters": "weights that training adjusts",
     "tokens": "pieces of words read in training, repeats included",
@@ -74,6 +76,8 @@ class Page:
         links = "".join(f'<a href="#{anchor}">{name}</a>' for name, anchor in ids.items())
         body = "\n".join(f'<section><h2 id="{ids[name]}">{name}</h2>\n{parts[name]}\n</section>' for name in ids)
         title = self.runs[0].label if len(self.runs) == 1 else f"{len(self.runs)} runs"
+        if len(self.sweeps) == 1 and all(run.of_a_sweep for run in self.runs):
+            title = f"Sweep {self.sweeps[0].name}"
         head = (
             '<meta charset="utf-8">',
             f"<title>{text(title)}</title>",
@@ -135,11 +139,11 @@ class Page:
             _number(rate, ",.0f"),
         ]
 
-    def _figures(self, found: Iterable[Chart | None], legend: bool = True) -> Iterator[Escaped]:
+    def _figures(self, found: Iterable[Chart | None], *, legend: bool = True, kind: str = "grid") -> Iterator[Escaped]:
         """Charts in a grid, with the legend above; nothing of none."""
         drawn = [chart for chart in found if chart is not None]
         if drawn:
-            yield (self._legend() if legend else "") + '<div class="grid">'
+            yield (self._legend() if legend else "") + f'<div class="{kind}">'
             yield from map(self._figure, drawn)
             yield "</div>"
 
@@ -168,14 +172,11 @@ class Page:
                 f"compute of {text(sweep.baseline)} that a variant saves at equal bits per byte, with a 95 % interval "
                 "over seeds; it needs two budgets of it.</p>"
             )
-            yield from self._figures([chart])
+            yield from self._figures([chart], kind="grid large")
             yield _table(head, lines)
 
     def _training(self) -> Iterator[Escaped]:
-        panels = {
-            axis: [charts.losses(self.runs, axis), charts.bits_per_byte(self.runs, self.measured, axis)]
-            for axis in AXES
-        }
+        panels = {axis: self._by(axis) for axis in AXES}
         if not any(any(found) for found in panels.values()):
             return
         yield f'{self._legend()}<div class="tabs">'
@@ -183,7 +184,7 @@ class Page:
             checked = " checked" if axis == "steps" else ""
             yield f'<input type="radio" name="x" id="x-{axis}"{checked}><label for="x-{axis}">{said}</label>'
         for axis, found in panels.items():
-            yield f'<div class="panel grid large {axis}">'
+            yield f'<div class="panel grid {axis}">'
             yield from (self._figure(chart) for chart in found if chart)
             without = [run.label for run in self.runs if run.rows and run.at(axis, np.zeros(1)) is None]
             if without:
@@ -193,6 +194,10 @@ class Page:
         alone = self.runs if len(self.runs) <= COLUMNS else []
         kinds = [charts.forwards(run, number, len(alone) > 1) for number, run in enumerate(alone, 1)]
         yield from self._figures([charts.by_position(self.runs), *kinds], legend=False)
+
+    def _by(self, axis: str) -> list[Chart | None]:
+        loss, norm = (charts.curves(self.runs, axis, metric, *said) for metric, said in charts.TRAINING.items())
+        return [loss, charts.bits_per_byte(self.runs, self.measured, axis), norm]
 
     def _layers(self) -> Iterator[Escaped]:
         """Of the runs whose checkpoints were read, or of all."""
@@ -334,7 +339,8 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[Any]], wide: int = 10**9
     lines = [f"<thead><tr>{titles}</tr></thead>"] if head else []
     for first, *others in rows:
         name, about = first if isinstance(first, tuple) else (first, "")
-        named = f'<th scope="row">{text(name)}{f"<small>{text(about)}</small>" if about else ""}</th>'
+        kind = ' class="wide"' if len(name) > LONG else ""
+        named = f'<th scope="row"{kind}>{text(name)}{f"<small>{text(about)}</small>" if about else ""}</th>'
         kinds = (' class="wide"' if number >= wide else "" for number in range(1, 1 + len(others)))
         cells = "".join(f"<td{kind}>{text(cell)}</td>" for kind, cell in zip(kinds, others, strict=True))
         lines.append(f"<tr>{named}{cells}</tr>")

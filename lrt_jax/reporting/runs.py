@@ -49,6 +49,7 @@ class Run:
       folder: its work dir.
       label: its name on the page, which no other run has.
       series: what its colour stands for: its variant in a sweep, else its label.
+      of_a_sweep: whether it is in a sweep's folder.
       rows: metrics by step, ascending; finite numbers only.
       fields: the config's fields by dotted name, as the file has them.
       config: the same, if this version of the code can read it.
@@ -62,6 +63,7 @@ class Run:
     folder: Path
     label: str
     series: str
+    of_a_sweep: bool
     rows: Rows
     fields: dict[str, Any]
     config: Config | None
@@ -191,6 +193,7 @@ def _run(folder: Path, label: str, of_a_sweep: bool) -> Run:
         folder=folder,
         label=label,
         series=one_line(variant) if of_a_sweep else label,
+        of_a_sweep=of_a_sweep,
         rows=rows,
         fields=fields,
         config=config,
@@ -217,7 +220,7 @@ def _rows(path: Path, notes: list[str]) -> tuple[Rows, float]:
             counts["torn"] += bool(line.strip()) and number < len(lines)  # the last one is being written
             continue
         step = row.pop("step")
-        later = [other for other in rows if other > step] if newest > step else []
+        later = [other for other in rows if other >= step] if newest > step else []
         for other in later:
             del rows[other]
         newest = step
@@ -226,11 +229,11 @@ def _rows(path: Path, notes: list[str]) -> tuple[Rows, float]:
         counts["not finite"] += len(numbers) < len(row)
         rows[step] = rows.pop(step, {}) | numbers
     said = {
-        "torn": f"lines of {METRICS} cannot be read, and are left out",
-        "again": "steps were computed again after a resume; the later numbers are shown",
-        "not finite": "rows hold what is no finite number (null after a bad step), which the charts leave out",
+        "torn": f"Lines of {METRICS} that cannot be read, and are left out",
+        "again": "Steps that were computed again after a resume, of which the later numbers are shown",
+        "not finite": "Rows with what is no finite number (null after a bad step), which charts leave out",
     }
-    notes.extend(f"{counts[kind]:,} {sentence}." for kind, sentence in said.items() if counts[kind])
+    notes.extend(f"{sentence}: {counts[kind]:,}." for kind, sentence in said.items() if counts[kind])
     return rows, updated
 
 

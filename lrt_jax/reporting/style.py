@@ -26,6 +26,7 @@ h1{font-size:1.75rem;line-height:1.2;letter-spacing:-.02em;margin:0 0 .25rem}
 h2{font-size:1.2rem;letter-spacing:-.01em;margin:3rem 0 .25rem;padding-top:1rem;border-top:1px solid var(--grid)}
 h3{font-size:1rem;margin:1.5rem 0 .5rem}
 p,ul.notes{margin:.25rem 0 1rem;max-width:46rem}
+.notes{margin:1.25rem 0;padding-left:1.2rem;font-size:.9rem}
 .muted,figcaption,dd,footer,th small{color:var(--muted)}
 a{color:inherit}
 nav{margin:.75rem 0 0;display:flex;flex-wrap:wrap;gap:.25rem 1.1rem;font-size:.9rem}
@@ -36,7 +37,7 @@ nav a{text-decoration-color:var(--grid);text-underline-offset:.25em}
 .key{display:inline-block;width:1.6rem;margin-right:.5rem;vertical-align:.25em;border-top:3px solid var(--c)}
 .dashed{border-top-style:dashed}.dotted{border-top-style:dotted}
 .grid{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(20rem,100%),1fr));gap:1.75rem 2rem;margin-top:1rem}
-.large{grid-template-columns:repeat(auto-fill,minmax(min(27rem,100%),1fr))}
+.large{grid-template-columns:repeat(auto-fill,minmax(min(27rem,100%),30rem))}
 figure{margin:0;min-width:0;break-inside:avoid}
 figure svg{display:block;width:100%;height:auto;margin:.25rem 0}
 figure b{font-weight:600;font-size:.95rem}
@@ -46,10 +47,10 @@ table{border-collapse:collapse;font-size:.9rem;font-variant-numeric:tabular-nums
 th,td{padding:.35rem .9rem .35rem 0;text-align:left;vertical-align:top;border-bottom:1px solid var(--grid)}
 th{font-weight:600;overflow-wrap:normal}
 thead th{vertical-align:bottom}
-tbody th{font-weight:500;min-width:8.5rem;max-width:21rem;overflow-wrap:anywhere}
-th small{display:block;font-size:.85rem;font-weight:400;line-height:1.35}
+tbody th{font-weight:500;white-space:nowrap}
+th small{display:block;white-space:normal;max-width:24rem;font-size:.85rem;font-weight:400;line-height:1.35}
 td{white-space:nowrap;overflow-wrap:normal}
-td.wide{white-space:pre-wrap;overflow-wrap:anywhere;min-width:8.5rem}
+.wide,tbody th.wide{white-space:pre-wrap;overflow-wrap:anywhere;min-width:8.5rem;max-width:24rem}
 dl{display:grid;grid-template-columns:max-content 1fr;gap:.2rem 1.25rem;font-size:.9rem;max-width:52rem}
 dt{font-weight:500}dd{margin:0}
 pre{margin:.25rem 0 0;padding:.75rem .9rem;background:var(--card);border-radius:.5rem;white-space:pre-wrap;
@@ -68,13 +69,14 @@ summary{cursor:pointer;font-weight:500;margin:.5rem 0}
 """
     f"{SELECTED}{{display:grid!important}}\n"
     """footer{margin-top:3rem;font-size:.85rem}
-@media (max-width:30rem){tbody th{max-width:12rem}dl{grid-template-columns:1fr;gap:0}dd{margin-bottom:.6rem}
+@media (max-width:30rem){th small{max-width:11rem}dl{grid-template-columns:1fr;gap:0}dd{margin-bottom:.6rem}
  body{padding-top:1.5rem}}
 @page{size:A4;margin:14mm}
 @media print{body{padding:0;max-width:none;font-size:10pt}nav,.tabs>label{display:none}
  h2{margin-top:1.5rem;break-after:avoid}h3,.legend{break-after:avoid}
  .grid,.large{grid-template-columns:1fr 1fr;gap:1rem 1.5rem}
- .scroll{overflow:visible}table{font-size:8pt}td.wide,tbody th{min-width:0}
- th,td{padding-right:.5rem}tr,.pair,dt,dd{break-inside:avoid}pre{border:1px solid var(--grid);font-size:7.5pt}}
+ .scroll{overflow:visible}table{font-size:8pt}.wide,tbody th.wide{min-width:0}
+ th,td{padding-right:.5rem}tr,.pair,dt,dd{break-inside:avoid}pre{border:1px solid var(--grid);font-size:7.5pt}
+ figcaption,.notes{font-size:8pt}th small{font-size:7pt}}
 """
 )
