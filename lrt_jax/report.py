@@ -63,11 +63,11 @@ def write(places: Sequence[Path], out: Path, samples: int, prompt: str | None, *
     found, sweeps, notes = runs.read(places)
     files.check(out)
     measured: dict[str, Measured] = {}
-    texts, chosen = Texts(), _chosen(found)
+    texts, chosen = Texts(), {run.label for run in _chosen(found)}
     for run in found if with_model else ():
-        if run in chosen:
+        if run.label in chosen:
             print(f"{run.label}: reading its held-out text and its newest checkpoint", flush=True)
-        measured[run.label] = measure(run, texts, samples, prompt, whole=run in chosen)
+        measured[run.label] = measure(run, texts, samples, prompt, whole=run.label in chosen)
     if len(chosen) < len(found) and with_model:
         notes.append("Gates and samples are of one run of each variant: that of the largest budget and first seed.")
     page = Page(found, sweeps, measured, notes)

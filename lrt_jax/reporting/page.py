@@ -260,7 +260,7 @@ class Page:
             [task, f"{100 * chance:.1f} %", *(_accuracy(report["tasks"].get(task)) for report in reports.values())]
             for task, chance in tasks.items()
         ]
-        means = [f"{report['mean']:+.4f}" for report in reports.values()]
+        means = [_number(report["mean"], "+.4f") for report in reports.values()]
         yield "<p>Accuracy with its 95 % interval. An interval that holds the chance is no better than a guess.</p>"
         yield _table(head, [*rows, ["mean, centred", "0", *means]])
         named = dict.fromkeys(report["name"] for report in reports.values())
@@ -299,7 +299,7 @@ class Page:
 
 
 def _key(look: Look) -> Escaped:
-    return f'<i class="key {look.dash}" style="--c:var(--s{look.number % len(charts.PALETTE)})"></i>'
+    return f'<i class="key {look.dash}" style="--c:var(--s{look.number % len(drawing.PALETTE)})"></i>'
 
 
 def _number(value: float, form: str, unit: str = "") -> str:

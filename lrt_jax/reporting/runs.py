@@ -293,7 +293,8 @@ def _few_shot(folder: Path, notes: list[str]) -> dict[str, dict[str, Any]]:
             tasks = {task["task"]: (task["accuracy"], task["interval"], task["chance"]) for task in report["tasks"]}
             for accuracy, (low, high), chance in tasks.values():
                 [accuracy + low + high + chance]  # numbers, all of them
-            found[path.parent.name] = {"tasks": tasks, "mean": report["mean"]["value"], "name": report["mean"]["name"]}
+            mean, name = report["mean"]["value"], str(report["mean"]["name"])
+            found[path.parent.name] = {"tasks": tasks, "mean": math.nan if mean is None else float(mean), "name": name}
         except (OSError, ValueError, TypeError, KeyError):
             notes.append(f"{path.relative_to(folder)} is no report of few-shot tasks, and is left out.")
     return found
