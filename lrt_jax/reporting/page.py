@@ -104,7 +104,7 @@ class Page:
             yield '<ul class="runs">'
             for run in self.runs:
                 name = f"{_key(self.looks[run.series])}<b>{text(run.label)}</b> " if len(self.runs) > 1 else ""
-                yield f"<li>{name}<span>{text(f'{run.state}; {_written(run)}; {run.folder}')}</span></li>"
+                yield f"<li>{name}<span>{text(f'{run.state}; last metrics: {_written(run)}; {run.folder}')}</span></li>"
             yield "</ul>"
         yield f"<nav>{links}</nav>"
         if len(self.runs) <= COLUMNS:
@@ -120,7 +120,7 @@ class Page:
     def _many(self) -> Iterator[Escaped]:
         """State and numbers of more runs than have a column each."""
         rows = [[run.label, *self._numbers(run), run.state, _written(run)] for run in self.runs]
-        yield _table(["run", *NUMBERS, "state", ""], rows)
+        yield _table(["run", *NUMBERS, "state", "last metrics"], rows)
         yield "<dl>" + "".join(f"<dt>{name}</dt><dd>{text(about)}</dd>" for name, about in NUMBERS.items()) + "</dl>"
 
     def _numbers(self, run: Run) -> list[str]:
@@ -285,17 +285,17 @@ class Page:
         yield f"<details><summary>{what} ({len(same)})</summary>{_table(['field', 'value'], lines, 1)}</details>"
 
     def _fields(self, known: Sequence[Run], differing: dict[str, list[str]]) -> Escaped:
-        """Fields by run; of more runs than have a column each, runs by field, those of one series together."""
-        if len(known) <= COLUMNS:
-            return _table(
-                ["field", *(run.label for run in known)], [[name, *row] for name, row in differing.items()], 1
-            )
+        """Fields by run, or, of more runs than have a column each, by series; of more series, the other way round."""
+        names = [run.label if len(known) <= COLUMNS else run.series for run in known]
         rows = []
-        for series in dict.fromkeys(run.series for run in known):
-            mine = [index for index, run in enumerate(known) if run.series == series]
-            each = [dict.fromkeys(values[index] for index in mine) for values in differing.values()]
-            rows.append([series, *(" or ".join(values) for values in each)])
-        return _table(["run", *differing], rows, 1)
+        for field, values in differing.items():
+            found: dict[str, dict[str, None]] = {name: {} for name in names}
+            for name, value in zip(names, values, strict=True):
+                found[name][value] = None
+            rows.append([field, *(" or ".join(each) for each in found.values())])
+        table = [["field", *dict.fromkeys(names)], *rows]
+        head, *lines = table if len(table[0]) <= 1 + COLUMNS else zip(*table, strict=True)
+        return _table(head, lines, 1)
 
 
 def _key(look: Look) -> Escaped:
@@ -322,9 +322,7 @@ def _field(run: Run, name: str) -> str:
 
 
 def _written(run: Run) -> str:
-    if not run.updated:
-        return "no metrics"
-    return f"metrics of {datetime.datetime.fromtimestamp(run.updated):%Y-%m-%d %H:%M}"
+    return f"{datetime.datetime.fromtimestamp(run.updated):%Y-%m-%d %H:%M}" if run.updated else "none"
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[Any]], wide: int = 10**9) -> Escaped:

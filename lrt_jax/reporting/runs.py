@@ -234,6 +234,8 @@ def _rows(path: Path, notes: list[str]) -> tuple[Rows, float]:
         "not finite": "Rows with what is no finite number (null after a bad step), which charts leave out",
     }
     notes.extend(f"{sentence}: {counts[kind]:,}." for kind, sentence in said.items() if counts[kind])
+    if not rows:
+        notes.append("It has written no metrics yet.")
     return rows, updated
 
 

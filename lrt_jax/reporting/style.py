@@ -75,7 +75,7 @@ summary{cursor:pointer;font-weight:500;margin:.5rem 0}
 @media print{body{padding:0;max-width:none;font-size:10pt}nav,.tabs>label{display:none}
  h2{margin-top:1.5rem;break-after:avoid}h3,.legend{break-after:avoid}
  .grid,.large{grid-template-columns:1fr 1fr;gap:1rem 1.5rem}
- .scroll{overflow:visible}table{font-size:8pt}.wide,tbody th.wide{min-width:0}
+ .scroll{overflow:visible}table{font-size:8pt}.wide,tbody th.wide{min-width:0}thead th{overflow-wrap:anywhere}
  th,td{padding-right:.5rem}tr,.pair,dt,dd{break-inside:avoid}pre{border:1px solid var(--grid);font-size:7.5pt}
  figcaption,.notes{font-size:8pt}th small{font-size:7pt}}
 """
