@@ -4,6 +4,7 @@ import base64
 import contextlib
 import json
 import os
+import select
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -23,6 +24,9 @@ FLAGS = (
     "--host-resolver-rules=MAP * ~NOTFOUND",
     "--remote-debugging-pipe",
 )
+
+
+PATIENCE = 120.0  # seconds to wait for a word
 
 
 def executable() -> str | None:
@@ -57,6 +61,9 @@ class Browser:
 
     def _read(self) -> dict[str, Any]:
         while b"\0" not in self._buffer:
+            assert select.select([self._answers], [], [], PATIENCE)[0], (
+                f"the browser says nothing for {PATIENCE:g} seconds"
+            )
             more = os.read(self._answers.fileno(), 1 << 20)
             assert more, "the browser has ended"
             self._buffer += more

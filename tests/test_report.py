@@ -380,7 +380,7 @@ def test_every_chart_is_there_and_nothing_overflows(window, request, name, width
 def test_tabs_change_the_axis_without_a_script(window, two):
     window.open(two, 1280)
     visible = (
-        """[...document.querySelectorAll(".panel")].filter(one => one.checkVisibility()).map(one => one.classList[3])"""
+        """[...document.querySelectorAll(".panel")].filter(one => one.checkVisibility()).map(one => one.classList[2])"""
     )
     assert window.evaluate(visible) == ["steps"]
     window.evaluate('document.querySelector("label[for=x-time]").click()')
@@ -413,6 +413,8 @@ def test_no_request_leaves_a_page(window, two, swept):
     # Nor could one: the page's own policy refuses it before there is any.
     tried = """new Promise(done => {
         document.addEventListener("securitypolicyviolation", event => done(event.blockedURI));
-        const image = new Image(); image.src = "http://127.0.0.1:9/x.png" })"""
+        const image = new Image();
+        image.onerror = () => setTimeout(done, 500, "it was asked for");
+        image.src = "http://127.0.0.1:9/x.png" })"""
     answer = window.call("Runtime.evaluate", expression=tried, awaitPromise=True, returnByValue=True)
     assert answer["result"]["value"] == "http://127.0.0.1:9/x.png"

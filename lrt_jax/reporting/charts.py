@@ -188,6 +188,7 @@ def health(runs: Sequence[Run]) -> Iterator[Chart]:
         for run, _ in after.values():
             values_N = [run.last(name) for name in MEMORIES.values()]
             look[run.series].curve(axes, range(len(MEMORIES)), values_N, linewidth=0.8)
+            drawing.at_least(axes, (1 - FLAT) * values_N[-1], (1 + FLAT) * values_N[-1])
         axes.set_xticks(range(len(MEMORIES)), list(MEMORIES))
         axes.set(xlabel="the memory that is read", ylabel="bits per byte")
 
