@@ -300,11 +300,15 @@ def model_run(tmp_path_factory, tiny):
     return run.workdir
 
 
-def test_what_only_a_checkpoint_shows(model_run, tmp_path):
+def test_what_only_a_checkpoint_shows(model_run, tmp_path, monkeypatch):
+    asked, complete = [], measured.text.complete  # a model that begins says the same with and without memory
+    kept = lambda *given, **how: asked.append((how["method"].use_memory, how.get("seeds"))) or complete(*given, **how)  # noqa: E731
+    monkeypatch.setattr(measured.text, "complete", kept)
     before = {path: path.stat().st_mtime_ns for path in model_run.rglob("*")}
     with jax.numpy_rank_promotion("allow"):  # as method.spec is written
         page = report.write([model_run], tmp_path / "out", 1, None)
     assert {path: path.stat().st_mtime_ns for path in model_run.rglob("*")} == before
+    assert asked == [(True, None), (False, None)]
     shown = Elements(page.read_text())
     assert "nats per token" in shown.text and "memory zeroed" in shown.text and "run, step 3" in shown.text
     assert "cannot be" not in shown.text
