@@ -104,6 +104,7 @@ SLOW = {
     "test_programs",
     "test_recomputed",
     "test_replicas",
+    "test_report",
     "test_schedules",
     "test_topology",
     "test_watchdog",

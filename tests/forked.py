@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-COMMANDS = ("main", "evaluate", "generate", "convert")
+COMMANDS = ("main", "evaluate", "generate", "convert", "report")
 
 
 def call(arguments: Sequence[str], given: str) -> tuple[int, str, str]:

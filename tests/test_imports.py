@@ -22,6 +22,7 @@ ORDER = [
     "topology",
     "comparison",
     "run",
+    "reporting",
 ]
 FILES = sorted(PACKAGE.rglob("*.py"))
 

@@ -1,0 +1,291 @@
+"""The charts of a report: of each a function of the runs, None where they have nothing to show."""
+
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from lrt_jax.comparison.results import curve
+from lrt_jax.reporting import drawing
+from lrt_jax.reporting.drawing import INK, MUTED, PALETTE, Chart, Look
+from lrt_jax.reporting.measured import Measured
+from lrt_jax.reporting.runs import Run, Sweep
+
+AXES = {"steps": "by steps", "tokens": "by tokens", "time": "by time", "compute": "by effective compute"}
+# Of training: each metric, its title, and the unit of its axis.
+TRAINING = {
+    "train/loss": ("Training loss", "loss, nats per token"),
+    "train/grad_norm": ("Gradient norm", "global norm, before clipping"),
+}
+# Points that a chart's curves may have together, and one of them, at most.
+POINTS, LONGEST = 16_000, 1_200
+# Of more runs than these, only smoothed losses are shown.
+PALE = 12
+# gzip's bits per byte are drawn where they are at most so many times the largest of the runs'.
+NEAR = 1.5
+# A difference in bits per byte that is none, as a share: no axis makes it look large.
+FLAT = 0.01
+
+# The name of a chart's file, its title, and how to read it.
+Said = tuple[str, str, str]
+# By label, of runs whose checkpoints were read.
+Measurements = dict[str, Measured]
+# What each memory is, and the metric that has its bits per byte.
+MEMORIES = {
+    "none": "val/bpb_init",
+    "8 tokens\nold": "val/bpb_memory/old",
+    "another\nrow’s": "val/bpb_memory/shuffled",
+    "its own": "val/bpb_sequential",
+}
+# Of each scalar and gate: its sign, and what it is.
+SCALARS = {
+    "alpha": ("α", "Scale of the residual stream; 1 at the start."),
+    "beta": ("β", "Share of the token’s embedding x⁰; 0.1 at the start."),
+    "gamma": ("γ", "Share of the memory in the residual stream; 0.1 at the start, 0 ignores it."),
+}
+GATES = {
+    "g_loc": "Of the layer’s own keys and values.",
+    "g_mem": "Of the memory’s keys and values; 0 ignores them.",
+    "g_ve": "Of value embeddings.",
+}
+
+
+def looks(runs: Sequence[Run]) -> dict[str, Look]:
+    """Of each series, in the order of the runs."""
+    return {name: Look(number) for number, name in enumerate(dict.fromkeys(run.series for run in runs))}
+
+
+def _placed(runs: Sequence[Run], metric: str, axis: str) -> list[tuple[Run, np.ndarray, np.ndarray]]:
+    """Places and values of a metric, of each run that has it on an axis."""
+    found = []
+    for run in runs:
+        steps_N, y_N = run.values(metric)
+        x_N = run.at(axis, steps_N) if len(y_N) else None
+        if x_N is not None:
+            found.append((run, x_N, y_N))
+    return found
+
+
+def curves(runs: Sequence[Run], axis: str, metric: str, title: str, unit: str) -> Chart | None:
+    """A metric of training, as logged and smoothed."""
+    found = _placed(runs, metric, axis)
+    if not found:
+        return None
+    look, most, pale = looks(runs), min(LONGEST, POINTS // len(found)), len(found) <= PALE
+    all_N = np.concatenate([y_N for *_, y_N in found])
+
+    def draw(axes: Any) -> None:
+        scale = drawing.progress(axes, axis, [x_N for _, x_N, _ in found])
+        for run, x_N, y_N in found:
+            line, marker = look[run.series], "o" if len(x_N) == 1 else None
+            if pale:
+                line.curve(axes, *drawing.thinned(x_N / scale, y_N, most), alpha=0.3, linewidth=0.7, marker=None)
+            smooth = drawing.thinned(x_N / scale, drawing.smoothed(y_N)[0], most)
+            line.curve(axes, *smooth, marker=marker, linewidth=1.6 if pale else 0.8)
+        axes.set_ylabel(unit)
+        if all_N.min() > 0:
+            axes.set_yscale("log")
+            drawing.round_ticks(axes.yaxis, all_N)
+
+    widths = [drawing.smoothed(y_N)[1] for *_, y_N in found]
+    over = f"{min(widths):,}" if min(widths) == max(widths) else f"{min(widths):,} to {max(widths):,}"
+    about = f"{'Pale: as logged. Strong: running' if pale else 'Running'} mean over {over} reports."
+    return Chart(_file(title, axis), title, about if max(widths) > 1 else "", draw)
+
+
+def bits_per_byte(runs: Sequence[Run], measured: Measurements, axis: str) -> Chart | None:
+    """Sequential and merged bits per byte of held-out text."""
+    sequential, merged = (_placed(runs, name, axis) for name in ("val/bpb_sequential", "val/bpb"))
+    if not sequential:
+        return None
+    look, most = looks(runs), max(float(y_N.max()) for *_, y_N in sequential)
+    gzip = {round(one.gzip, 3) for one in measured.values() if one.gzip and one.gzip < NEAR * most}
+
+    def draw(axes: Any) -> None:
+        scale = drawing.progress(axes, axis, [x_N for _, x_N, _ in sequential])
+        for run, x_N, y_N in sequential:
+            look[run.series].curve(axes, x_N / scale, y_N)
+        for run, x_N, y_N in merged:
+            look[run.series].curve(axes, x_N / scale, y_N, linestyle="none", markerfacecolor="none", markersize=7)
+        for bpb in gzip:
+            axes.axhline(bpb, color=MUTED, linewidth=1, linestyle=(0, (1, 2)))
+            at = {"transform": axes.get_yaxis_transform(), "ha": "right", "va": "bottom"}
+            axes.text(0.99, bpb, f"gzip -9: {bpb:.3f}", color=MUTED, **at)
+        axes.set_ylabel("bits per byte")
+
+    about = "Dots: sequential. Rings: merged, which should lie around them. Lower is better."
+    return Chart(_file("bpb", axis), "Bits per byte of held-out text", about, draw)
+
+
+def _file(what: str, axis: str) -> str:
+    return f"{what.lower()}-{AXES[axis]}".replace(" ", "-")
+
+
+def forwards(run: Run, number: int, several: bool) -> Chart | None:
+    """The losses of the forwards that steps are made of, if of many kinds; of the ``number``-th of one or more runs."""
+    names = sorted({name for row in run.rows.values() for name in row if name.startswith("train/loss_")})
+    if len(names) < 2:
+        return None
+
+    def draw(axes: Any) -> None:
+        drawing.progress(axes, "steps", [run.values(name)[0] for name in names])
+        for place, name in enumerate(names):
+            x_N, y_N = run.values(name)
+            label = name.removeprefix("train/loss_").replace("_", " ")
+            color = PALETTE[(place + 3) % len(PALETTE)]
+            axes.plot(*drawing.thinned(x_N, drawing.smoothed(y_N)[0], LONGEST), color=color, label=label)
+        axes.set_ylabel("loss, nats per token")
+        axes.legend()
+
+    title = f"Loss of each forward{f' of {run.label}' if several else ''}"
+    about = "Smoothed. The forward “init” has zero memory; the others read it."
+    return Chart(f"forwards-{number}", title, about, draw, of_series=False)
+
+
+def by_position(runs: Sequence[Run]) -> Chart | None:
+    """Sequential bits per byte by position in the row."""
+    names = {name for run in runs for row in run.rows.values() for name in row}
+    matches = [match for name in names if (match := re.fullmatch(r"val/bpb_sequential/(\d+)_to_(\d+)", name))]
+    if not matches:
+        return None
+    buckets = {(int(match[1]), int(match[2])): match[0] for match in matches}
+    order, look = sorted(buckets), looks(runs)
+
+    def draw(axes: Any) -> None:
+        for run in runs:
+            look[run.series].curve(axes, range(len(order)), [run.last(buckets[edges]) for edges in order])
+        axes.set_xticks(range(len(order)), [f"{begin:,}–{end - 1:,}" for begin, end in order])
+        axes.set(xlabel="position in the row, tokens", ylabel="bits per byte")
+
+    about = "Sequential, at the last evaluation. The more text the model has read, the lower it should be."
+    return Chart("bpb-by-position", "Bits per byte by position", about, draw)
+
+
+def health(runs: Sequence[Run]) -> Iterator[Chart]:
+    """How the recurrence does: over the run, where it was evaluated more than once, and at its end."""
+    about = "Near 0 is healthy; above 1 % decoding is worse than training shows."
+    yield from _developed(runs, "val/gap", ("gap", "Gap of sequential decoding", about), "gap, %")
+    about = "By what factor one more forward changes memory less than the one before. Below 1 it settles."
+    yield from _developed(runs, "val/contraction", ("contraction", "Contraction", about), "factor")
+    after = {run.label: (run, found) for run in runs if (found := passes(run))}
+    if not after:
+        return
+    look = looks(runs)
+
+    def draw_after(axes: Any) -> None:
+        for run, found in after.values():
+            look[run.series].curve(axes, list(found), list(found.values()))
+            middle = float(np.mean(list(found.values())))
+            drawing.at_least(axes, (1 - FLAT) * middle, (1 + FLAT) * middle)
+        axes.set_xticks(sorted({k for _, found in after.values() for k in found}))
+        axes.set(xlabel="full forwards that memory went through", ylabel="bits per byte")
+
+    about = "At the last evaluation. Flat is healthy: memory has settled."
+    yield Chart("bpb-after-forwards", "Bits per byte after K forwards", about, draw_after)
+
+    def draw_worth(axes: Any) -> None:
+        for run, _ in after.values():
+            values_N = [run.last(name) for name in MEMORIES.values()]
+            look[run.series].curve(axes, range(len(MEMORIES)), values_N, linewidth=0.8)
+            drawing.at_least(axes, (1 - FLAT) * values_N[-1], (1 + FLAT) * values_N[-1])
+        axes.set_xticks(range(len(MEMORIES)), list(MEMORIES))
+        axes.set(xlabel="the memory that is read", ylabel="bits per byte")
+
+    about = "A model that uses its memory is worse with another one, and best with its own."
+    yield Chart("bpb-by-memory", "What memory is worth", about, draw_worth)
+
+
+def _developed(runs: Sequence[Run], metric: str, said: Said, unit: str) -> Iterator[Chart]:
+    """A metric over the steps, of runs that have it more than once."""
+    found = [(run, x_N, y_N) for run, x_N, y_N in _placed(runs, metric, "steps") if len(y_N) > 1]
+    if not found:
+        return
+    look, percent = looks(runs), unit.endswith("%")
+
+    def draw(axes: Any) -> None:
+        drawing.progress(axes, "steps", [x_N for _, x_N, _ in found])
+        for run, x_N, y_N in found:
+            look[run.series].curve(axes, *drawing.thinned(x_N, (100 if percent else 1) * y_N, LONGEST))
+        axes.axhline(0 if percent else 1, color=MUTED, linewidth=0.8)
+        drawing.at_least(axes, *((-100 * FLAT, 100 * FLAT) if percent else (0, 1)))
+        axes.set_ylabel(unit)
+
+    yield Chart(*said, draw)
+
+
+def passes(run: Run) -> dict[int, float]:
+    """Bits per byte after 1, 2, … full forwards, at the last evaluation; older runs write the name with a slash."""
+    return run.numbered("val/bpb_after_") or run.numbered("val/bpb_after/")
+
+
+def layers(runs: Sequence[Run], measured: Measurements, look: dict[str, Look]) -> Iterator[Chart]:
+    """α, β, γ and the gates by layer, of checkpoints; where these were not read, γ and g_mem as metrics have them."""
+    for name, (sign, about) in SCALARS.items():
+        found = {run.label: _scalar(run, measured, name) for run in runs}
+        points = {label: (list(one), list(one.values()), None) for label, one in found.items() if one}
+        yield from _by_layer((name, f"{sign} by layer", about), runs, points, look, sign)
+    for name, about in GATES.items():
+        spread, means = {}, {}
+        for run in runs:
+            gate = measured[run.label].gates.get(name) if run.label in measured else None
+            if gate is not None:
+                spread[run.label] = (gate.layers, gate.mean, (gate.low, gate.high))
+            elif name == "g_mem" and (logged := run.numbered("memory/gate/")):
+                means[run.label] = (list(logged), list(logged.values()), None)
+        bars = "Dots: mean; bars: 10 to 90 % of positions." if spread else "Mean at the last evaluation."
+        said = (name.replace("_", "-"), f"Gate {name} by layer", f"{about} 1 at the start. {bars}")
+        yield from _by_layer(said, runs, spread | means, look, name)
+
+
+def _scalar(run: Run, measured: Measurements, name: str) -> dict[int, float]:
+    if run.label in measured and measured[run.label].scalars:
+        return measured[run.label].scalars.get(name, {})
+    return run.numbered("memory/gamma/") if name == "gamma" else {}
+
+
+def _by_layer(
+    said: Said, runs: Sequence[Run], points: dict[str, Any], look: dict[str, Look], sign: str
+) -> Iterator[Chart]:
+    """Dots by layer, those of several runs side by side."""
+    series = {run.label: run.series for run in runs}
+
+    def draw(axes: Any) -> None:
+        for number, (label, (layers_N, mean_N, spread)) in enumerate(points.items()):
+            line = look[series[label]]
+            x_N = np.array(layers_N) + 0.5 * ((number + 0.5) / len(points) - 0.5)
+            if spread is not None:
+                axes.vlines(x_N, *spread, color=line.color, linewidth=2.4, alpha=0.35)
+            line.curve(axes, x_N, mean_N, linestyle="none", markersize=4.5)
+        axes.axhline(1.0 if sign in (*GATES, "α") else 0.0, color=MUTED, linewidth=0.8)
+        shown = sorted({layer for layers_N, *_ in points.values() for layer in layers_N})
+        axes.set_xticks(shown[:: max(1, len(shown) // 8)])
+        axes.set_xlim(shown[0] - 0.6, shown[-1] + 0.6)
+        if sign in GATES:
+            axes.set_ylim(-0.06, 2.06)
+        axes.set(xlabel="layer", ylabel=sign)
+
+    if points:
+        yield Chart(*said, draw)
+
+
+def equal_compute(sweep: Sweep, look: dict[str, Look], number: int) -> Chart | None:
+    """Bits per byte by effective compute, a curve per variant, of the ``number``-th sweep."""
+    if not sweep.results:
+        return None
+
+    def draw(axes: Any) -> None:
+        axes.set_xscale("log")
+        for variant in dict.fromkeys(result.variant for result in sweep.results):
+            points = [(one.effective_tokens, one.bpb) for one in sweep.results if one.variant == variant]
+            color = look[variant].color if variant in look else INK
+            axes.plot(*zip(*points, strict=True), "o", color=color, alpha=0.8)
+            fitted = curve(points)
+            if fitted is not None:
+                x_N = np.geomspace(fitted.least, fitted.most, 60)
+                axes.plot(x_N, [fitted.bpb(x) for x in x_N], color=color)
+        drawing.round_ticks(axes.xaxis, np.array([one.effective_tokens for one in sweep.results]), 1e6)
+        axes.set(xlabel="effective compute, million tokens", ylabel="sequential bits per byte")
+
+    about = "A dot is a run, a curve a variant. At equal compute lower is better; at equal height, further left."
+    return Chart(f"equal-compute-{number}", "Bits per byte at equal compute", about, draw)

@@ -1,0 +1,424 @@
+"""Reports: what is read from work dirs, odd ones too; what checkpoints show; and the page in a real browser."""
+
+import dataclasses
+import html.parser
+import json
+import math
+import os
+import re
+import shutil
+
+import browser
+import forked
+import jax
+import numpy as np
+import pytest
+import saved_runs
+
+from lrt_jax import report
+from lrt_jax.comparison import results
+from lrt_jax.comparison.results import Result
+from lrt_jax.data import corpus, tokenizer
+from lrt_jax.durability import binding
+from lrt_jax.method import forwards
+from lrt_jax.model.decoder import Decoder
+from lrt_jax.model.memory import shift_right
+from lrt_jax.model.model import Model
+from lrt_jax.reporting import charts, drawing, files, measured, runs
+from lrt_jax.reporting.runs import ReportError
+from lrt_jax.setup.config import Config, DataConfig, EvalConfig, TrainConfig
+
+NAMES = {'learning rate <b>&" $x$': "&lt;b&gt;&amp;&quot; $x$"}
+
+
+def rows_of(steps, every=10, speed=1000.0, evaluations=(), bpb=2.0):
+    """Metrics as a run writes them: 64 tokens a step."""
+    found = []
+    for step in range(every, steps + 1, every):
+        loss = 2 + 4 * math.exp(-step / 40)
+        values = {"train/loss": loss, "train/loss_init": loss + 0.1, "train/loss_subset_0": loss - 0.1}
+        compute = {"compute/tokens": 64 * step, "compute/effective": 96.0 * step}
+        found.append({"step": step, **values, **compute, "perf/tokens_per_second": speed})
+        if step in evaluations:
+            scores = {"val/bpb": bpb, "val/bpb_init": 1.2 * bpb, "val/bpb_sequential": 1.01 * bpb, "val/gap": 0.01}
+            scores |= {f"val/bpb_after_{k}": bpb for k in (1, 2)} | {"val/contraction": 0.3}
+            scores |= {"val/bpb_memory/shuffled": 1.3 * bpb, "val/bpb_memory/old": 1.25 * bpb}
+            scores |= {f"memory/{name}/{layer}": 0.5 for name in ("gate", "gamma") for layer in (1, 2)}
+            buckets = {f"val/bpb_sequential/{edges}": bpb for edges in ("0_to_16", "16_to_64", "64_to_100")}
+            found.append({"step": step, **scores, **buckets})
+    return found
+
+
+def write_run(folder, rows, config=None, tail=""):
+    folder.mkdir(parents=True)
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + tail)
+    if config is not None:
+        (folder / "config.json").write_text(config if isinstance(config, str) else config.to_json())
+    return folder
+
+
+@pytest.fixture(scope="module")
+def config(tiny):
+    return Config(tiny(), TrainConfig(batch_size=8, steps=200), DataConfig(corpus="/nowhere"))
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory, config):
+    """The report of two runs, of whose metrics one is twice as fast; one's name is no good HTML."""
+    place = tmp_path_factory.mktemp("two")
+    other = dataclasses.replace(config, seed=7)
+    first = write_run(place / "first", rows_of(200, evaluations=(100, 200)), config)
+    second = write_run(place / next(iter(NAMES)), rows_of(200, speed=2000.0, evaluations=(200,)), other)
+    report_of_few_shot(first)
+    return report.write([first, second], place / "out", 0, None, with_model=False)
+
+
+def report_of_few_shot(folder):
+    task = {"task": "copa", "accuracy": 0.5, "interval": [0.4, 0.6], "chance": 0.5}
+    place = folder / "few_shot" / "step_200-sequential"
+    place.mkdir(parents=True)
+    text = json.dumps({"mean": {"name": "mean of 1", "value": 0.0}, "tasks": [task]})
+    (place / "report-1.json").write_text(text)
+    (place / "report-2.json").write_text("{}")
+
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory, config):
+    """The report of a sweep: two variants, two budgets, two seeds."""
+    place = tmp_path_factory.mktemp("swept")
+    for variant, better in (("plain", 1.0), ("other", 0.75)):
+        for budget in (1e6, 2e6):
+            for seed in (0, 1):
+                bpb = 3 * (budget / better) ** -0.05
+                folder = place / f"{variant}_{budget:.4g}_{seed}"
+                write_run(folder, rows_of(200, evaluations=(200,), bpb=bpb), dataclasses.replace(config, seed=seed))
+                one = Result(variant, budget, seed, int(budget), budget, 1000, bpb, bpb, bpb, 1.0)
+                results.write(folder, one)
+    (place / "results.json").write_text('{"baseline": "plain", "saved": NaN}')
+    return report.write([place], place / "report", 0, None, with_model=False)
+
+
+ODD = {
+    "torn": "that cannot be read, and are left out: 1.",
+    "null": "no finite number (null after a bad step), which charts leave out: 2.",
+    "other fields": "",
+    "one step": "",
+    "long": "",
+    "no config": "has no config.json",
+    "no json": "is not JSON",
+    "newer": "is not one that this version reads (config.model.wings is not a field",
+    "older": "",
+    "resumed": "Steps that were computed again after a resume, of which the later numbers are shown: 3.",
+    "new": "nothing is known of its training",
+}
+
+
+@pytest.fixture(scope="module")
+def odd(tmp_path_factory, config):
+    """Runs that are odd, each in its own way, all in one report: the page's text, and the runs by name."""
+    place, rows = tmp_path_factory.mktemp("odd"), rows_of(50)
+    raw = json.loads(config.to_json())
+    write_run(place / "torn", [*rows[:2]], config, tail='{"step": 25, "tr\n' + json.dumps(rows[2]) + '\n{"step": 4')
+    nulls = [rows[0] | {"train/loss": None, "x": "y"}, rows[1] | {"train/loss": math.nan}, *rows[2:]]
+    write_run(place / "null", nulls, config)
+    write_run(place / "other fields", [{"step": 3, "train/loss": 2.0, "x": 1.0}], config)
+    write_run(place / "one step", rows[:1], config)
+    spiky = rows_of(10_000, every=1)
+    spiky[5_000]["train/loss"] = 99.0
+    write_run(place / "long", spiky, config)
+    write_run(place / "no config", rows)
+    write_run(place / "no json", rows, "{")
+    write_run(place / "newer", rows, json.dumps(raw | {"model": raw["model"] | {"wings": 2}}))
+    older = {name: group for name, group in raw.items() if name not in ("decode", "mesh")}
+    write_run(place / "older", rows, json.dumps(older))
+    write_run(place / "resumed", [*rows, *(row | {"train/loss": 1.0} for row in rows[2:4])], config)
+    write_run(place / "new", [], config)
+    (place / "new" / "metrics.jsonl").unlink()
+    (place / "no config" / "run.lock").touch()
+    page = report.write([place, place / "torn", place / "other fields/../torn"], place / "report", 2, None)
+    found, _, notes = runs.read([place, place / "torn"])
+    return page, {run.folder.name: run for run in found}, notes
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_an_odd_run_is_on_the_page_with_what_is_odd_about_it(odd, name):
+    page, found, notes = odd
+    said = " ".join(found[name].notes)
+    assert ODD[name] in said and bool(ODD[name]) == bool(said)
+    assert found[name].label in page.read_text()
+    assert len([note for note in notes if "more than once" in note]) == 1
+
+
+def test_metrics_are_read_as_the_run_went(odd):
+    _, found, _ = odd
+    assert list(found["torn"].rows) == [10, 20, 30]
+    np.testing.assert_array_equal(found["null"].values("train/loss")[0], [30, 40, 50])
+    # It went back to step 20, and has not come to step 50 again.
+    assert list(found["resumed"].rows) == [10, 20, 30, 40]
+    assert found["resumed"].values("train/loss")[1][2:].tolist() == [1, 1]
+    assert found["older"].config is not None and found["newer"].config is None and found["newer"].fields
+    states = {name: run.state for name, run in found.items()}
+    assert states["resumed"] == "stopped at step 40 of 200"
+    assert (
+        states["no config"] == "in progress, at step 50"
+        and states["no json"] == "ended at step 50, its length is not known"
+    )
+
+
+def test_a_long_run_makes_no_large_page_and_keeps_its_spikes(odd):
+    page, found, _ = odd
+    assert page.stat().st_size < 2_000_000
+    x_N, y_N = drawing.thinned(*found["long"].values("train/loss"), 400)
+    assert len(x_N) <= 400 and y_N.max() == 99 and (np.diff(x_N) > 0).all()
+    smooth_N, width = drawing.smoothed(np.arange(100.0))
+    assert width == 2 and abs(smooth_N - np.arange(100)).max() <= 0.5
+
+
+def test_checkpoints_and_text_that_are_gone_cost_a_line_each(odd):
+    text = odd[0].read_text()
+    assert "older: Its newest checkpoint cannot be shown: the work dir" in text
+    assert "older: Its held-out text cannot be read" in text
+
+
+def test_time_is_that_of_training(config, tmp_path):
+    """Of the first stretch nothing is known: it has the next one's rate. What has no rate at all has no time."""
+    rows = rows_of(30)
+    del rows[0]["perf/tokens_per_second"]
+    rows[2]["perf/tokens_per_second"] = 500.0
+    (run,), _, _ = runs.read([write_run(tmp_path / "run", rows)])
+    np.testing.assert_allclose(run.at("time", np.array([10, 15, 20, 30])), [0.64, 0.96, 1.28, 2.56])
+    np.testing.assert_allclose(run.at("compute", np.array([5, 30])), [480, 2880])
+    (run,), _, _ = runs.read([write_run(tmp_path / "before", [{"step": 1, "train/loss": 2.0}])])
+    assert run.at("time", np.array([1])) is None and charts.curves([run], "time", "train/loss", "", "") is None
+
+
+def test_a_state_is_what_the_files_say(config, tmp_path):
+    folder = write_run(tmp_path / "run", rows_of(200), config)
+    assert runs.read([folder])[0][0].state == "stopped at step 200 of 200"  # its score is missing
+    (folder / "run.lock").touch()
+    assert runs.read([folder])[0][0].state == "in progress, at step 200 of 200"
+    os.utime(folder / "metrics.jsonl", (1, 1))
+    assert runs.read([folder])[0][0].state.startswith("stopped")  # its lock's file is of a process that was killed
+    with (folder / "metrics.jsonl").open("a") as stream:
+        stream.write('{"step": 200, "val/bpb_sequential": 2.0}\n')
+    assert runs.read([folder])[0][0].state == "finished, 200 steps"
+
+
+@pytest.mark.parametrize("kind", ["empty", "missing", "file"])
+def test_what_holds_no_run_is_refused_in_one_line(tmp_path, kind):
+    place = tmp_path / kind
+    place.mkdir() if kind == "empty" else None
+    place.write_text("") if kind == "file" else None
+    said = {"empty": "holds no run", "missing": "is not there", "file": "is a file"}[kind]
+    with pytest.raises(ReportError, match=said) as refused:
+        runs.read([place])
+    assert "\n" not in str(refused.value)
+
+
+class Empty:
+    """A page without charts."""
+
+    charts, looks = (), {}
+
+    def html(self):
+        return "anew"
+
+
+def test_only_reports_are_written_over(two, tmp_path):
+    out = shutil.copytree(two.parent, tmp_path / "copy")
+    files.check(out)  # an earlier report
+    (out / "note.txt").touch()
+    files.write(out, Empty())
+    assert sorted(path.name for path in out.iterdir()) == ["index.html", "note.txt"]
+    assert (out / "index.html").read_text() == "anew"
+    with pytest.raises(ReportError, match=r"whose index\.html is not of a report"):
+        files.check(out)
+    (tmp_path / "plot.png").write_bytes(b"PNG")
+    with pytest.raises(ReportError, match=r"whose plot\.png is not of a report"):
+        files.check(tmp_path)
+    with pytest.raises(ReportError, match="is a run's work dir"):
+        files.check(two.parents[1] / "first")
+
+
+class Elements(html.parser.HTMLParser):
+    """Names and attributes of all elements, and the text."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.found, self.text = [], ""
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.found.append((tag, dict(attrs)))
+
+    def handle_data(self, data):
+        self.text += data
+
+
+@pytest.fixture(scope="module")
+def text_of_two(two):
+    return two.read_text()
+
+
+def test_the_page_of_two_runs_has_all_of_it(text_of_two, two):
+    page = Elements(text_of_two)
+    for escaped in NAMES.values():
+        assert escaped in text_of_two and '<b>&"' not in text_of_two
+    for said in ("finished, 200 steps", "2.0200", "19,200", "copa", "50.0 % (40.0 to 60.0)", "1 of ", "fields differ"):
+        assert said in page.text, said
+    assert "report-2.json is no report" in page.text
+    references = [value for _, attrs in page.found for name, value in attrs.items() if name in ("src", "href")]
+    assert references and all(value.startswith(("#", "data:,")) for value in references)
+    assert not {"script", "img", "iframe", "object"} & {tag for tag, _ in page.found}
+    ids = [attrs["id"] for _, attrs in page.found if "id" in attrs]
+    assert len(ids) == len(set(ids))
+    assert {value[1:] for value in references if value.startswith("#")} <= set(ids)
+    drawn = sum(tag == "svg" for tag, _ in page.found)
+    assert drawn == len(list(two.parent.glob("*.png"))) == 17
+
+
+def test_the_page_of_a_sweep_compares_at_equal_compute(swept):
+    page = Elements(swept.read_text())
+    assert "Sweep swept" in page.text and "8 runs of the sweep" in page.text and "25.0 ± 0.0 %" in page.text
+    assert {tag: 1 for tag, attrs in page.found if attrs.get("aria-label") == "Bits per byte at equal compute"}
+    assert "0 or 1" in page.text  # the seeds of a variant
+
+
+@pytest.fixture(scope="module")
+def model_run(tmp_path_factory, tiny):
+    """A work dir with a checkpoint, a tokenizer and a corpus."""
+    place = tmp_path_factory.mktemp("model")
+    (place / "corpus").mkdir()
+    words = np.random.default_rng(0).choice([f"word{i}" for i in range(50)], size=(40, 60))
+    for number, line in enumerate(words):
+        (place / "corpus" / f"{number}.txt").write_text(" ".join(line) + "\n")
+    run = saved_runs.make(place / "run", tiny(vocab_size=300, sequence_length=32, memory_layers="2-2"))
+    data = DataConfig(corpus=str(place / "corpus"), held_out=0.5)
+    whole = dataclasses.replace(run.config, data=data, eval=EvalConfig(final_rows=4, prompt="word1 "))
+    tokenizer.keep(tokenizer.load_or_train(whole, corpus.open_corpus(data), run.workdir), run.workdir)
+    binding.write_config(whole, run.workdir)
+    return run.workdir
+
+
+def test_what_only_a_checkpoint_shows(model_run, tmp_path, monkeypatch):
+    asked, complete = [], measured.text.complete  # a model that begins says the same with and without memory
+    kept = lambda *given, **how: asked.append((how["method"].use_memory, how.get("seeds"))) or complete(*given, **how)  # noqa: E731
+    monkeypatch.setattr(measured.text, "complete", kept)
+    before = {path: path.stat().st_mtime_ns for path in model_run.rglob("*")}
+    with jax.numpy_rank_promotion("allow"):  # as method.spec is written
+        page = report.write([model_run], tmp_path / "out", 1, None)
+    assert {path: path.stat().st_mtime_ns for path in model_run.rglob("*")} == before
+    assert asked == [(True, None), (False, None)]
+    shown = Elements(page.read_text())
+    assert "nats per token" in shown.text and "memory zeroed" in shown.text and "run, step 3" in shown.text
+    assert "cannot be" not in shown.text
+    titles = {attrs["aria-label"] for tag, attrs in shown.found if tag == "svg"}
+    assert titles == {*(f"{sign} by layer" for sign in "αβγ"), *(f"Gate {name} by layer" for name in charts.GATES)}
+    (run,), _, _ = runs.read([model_run])
+    with jax.numpy_rank_promotion("allow"):
+        found = measured.measure(run, measured.Texts(), 0, None, whole=True)
+    assert set(found.scalars["alpha"]) == {1, 2} and set(found.scalars["gamma"]) == {2}
+    # Gates are 1 at the start; gzip needs less than 8 bits for a byte of words.
+    assert found.gates["g_mem"].layers == [2] and found.gates["g_mem"].mean == [1.0] and 1 < found.gzip < 8
+
+
+def test_gates_are_those_of_the_model(tiny, random_params, random_batch):
+    """g_mem of every layer, as a forward of the model itself hands it out: a layer's input is right, then."""
+    config = tiny(layers=3, sequence_length=16, memory_layers="2-3", source_layer="2")
+    params, (tokens_BxT, _) = random_params(config), random_batch(config)
+    model = Model(Decoder(config), params)
+    embedded = forwards.begin(model, tokens_BxT)
+    states = forwards.initialization(model, embedded)[0].source_BxPxD
+    for _ in range(2):
+        states = forwards.full(model, embedded, shift_right(states))[0].source_BxPxD
+    expected = forwards.full(model, embedded, shift_right(states), keep_refreshable=True)[0].refreshable
+    with jax.numpy_rank_promotion("allow"):  # as method.spec is written
+        found = measured.layer_gates(config, 2, params, tokens_BxT)
+    for gates, one in zip(found[1:], expected[-2:], strict=True):
+        np.testing.assert_allclose(gates.memory, one.gate, rtol=1e-4)
+        assert np.std(gates.local) > 0.01 and np.std(gates.value) > 0.01
+    assert jax.tree.leaves(found)[0].shape == (2, 16, 2, 1)
+
+
+def test_the_command_says_what_is_wrong_in_one_line_or_where_the_page_is(tmp_path):
+    (tmp_path / "empty").mkdir()
+    run = str(write_run(tmp_path / "run", rows_of(10)))
+    commands = [], [str(tmp_path / "empty")], [run, "--nomodel", "--samples=0", f"--out={tmp_path / 'page'}"]
+    nothing, empty, good = forked.run(*(["lrt_jax.report", *arguments] for arguments in commands))
+    assert nothing[0] == 1 and nothing[2].startswith("error: the arguments are none;") and nothing[2].count("\n") == 1
+    assert empty[0] == 1 and "holds no run" in empty[2] and empty[2].count("\n") == 1
+    assert good[:2] == (0, f"{tmp_path / 'page' / 'index.html'}\n"), good
+
+
+@pytest.fixture(scope="module")
+def window(tmp_path_factory):
+    """A browser; where none is installed there is nothing to see, unless LRT_BROWSER_REQUIRED says that there must."""
+    if browser.executable() is None:
+        missing = "no chromium is installed, so no page was rendered"
+        pytest.fail(missing) if os.environ.get("LRT_BROWSER_REQUIRED") == "1" else pytest.skip(missing)
+    profile = tmp_path_factory.mktemp("profile")
+    with browser.started(profile) as one:
+        yield one
+
+
+PAGES = ("two", "swept")
+CHARTS = """[...document.querySelectorAll("figure svg")].filter(svg => svg.checkVisibility()).map(svg => {
+    const box = svg.getBoundingClientRect(), curves = svg.querySelector("[id$=axes_1]").getBoundingClientRect();
+    return [box.width, box.height, box.left, box.right, curves.width, curves.height]})"""
+
+
+@pytest.mark.parametrize("width", [360, 390, 1280])
+@pytest.mark.parametrize("name", PAGES)
+def test_every_chart_is_there_and_nothing_overflows(window, request, name, width):
+    window.open(request.getfixturevalue(name), width)
+    assert window.evaluate("document.documentElement.scrollWidth") <= width
+    shown = window.evaluate(CHARTS)
+    assert len(shown) >= 8
+    for box_width, height, left, right, *curves in shown:
+        assert box_width > 250 and height > 150 and min(curves) > 100 and left >= 0 and right <= width
+    sizes = window.evaluate("""[...document.querySelectorAll("figure svg text")].filter(text => text.checkVisibility())
+        .map(text => text.getBoundingClientRect()).map(box => Math.max(box.width, box.height))""")
+    assert min(sizes) > 8
+
+
+def test_tabs_change_the_axis_without_a_script(window, two):
+    window.open(two, 1280)
+    visible = (
+        """[...document.querySelectorAll(".panel")].filter(one => one.checkVisibility()).map(one => one.classList[2])"""
+    )
+    assert window.evaluate(visible) == ["steps"]
+    window.evaluate('document.querySelector("label[for=x-time]").click()')
+    assert window.evaluate(visible) == ["time"]
+
+
+def test_it_is_readable_in_the_dark_and_on_paper(window, two, swept):
+    colors = """[["body", "backgroundColor"], ["figure svg text", "fill"]].map(([one, name]) =>
+        getComputedStyle(document.querySelector(one))[name])"""
+    found = []
+    for dark in (False, True):
+        window.open(two, 1280, dark=dark)
+        found.append([sum(map(int, re.findall(r"\d+", color)[:3])) / 765 for color in window.evaluate(colors)])
+    (paper, ink), (night, chalk) = found
+    assert paper - ink > 0.5 and chalk - night > 0.5
+    for page in (swept, two):
+        window.open(page, 688)  # A4 without its margins
+        window.call("Emulation.setEmulatedMedia", media="print")
+        assert window.evaluate("document.documentElement.scrollWidth") <= 688
+        assert all(right <= 688 for _, _, _, right, *_ in window.evaluate(CHARTS))
+    pdf = window.pdf()
+    assert pdf.startswith(b"%PDF") and 2 <= len(re.findall(rb"/Type\s*/Page\b", pdf)) <= 8
+
+
+def test_no_request_leaves_a_page(window, two, swept):
+    window.requested.clear()
+    window.open(two, 1280)
+    window.open(swept, 1280)
+    assert window.requested and all(url.startswith(("file:", "data:")) for url in window.requested), window.requested
+    # Nor could one: the page's own policy refuses it before there is any.
+    tried = """new Promise(done => {
+        document.addEventListener("securitypolicyviolation", event => done(event.blockedURI));
+        const image = new Image();
+        image.onerror = () => setTimeout(done, 500, "it was asked for");
+        image.src = "http://127.0.0.1:9/x.png" })"""
+    answer = window.call("Runtime.evaluate", expression=tried, awaitPromise=True, returnByValue=True)
+    assert answer["result"]["value"] == "http://127.0.0.1:9/x.png"
