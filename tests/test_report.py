@@ -92,7 +92,9 @@ def swept(tmp_path_factory, config):
                 bpb = 3 * (budget / better) ** -0.05
                 folder = place / f"{variant}_{budget:.4g}_{seed}"
                 write_run(folder, rows_of(200, evaluations=(200,), bpb=bpb), dataclasses.replace(config, seed=seed))
-                one = Result(variant, budget, seed, int(budget), budget, 1000, bpb, bpb, bpb, 1.0)
+                about = {"variant": variant, "budget": budget, "seed": seed, "tokens": int(budget), "seconds": 1.0}
+                scores = {"bpb": bpb, "bpb_merged": bpb, "bpb_init": bpb}
+                one = Result(**about, **scores, effective_tokens=budget, parameters=1000)
                 results.write(folder, one)
     (place / "results.json").write_text('{"baseline": "plain", "saved": NaN}')
     return report.write([place], place / "report", 0, None, with_model=False)

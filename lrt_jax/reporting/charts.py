@@ -143,23 +143,32 @@ def forwards(run: Run, number: int, several: bool) -> Chart | None:
     return Chart(f"forwards-{number}", title, about, draw, of_series=False)
 
 
-def by_position(runs: Sequence[Run]) -> Chart | None:
-    """Sequential bits per byte by position in the row."""
+def by_position(runs: Sequence[Run]) -> Iterator[Chart]:
+    """Sequential bits per byte, and the answers of state tracking, by position in the row, at the last evaluation."""
+    about = "Sequential, at the last evaluation. The more text the model has read, the lower it should be."
+    said = ("bpb-by-position", "Bits per byte by position", about)
+    yield from _by_position(runs, "val/bpb_sequential/", said, "bits per byte", 1)
+    about = "Of words under true recurrence, at the last evaluation; beyond the trained length, if that is shorter."
+    said = ("answers-by-position", "Right answers by position", about)
+    yield from _by_position(runs, "val/accuracy/", said, "right answers, %", 100)
+
+
+def _by_position(runs: Sequence[Run], prefix: str, said: Said, unit: str, factor: float) -> Iterator[Chart]:
+    """A metric for each interval of positions, ``A_to_B`` behind ``prefix``, of the runs that have some."""
     names = {name for run in runs for row in run.rows.values() for name in row}
-    matches = [match for name in names if (match := re.fullmatch(r"val/bpb_sequential/(\d+)_to_(\d+)", name))]
-    if not matches:
-        return None
+    matches = [match for name in names if (match := re.fullmatch(rf"{prefix}(\d+)_to_(\d+)", name))]
     buckets = {(int(match[1]), int(match[2])): match[0] for match in matches}
     order, look = sorted(buckets), looks(runs)
 
     def draw(axes: Any) -> None:
         for run in runs:
-            look[run.series].curve(axes, range(len(order)), [run.last(buckets[edges]) for edges in order])
+            values_N = [factor * run.last(buckets[edges]) for edges in order]
+            look[run.series].curve(axes, range(len(order)), values_N)
         axes.set_xticks(range(len(order)), [f"{begin:,}–{end - 1:,}" for begin, end in order])
-        axes.set(xlabel="position in the row, tokens", ylabel="bits per byte")
+        axes.set(xlabel="position in the row, tokens", ylabel=unit)
 
-    about = "Sequential, at the last evaluation. The more text the model has read, the lower it should be."
-    return Chart("bpb-by-position", "Bits per byte by position", about, draw)
+    if order:
+        yield Chart(*said, draw)
 
 
 def health(runs: Sequence[Run]) -> Iterator[Chart]:

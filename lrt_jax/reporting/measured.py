@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lrt_jax.data import corpus, pipeline, records, tokenizer
+from lrt_jax.data import corpus, pipeline, records, tasks, tokenizer
 from lrt_jax.data.pipeline import HeldOut
 from lrt_jax.durability import binding, inventory
 from lrt_jax.evaluation.bits_per_byte import Evaluator
@@ -22,7 +22,7 @@ from lrt_jax.model import memory
 from lrt_jax.model.layers import rms_norm
 from lrt_jax.reporting.runs import Run
 from lrt_jax.setup import mesh as meshes
-from lrt_jax.setup.config import MeshConfig, ModelConfig, ScheduleConfig
+from lrt_jax.setup.config import Config, MeshConfig, ModelConfig, ScheduleConfig
 from lrt_jax.setup.errors import UserError
 
 # Held-out rows, and tokens of each, on which gates are measured.
@@ -118,6 +118,10 @@ def measure(run: Run, texts: Texts, samples: int, prompt: str | None, *, whole: 
     found = Measured(whole=whole)
     if run.config is None:  # a note of the run says why
         return found
+    if run.config.data.task:
+        if whole:
+            _tried(found, "Its newest checkpoint cannot be shown", lambda: _of_task(run, found))
+        return found
     held_out = _tried(found, "Its held-out text cannot be read", lambda: texts.of(run))
     if held_out is not None:
         found.gzip = held_out[1]
@@ -131,7 +135,10 @@ def measure(run: Run, texts: Texts, samples: int, prompt: str | None, *, whole: 
     found.scalars = _scalars(trained.config.model, trained.model.params)
     if held_out is not None:
         tokens_BxT = jnp.asarray(held_out[0].tokens_NxT[:ROWS, :LENGTH])
-        found.gates = _tried(found, "Its gates cannot be measured", lambda: gates(trained, tokens_BxT)) or {}
+        found.gates = _tried(
+            found, "Its gates cannot be measured", lambda: gates(trained.config, trained.model.params, tokens_BxT)
+        )
+        found.gates = found.gates or {}
     if samples:
         found.prompt = trained.config.eval.prompt if prompt is None else prompt
         drawn = _tried(found, "It cannot be sampled from", lambda: _samples(trained, found.prompt, samples))
@@ -158,19 +165,26 @@ def _scalars(config: ModelConfig, params: dict[str, jax.Array]) -> dict[str, dic
     }
 
 
-def gates(trained: Trained, tokens_BxT: jax.Array) -> dict[str, Gate]:
+def _of_task(run: Run, found: Measured) -> None:
+    """What the checkpoint of a run of state tracking shows: nothing that needs text."""
+    config, params, found.step = load.load_params(run.folder)
+    found.scalars = _scalars(config.model, params)
+    words = tasks.held_out_words(config, ROWS, config.model.sequence_length)
+    found.gates = gates(config, params, jnp.asarray(words.tokens_BxT))
+
+
+def gates(run: Config, params: dict[str, jax.Array], tokens_BxT: jax.Array) -> dict[str, Gate]:
     """Mean and spread of each gate by layer, on tokens [B, T] whose memory has settled."""
-    config = trained.config.model
-    passes = trained.config.eval.passes or PASSES
+    config, passes = run.model, run.eval.passes or PASSES
     values = {
         "g_loc": ("memory_gate", range(config.layers)),
         "g_mem": ("memory_gate", config.memory_range),
         "g_ve": ("value_gate", config.value_embedding_layers),
     }
-    owned = {name: layers for name, (weights, layers) in values.items() if weights in trained.model.params}
+    owned = {name: layers for name, (weights, layers) in values.items() if weights in params}
     if not owned:
         return {}
-    opened_L = jax.jit(functools.partial(layer_gates, config, passes))(trained.model.params, tokens_BxT)
+    opened_L = jax.jit(functools.partial(layer_gates, config, passes))(params, tokens_BxT)
     found = {}
     for name, layers in owned.items():
         field = {"g_loc": "local", "g_mem": "memory", "g_ve": "value"}[name]

@@ -2,20 +2,19 @@
 
 import collections
 import datetime
-import html
 import json
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
 
 import numpy as np
 from ml_collections import ConfigDict
 
-from lrt_jax.comparison import plan, results
+from lrt_jax.comparison import answers, plan, results
 from lrt_jax.model import costs
 from lrt_jax.reporting import charts, drawing
 from lrt_jax.reporting.charts import AXES, Measurements
-from lrt_jax.reporting.drawing import MARK, Chart, Look
+from lrt_jax.reporting.drawing import MARK, Chart
+from lrt_jax.reporting.markup import NONE, Escaped, key, numeral, table, text, told
 from lrt_jax.reporting.measured import Measured
 from lrt_jax.reporting.runs import Run, Sweep
 from lrt_jax.reporting.style import CSS
@@ -23,8 +22,6 @@ from lrt_jax.reporting.style import CSS
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 # More runs than these are rows of tables and not columns, and have no charts of their own.
 COLUMNS = 4
-# Characters of a row's name that stay on one line.
-LONG = 30
 NUMBERS = {
     "parameters": "weights that training adjusts",
     "tokens": "pieces of words read in training, repeats included",
@@ -32,6 +29,7 @@ NUMBERS = {
     "sequential BPB": "bits per byte of held-out text, read token by token as in use: the number that counts, "
     "lower is better",
     "merged BPB": "the same as training computes it, in parallel: near the sequential one where all is well",
+    "right answers": "of state tracking, up to the trained length, token by token",
     "gzip -9": "bits per byte that gzip needs for the same text: a yardstick anyone can check",
     "throughput": "tokens per second of training (median), without compilation, saves and evaluations",
 }
@@ -41,13 +39,6 @@ HEALTH = (
     "flat), and if each one changes memory less (contraction below 1). Memory is used if another row’s, or one "
     "8 tokens old, is worse than the model’s own."
 )
-
-Escaped = str
-
-
-def text(value: object) -> Escaped:
-    """Anything as text of the page."""
-    return html.escape(str(value))
 
 
 class Page:
@@ -103,13 +94,13 @@ class Page:
         else:
             yield '<ul class="runs">'
             for run in self.runs:
-                name = f"{_key(self.looks[run.series])}<b>{text(run.label)}</b> " if len(self.runs) > 1 else ""
+                name = f"{key(self.looks[run.series])}<b>{text(run.label)}</b> " if len(self.runs) > 1 else ""
                 yield f"<li>{name}<span>{text(f'{run.state}; last metrics: {_written(run)}; {run.folder}')}</span></li>"
             yield "</ul>"
         yield f"<nav>{links}</nav>"
         if len(self.runs) <= COLUMNS:
-            lines = zip(NUMBERS.items(), *map(self._numbers, self.runs), strict=True)
-            yield _table(["", *(run.label for run in self.runs)] if len(self.runs) > 1 else [], lines)
+            lines = [line for line in zip(NUMBERS.items(), *map(self._numbers, self.runs), strict=True) if told(line)]
+            yield table(["", *(run.label for run in self.runs)] if len(self.runs) > 1 else [], lines)
         odd = [*self.notes]
         for run in self.runs:
             found = self.measured.get(run.label, Measured())
@@ -119,9 +110,11 @@ class Page:
 
     def _many(self) -> Iterator[Escaped]:
         """State and numbers of more runs than have a column each."""
-        rows = [[run.label, *self._numbers(run), run.state, _written(run)] for run in self.runs]
-        yield _table(["run", *NUMBERS, "state", "last metrics"], rows)
-        yield "<dl>" + "".join(f"<dt>{name}</dt><dd>{text(about)}</dd>" for name, about in NUMBERS.items()) + "</dl>"
+        columns = [line for line in zip(NUMBERS, *map(self._numbers, self.runs), strict=True) if told(line)]
+        names, *rows = zip(*columns, strict=True)
+        lines = ([run.label, *row, run.state, _written(run)] for run, row in zip(self.runs, rows, strict=True))
+        yield table(["run", *names, "state", "last metrics"], lines)
+        yield "<dl>" + "".join(f"<dt>{name}</dt><dd>{text(NUMBERS[name])}</dd>" for name in names) + "</dl>"
 
     def _numbers(self, run: Run) -> list[str]:
         """A run's values of NUMBERS."""
@@ -130,13 +123,14 @@ class Page:
         rates = run.values("perf/tokens_per_second")[1]
         rate = float(sorted(rates)[len(rates) // 2]) if len(rates) else math.nan
         return [
-            _number(parameters, ",.0f"),
-            _number(run.last("compute/tokens"), ",.0f"),
-            _number(run.last("compute/effective"), ",.0f"),
-            _number(run.last("val/bpb_sequential"), ".4f"),
-            _number(run.last("val/bpb"), ".4f"),
-            _number(measured.gzip if measured and measured.gzip else math.nan, ".4f"),
-            _number(rate, ",.0f"),
+            numeral(parameters, ",.0f"),
+            numeral(run.last("compute/tokens"), ",.0f"),
+            numeral(run.last("compute/effective"), ",.0f"),
+            numeral(run.last("val/bpb_sequential"), ".4f"),
+            numeral(run.last("val/bpb"), ".4f"),
+            numeral(100 * run.last("val/accuracy"), ".1f", " %"),
+            numeral(measured.gzip if measured and measured.gzip else math.nan, ".4f"),
+            numeral(rate, ",.0f"),
         ]
 
     def _figures(self, found: Iterable[Chart | None], *, legend: bool = True, kind: str = "grid") -> Iterator[Escaped]:
@@ -155,25 +149,41 @@ class Page:
     def _legend(self) -> Escaped:
         if len(self.looks) == 1:
             return ""
-        names = "".join(f"<li>{_key(look)}{text(name)}</li>" for name, look in self.looks.items())
+        names = "".join(f"<li>{key(look)}{text(name)}</li>" for name, look in self.looks.items())
         return f'<ul class="legend">{names}</ul>'
 
     def _equal_compute(self) -> Iterator[Escaped]:
         for number, sweep in enumerate(self.sweeps, 1):
+            yield from self._answers(sweep)
             chart = charts.equal_compute(sweep, self.looks, number)
             if chart is None:
-                yield f"<p>No run of the sweep {text(sweep.name)} is done yet.</p>"
+                if not sweep.answered:
+                    yield f"<p>No run of the sweep {text(sweep.name)} is done yet.</p>"
                 continue
             planned = tuple(plan.Run(one.variant, ConfigDict(), one.budget, one.seed) for one in sweep.results)
-            table = results.table(plan.Sweep(planned, sweep.baseline), sweep.results)
-            head, _, *lines = (line[2:-2].split(" | ") for line in table)
+            found = results.table(plan.Sweep(planned, sweep.baseline), sweep.results)
+            head, _, *lines = (line[2:-2].split(" | ") for line in found)
             yield (
                 f"<p>{len(sweep.results)} runs of the sweep {text(sweep.name)} are done. “Saved” is the share of the "
                 f"compute of {text(sweep.baseline)} that a variant saves at equal bits per byte, with a 95 % interval "
                 "over seeds; it needs two budgets of it.</p>"
             )
             yield from self._figures([chart], kind="grid large")
-            yield _table(head, lines)
+            yield table(head, lines)
+
+    def _answers(self, sweep: Sweep) -> Iterator[Escaped]:
+        """The tables of a sweep over state tracking, a task each."""
+        planned = tuple(plan.Run(one.variant, ConfigDict(), one.budget, one.seed) for one in sweep.answered)
+        if planned:
+            yield (
+                f"<p>{len(planned)} runs of the sweep {text(sweep.name)} are done. Right answers in %, by position, "
+                "token by token: the mean over seeds, in brackets the least and the most. Cost is in plain steps.</p>"
+            )
+        for task in dict.fromkeys(one.task for one in sweep.answered):
+            mine = [one for one in sweep.answered if one.task == task]
+            found = answers.table(plan.Sweep(planned, sweep.baseline), mine)
+            head, _, *lines = (line[2:-2].split(" | ") for line in found)
+            yield table(head, lines)
 
     def _training(self) -> Iterator[Escaped]:
         panels = {axis: self._by(axis) for axis in AXES}
@@ -193,7 +203,7 @@ class Page:
         yield "</div>"
         alone = self.runs if len(self.runs) <= COLUMNS else []
         kinds = [charts.forwards(run, number, len(alone) > 1) for number, run in enumerate(alone, 1)]
-        yield from self._figures([charts.by_position(self.runs), *kinds], legend=False)
+        yield from self._figures([*charts.by_position(self.runs), *kinds], legend=False)
 
     def _by(self, axis: str) -> list[Chart | None]:
         loss, norm = (charts.curves(self.runs, axis, metric, *said) for metric, said in charts.TRAINING.items())
@@ -224,13 +234,13 @@ class Page:
         rows = [
             [
                 run.label,
-                _number(100 * run.last("val/gap"), "+.2f", " %"),
-                *(_number(charts.passes(run).get(k, math.nan), ".4f") for k in most),
-                *(_number(run.last(name), ".4f") for name in metrics),
+                numeral(100 * run.last("val/gap"), "+.2f", " %"),
+                *(numeral(charts.passes(run).get(k, math.nan), ".4f") for k in most),
+                *(numeral(run.last(name), ".4f") for name in metrics),
             ]
             for run in found
         ]
-        yield _table(head, rows)
+        yield table(head, rows)
 
     def _samples(self) -> Iterator[Escaped]:
         for run in self.runs:
@@ -260,9 +270,9 @@ class Page:
             [task, f"{100 * chance:.1f} %", *(_accuracy(report["tasks"].get(task)) for report in reports.values())]
             for task, chance in tasks.items()
         ]
-        means = [_number(report["mean"], "+.4f") for report in reports.values()]
+        means = [numeral(report["mean"], "+.4f") for report in reports.values()]
         yield "<p>Accuracy with its 95 % interval. An interval that holds the chance is no better than a guess.</p>"
-        yield _table(head, [*rows, ["mean, centred", "0", *means]])
+        yield table(head, [*rows, ["mean, centred", "0", *means]])
         named = dict.fromkeys(report["name"] for report in reports.values())
         yield f'<p class="muted">The mean is: {text("; ".join(named))}. 0 is chance, 1 all right.</p>'
 
@@ -282,7 +292,7 @@ class Page:
         same = {name: values[:1] for name, values in shown.items() if name not in differing}
         what = "All fields" if len(known) == 1 else "Fields that are the same in all"
         lines = ([name, *values] for name, values in same.items())
-        yield f"<details><summary>{what} ({len(same)})</summary>{_table(['field', 'value'], lines, 1)}</details>"
+        yield f"<details><summary>{what} ({len(same)})</summary>{table(['field', 'value'], lines, 1)}</details>"
 
     def _fields(self, known: Sequence[Run], differing: dict[str, list[str]]) -> Escaped:
         """Fields by run, or, of more runs than have a column each, by series; of more series, the other way round."""
@@ -293,22 +303,14 @@ class Page:
             for name, value in zip(names, values, strict=True):
                 found[name][value] = None
             rows.append([field, *(" or ".join(each) for each in found.values())])
-        table = [["field", *dict.fromkeys(names)], *rows]
-        head, *lines = table if len(table[0]) <= 1 + COLUMNS else zip(*table, strict=True)
-        return _table(head, lines, 1)
-
-
-def _key(look: Look) -> Escaped:
-    return f'<i class="key {look.dash}" style="--c:var(--s{look.number % len(drawing.PALETTE)})"></i>'
-
-
-def _number(value: float, form: str, unit: str = "") -> str:
-    return "–" if math.isnan(value) else f"{value:{form}}{unit}"
+        whole = [["field", *dict.fromkeys(names)], *rows]
+        head, *lines = whole if len(whole[0]) <= 1 + COLUMNS else zip(*whole, strict=True)
+        return table(head, lines, 1)
 
 
 def _accuracy(found: tuple[float, tuple[float, float], float] | None) -> str:
     if found is None:
-        return "–"
+        return NONE
     accuracy, (low, high), _ = found
     return f"{100 * accuracy:.1f} % ({100 * low:.1f} to {100 * high:.1f})"
 
@@ -323,23 +325,3 @@ def _field(run: Run, name: str) -> str:
 
 def _written(run: Run) -> str:
     return f"{datetime.datetime.fromtimestamp(run.updated):%Y-%m-%d %H:%M}" if run.updated else "none"
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[Any]], wide: int = 10**9) -> Escaped:
-    """A table that scrolls in its own box.
-
-    Args:
-      head: titles; none: no line of them.
-      rows: cells; the first names the row, and may be a pair: with what it means.
-      wide: cells from this number on may be long, and wrap.
-    """
-    titles = "".join(f'<th scope="col">{text(cell)}</th>' for cell in head)
-    lines = [f"<thead><tr>{titles}</tr></thead>"] if head else []
-    for first, *others in rows:
-        name, about = first if isinstance(first, tuple) else (first, "")
-        kind = ' class="wide"' if len(name) > LONG else ""
-        named = f'<th scope="row"{kind}>{text(name)}{f"<small>{text(about)}</small>" if about else ""}</th>'
-        kinds = (' class="wide"' if number >= wide else "" for number in range(1, 1 + len(others)))
-        cells = "".join(f"<td{kind}>{text(cell)}</td>" for kind, cell in zip(kinds, others, strict=True))
-        lines.append(f"<tr>{named}{cells}</tr>")
-    return '<div class="scroll"><table>\n' + "\n".join(lines) + "\n</table></div>"

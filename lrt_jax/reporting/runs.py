@@ -16,7 +16,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 
 from lrt_jax.comparison import results
-from lrt_jax.comparison.results import Result
+from lrt_jax.comparison.results import Answered, Done, Result
 from lrt_jax.durability import lock
 from lrt_jax.durability.binding import CONFIG_FILE
 from lrt_jax.few_shot.record import FOLDER as FEW_SHOT
@@ -29,6 +29,8 @@ from lrt_jax.setup.errors import UserError, one_line
 # A file of a work dir; a folder without any of them is none.
 MARKS = (CONFIG_FILE, METRICS, "checkpoints")
 SUMMARY = "results.json"  # of a sweep
+# One of these is in the last row of a run that came to its end.
+SCORES = ("val/bpb_sequential", "val/accuracy")
 # A run of a sweep: variant, budget and seed (comparison.plan.Run.name).
 OF_A_SWEEP = re.compile(r"(.+)_([0-9.]+(?:e[+-]?[0-9]+)?)_([0-9]+)")
 # A run that has its lock's file and has written nothing for so many seconds was killed.
@@ -67,7 +69,7 @@ class Run:
     rows: Rows
     fields: dict[str, Any]
     config: Config | None
-    result: Result | None
+    result: Done | None
     few_shot: dict[str, dict[str, Any]]
     state: str
     updated: float
@@ -117,10 +119,18 @@ def _natural(pair: tuple[str, str]) -> tuple[int, str]:
 
 @dataclasses.dataclass(frozen=True)
 class Sweep:
-    """A folder of ``lrt_jax.sweep``: the results of its runs, whoever wrote them, and what they are compared with."""
+    """A folder of ``lrt_jax.sweep``: the results of its runs, whoever wrote them, and what they are compared with.
+
+    Attributes:
+      name: of the folder.
+      results: of runs on text.
+      answered: of runs of state tracking.
+      baseline: a variant.
+    """
 
     name: str
     results: tuple[Result, ...]
+    answered: tuple[Answered, ...]
     baseline: str
 
 
@@ -142,7 +152,7 @@ def read(places: Sequence[Path]) -> tuple[list[Run], list[Sweep], list[str]]:
             sweeps.append(_sweep(place, [_result(folder) for folder in inside]))
     labels = _labels(list(folders))
     runs = [_run(folder, labels[real], of_a_sweep) for real, (folder, of_a_sweep) in folders.items()]
-    return runs, list({(sweep.name, sweep.results): sweep for sweep in sweeps}.values()), notes
+    return runs, list({(sweep.name, sweep.results, len(sweep.answered)): sweep for sweep in sweeps}.values()), notes
 
 
 def _inside(place: Path) -> tuple[list[Path], bool]:
@@ -270,20 +280,25 @@ def _config(path: Path, notes: list[str]) -> tuple[dict[str, Any], Config | None
         return fields, None
 
 
-def _result(folder: Path) -> Result | None:
+def _result(folder: Path) -> Done | None:
     with contextlib.suppress(OSError, ValueError, TypeError):
         return results.read(folder)
     return None
 
 
-def _sweep(place: Path, found: Iterable[Result | None]) -> Sweep:
+def _sweep(place: Path, found: Iterable[Done | None]) -> Sweep:
     done = tuple(result for result in found if result is not None)
     variants = list(dict.fromkeys(result.variant for result in done))
     baseline = None
     with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
         baseline = json.loads((place / SUMMARY).read_text())["baseline"]
     usual = "plain" if "plain" in variants else next(iter(variants), "")
-    return Sweep(one_line(place.resolve().name), done, baseline if baseline in variants else usual)
+    return Sweep(
+        name=one_line(place.resolve().name),
+        results=tuple(result for result in done if isinstance(result, Result)),
+        answered=tuple(result for result in done if isinstance(result, Answered)),
+        baseline=baseline if baseline in variants else usual,
+    )
 
 
 def _few_shot(folder: Path, notes: list[str]) -> dict[str, dict[str, Any]]:
@@ -311,7 +326,7 @@ def _modified(path: Path) -> float:
 def _state(folder: Path, rows: Rows, config: Config | None, updated: float) -> str:
     step = max(rows, default=0)
     end = None if config is None else _length(config)
-    if end is not None and step >= end and "val/bpb_sequential" in rows[step]:
+    if end is not None and step >= end and not rows[step].keys().isdisjoint(SCORES):
         return f"finished, {step:,} steps"
     of = f"step {step:,}" if end is None else f"step {step:,} of {end:,}"
     if (folder / lock.FILE).exists() and time.time() - updated < QUIET:
