@@ -17,7 +17,7 @@ import saved_runs
 
 from lrt_jax import report
 from lrt_jax.comparison import results
-from lrt_jax.comparison.results import Result
+from lrt_jax.comparison.results import Answered, Result
 from lrt_jax.data import corpus, tokenizer
 from lrt_jax.durability import binding
 from lrt_jax.method import forwards
@@ -192,6 +192,22 @@ def test_time_is_that_of_training(config, tmp_path):
     np.testing.assert_allclose(run.at("compute", np.array([5, 30])), [480, 2880])
     (run,), _, _ = runs.read([write_run(tmp_path / "before", [{"step": 1, "train/loss": 2.0}])])
     assert run.at("time", np.array([1])) is None and charts.curves([run], "time", "train/loss", "", "") is None
+
+
+def test_a_sweep_over_state_tracking_has_its_table_and_chart(config, tmp_path):
+    of_task = dataclasses.replace(config, data=DataConfig(task="parity"))
+    for seed, share in ((0, 1.0), (1, 0.5)):
+        scores = {"val/accuracy": share, "val/accuracy/0_to_8": share, "val/accuracy/8_to_64": 0.5}
+        rows = [*rows_of(200), {"step": 200, **scores}]
+        folder = write_run(tmp_path / f"parity-plain_64_{seed}", rows, dataclasses.replace(of_task, seed=seed))
+        about = {"variant": "parity plain", "budget": 64.0, "seed": seed, "tokens": 64, "seconds": 1.0}
+        accuracy = {"0_to_8": share, "8_to_64": 0.5}
+        results.write(folder, Answered(**about, effective_tokens=64.0, parameters=9, task="parity", accuracy=accuracy))
+    path = report.write([tmp_path], tmp_path / "report", 1, None)
+    page = Elements(path.read_text())
+    assert "75.0 (50.0 to 100.0)" in page.text and "9 to 64" in page.text and "finished, 200 steps" in page.text
+    assert (path.parent / "answers-by-position.png").exists() and "sequential BPB" not in page.text
+    assert "parity-plain_64_0: Its newest checkpoint cannot be shown: the work dir" in page.text
 
 
 def test_a_state_is_what_the_files_say(config, tmp_path):

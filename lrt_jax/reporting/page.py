@@ -54,6 +54,7 @@ class Page:
         """The whole file."""
         sections = {
             "Equal compute": self._equal_compute(),
+            "State tracking": self._answers(),
             "Runs": self._many() if len(self.runs) > COLUMNS else (),
             "Training": self._training(),
             "Health of the recurrence": self._health(),
@@ -154,7 +155,6 @@ class Page:
 
     def _equal_compute(self) -> Iterator[Escaped]:
         for number, sweep in enumerate(self.sweeps, 1):
-            yield from self._answers(sweep)
             chart = charts.equal_compute(sweep, self.looks, number)
             if chart is None:
                 if not sweep.answered:
@@ -171,19 +171,21 @@ class Page:
             yield from self._figures([chart], kind="grid large")
             yield table(head, lines)
 
-    def _answers(self, sweep: Sweep) -> Iterator[Escaped]:
-        """The tables of a sweep over state tracking, a task each."""
-        planned = tuple(plan.Run(one.variant, ConfigDict(), one.budget, one.seed) for one in sweep.answered)
-        if planned:
-            yield (
-                f"<p>{len(planned)} runs of the sweep {text(sweep.name)} are done. Right answers in %, by position, "
-                "token by token: the mean over seeds, in brackets the least and the most. Cost is in plain steps.</p>"
-            )
-        for task in dict.fromkeys(one.task for one in sweep.answered):
-            mine = [one for one in sweep.answered if one.task == task]
-            found = answers.table(plan.Sweep(planned, sweep.baseline), mine)
-            head, _, *lines = (line[2:-2].split(" | ") for line in found)
-            yield table(head, lines)
+    def _answers(self) -> Iterator[Escaped]:
+        """The tables of sweeps over state tracking, a task each."""
+        for sweep in self.sweeps:
+            planned = tuple(plan.Run(one.variant, ConfigDict(), one.budget, one.seed) for one in sweep.answered)
+            if planned:
+                yield (
+                    f"<p>{len(planned)} runs of the sweep {text(sweep.name)} are done. Right answers in %, by "
+                    "position, under true recurrence: the mean over seeds, in brackets the least and the most. Cost is "
+                    "in plain steps.</p>"
+                )
+            for task in dict.fromkeys(one.task for one in sweep.answered):
+                mine = [one for one in sweep.answered if one.task == task]
+                found = answers.table(plan.Sweep(planned, sweep.baseline), mine)
+                head, _, *lines = (line[2:-2].split(" | ") for line in found)
+                yield table(head, lines)
 
     def _training(self) -> Iterator[Escaped]:
         panels = {axis: self._by(axis) for axis in AXES}
