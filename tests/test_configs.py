@@ -36,6 +36,8 @@ SHIPPED = [
     "nanochat.py:depth=20,memory=shared",
     "nanochat.py:depth=24,memory=layerwise",
     "nanochat.py:depth=12,memory=none",
+    "state_tracking.py:parity",
+    "state_tracking.py:s5",
 ]
 
 
