@@ -1,6 +1,8 @@
 """Decoding against the schedule's sequential oracle, and its equalities: batches, chunks, windows, both prefills."""
 
 import dataclasses
+import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -296,3 +298,17 @@ def test_what_does_not_fit_the_context_is_refused(model, lengths, tokens, messag
     config = model.config
     with pytest.raises(UserError, match=message):
         Generation(model, prompts_of(config, lengths), tokens)
+
+
+def test_a_step_copies_and_transposes_no_cache(tiny, random_params):
+    """Read in the compiled loop: moving whole rings would take longer than all the rest of a step (docs/LOG.md)."""
+    rows, slots = 3, 512
+    config = tiny(heads=2, kv_heads=1, sequence_length=slots, window_pattern="L")
+    model = Model(Decoder(config), random_params(config)).for_decoding()
+    state = decode.start(config, rows, slots)
+    loop = jax.jit(prefill.sequential, donate_argnums=1).lower(model, state, np.zeros((rows, 8), np.int32))
+    within, _ = loop.compile().as_text().split("\nENTRY")  # what is done once for all steps is in the last part
+    shapes = re.findall(r"= \w+\[([\d,]+)\]\S* (?:copy|transpose)\(", within)
+    largest = max(math.prod(map(int, shape.split(","))) for shape in shapes)
+    assert largest < state.cache.kv[0].k.size
+    assert " dot(" in within

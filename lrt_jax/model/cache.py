@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from lrt_jax.model.attention import EMPTY, MASKED, visible
+from lrt_jax.model.attention import EMPTY, MASKED, grouped, scores, ungrouped, visible
 from lrt_jax.model.backend import compute_dtype
 from lrt_jax.model.memory import KV
 from lrt_jax.setup.config import ModelConfig
@@ -72,21 +72,24 @@ class Cached(NamedTuple):
           farthest: ``window``, where it is known.
         """
         del farthest
-        rows, length, heads, width = q_BxPxHxC.shape
-        kv_heads, slots = self.kv.k.shape[1:3]
-        wide = jnp.promote_types(q_BxPxHxC.dtype, jnp.float32)
-        q = (q_BxPxHxC * width**-0.5).reshape(rows, length, kv_heads, heads // kv_heads, width)
+        slots = self.kv.k.shape[2]
+        q_BxKxGxPxC = grouped(q_BxPxHxC, self.kv.k.shape[1])
         k_BxKxNxC, v_BxKxNxC = (jnp.concatenate(pieces, axis=2) for pieces in (keys, values))
+        scored = _scores_of_one if q_BxPxHxC.shape[1] == 1 else scores
+        past = scored(q_BxKxGxPxC, self.kv.k, visible(queries_BxP, self.positions_BxN, window))
+        newer = scored(q_BxKxGxPxC, k_BxKxNxC, visible(queries_BxP, keys_BxN, window))
+        weights = jax.nn.softmax(jnp.concatenate([past, newer], axis=-1), axis=-1).astype(q_BxPxHxC.dtype)
+        # In this order of axes values are read as they lie. With positions first a CPU transposes those of one KV head.
+        mixed_BxKxGPxC = jnp.einsum("bkqn,bknc->bkqc", weights[..., :slots], self.kv.v)
+        mixed_BxKxGPxC += jnp.einsum("bkqn,bknc->bkqc", weights[..., slots:], v_BxKxNxC)
+        return ungrouped(mixed_BxKxGPxC.reshape(q_BxKxGxPxC.shape))
 
-        def scores(k_BxKxNxC: jax.Array, positions_BxN: jax.Array) -> jax.Array:
-            found = jnp.einsum("bpkgc,bknc->bkgpn", q, k_BxKxNxC, preferred_element_type=wide)
-            return jnp.where(visible(queries_BxP, positions_BxN, window)[:, None, None], found, MASKED)
 
-        past, newer = scores(self.kv.k, self.positions_BxN), scores(k_BxKxNxC, keys_BxN)
-        weights = jax.nn.softmax(jnp.concatenate([past, newer], axis=-1), axis=-1).astype(q.dtype)
-        mixed = jnp.einsum("bkgpn,bknc->bpkgc", weights[..., :slots], self.kv.v)
-        mixed += jnp.einsum("bkgpn,bknc->bpkgc", weights[..., slots:], v_BxKxNxC)
-        return mixed.reshape(rows, length, heads, width)
+def _scores_of_one(q_BxKxGx1xC: jax.Array, k_BxKxNxC: jax.Array, visible_Bx1xN: jax.Array) -> jax.Array:
+    """``attention.scores`` of one position: with keys first, or a CPU packs them all, for a product with G queries."""
+    wide = jnp.promote_types(q_BxKxGx1xC.dtype, jnp.float32)
+    found_BxKxNxG = jnp.einsum("bknc,bkgc->bkng", k_BxKxNxC, q_BxKxGx1xC[:, :, :, 0], preferred_element_type=wide)
+    return jnp.where(visible_Bx1xN[:, None], found_BxKxNxG.swapaxes(2, 3), MASKED)
 
 
 def by_layer(cache: Cache) -> list[Cached]:
