@@ -110,28 +110,24 @@ def run(
 def sequential(
     model: Model, state: DecodeState, tokens_BxN: jax.Array, use_memory: bool = True, keep_hidden: bool = False
 ) -> tuple[DecodeState, jax.Array]:
-    """Exact prefill, one recurrent step per token.
+    """Exact prefill, one recurrent step per token; first columns in which every row has PAD cost nothing.
 
     Returns:
-      The state, and hidden states [B, N, D], or of the last token alone [B, 1, D]. In the latter case first columns
-      in which every row has PAD cost nothing.
+      The state, and hidden states [B, N, D], those of such columns 0; or of the last token alone, [B, 1, D].
     """
-
-    def advance(state: DecodeState, tokens_B: jax.Array) -> tuple[DecodeState, jax.Array]:
-        return decode.advance(model, state, tokens_B, use_memory=use_memory)
-
-    if keep_hidden:
-        state, hidden_NxBxD = lax.scan(advance, state, tokens_BxN.T)
-        return state, hidden_NxBxD.swapaxes(0, 1)
+    (rows, length), width = tokens_BxN.shape, state.memory_BxD.shape[-1]
     begun_N = jnp.any(tokens_BxN != PAD, axis=0)
-    first = jnp.where(jnp.any(begun_N), jnp.argmax(begun_N), len(begun_N))
+    first = jnp.where(jnp.any(begun_N), jnp.argmax(begun_N), length)
 
     def body(index: jax.Array, carry: tuple[DecodeState, jax.Array]) -> tuple[DecodeState, jax.Array]:
-        return advance(carry[0], lax.dynamic_index_in_dim(tokens_BxN, index, axis=1, keepdims=False))
+        tokens_B = lax.dynamic_index_in_dim(tokens_BxN, index, axis=1, keepdims=False)
+        after, hidden_BxD = decode.advance(model, carry[0], tokens_B, use_memory=use_memory)
+        kept = index if keep_hidden else 0
+        return after, lax.dynamic_update_index_in_dim(carry[1], hidden_BxD, kept, axis=0)
 
-    hidden_BxD = jnp.zeros_like(state.memory_BxD)
-    state, hidden_BxD = lax.fori_loop(first, tokens_BxN.shape[1], body, (state, hidden_BxD))
-    return state, hidden_BxD[:, None]
+    hidden_NxBxD = jnp.zeros((length if keep_hidden else 1, rows, width), state.memory_BxD.dtype)
+    state, hidden_NxBxD = lax.fori_loop(first, length, body, (state, hidden_NxBxD))
+    return state, hidden_NxBxD.swapaxes(0, 1)
 
 
 def fixed_point(
