@@ -27,8 +27,8 @@ T = TypeVar("T")
 # Fewest columns of a batch, and rows of a small one.
 COLUMNS = 8
 ROWS = 8
-# How many logits are computed at once, at most: 128 MB in float32.
-LOGITS = 2**25
+# Slots of all rows' cache up to which a CPU gains by more rows than ROWS (docs/LOG.md).
+CPU_SLOTS = 1024
 
 
 class Answer(NamedTuple):
@@ -51,9 +51,10 @@ class Programs(NamedTuple):
     """What is compiled, once for each shape.
 
     Attributes:
-      read: (model, tokens_RxP, slots) → the state after them, and :class:`_Effort`.
-      judge: (model, state, owner_R, tokens_RxN, targets_RxM, scored_RxM) → :class:`_Judged`; row r goes on from the
-        state of row ``owner_R[r]``. Targets are of the last M columns: no token of others is scored.
+      read: (model, tokens_RxP, slots) → the state after them, and :class:`_Effort`. The model is as
+        ``Model.for_decoding`` leaves it.
+      judge: (model, state, owner_R, tokens_RxN, targets_RxN, scored_RxN) → :class:`_Judged`; row r goes on from the
+        state of row ``owner_R[r]``. Columns before the first in which a row is scored have no logits.
     """
 
     read: Callable[..., Any]
@@ -80,7 +81,6 @@ def programs(mesh: Mesh, how: DecodeConfig, use_memory: bool) -> Programs:
     """The programs of one way of scoring; asked for again, they do not compile again."""
 
     def read(model: Model, tokens_RxP: jax.Array, slots: int) -> tuple[DecodeState, _Effort]:
-        model = model.for_decoding()
         state = decode.start(model.config, len(tokens_RxP), slots)
         done = prefill.run(model, state, tokens_RxP, how, use_memory=use_memory, from_start=True)
         return done.state, everywhere(_Effort(done.refinements_B, done.fallbacks_B))
@@ -90,24 +90,12 @@ def programs(mesh: Mesh, how: DecodeConfig, use_memory: bool) -> Programs:
         state: DecodeState,
         owner_R: jax.Array,
         tokens_RxN: jax.Array,
-        targets_RxM: jax.Array,
-        scored_RxM: jax.Array,
+        targets_RxN: jax.Array,
+        scored_RxN: jax.Array,
     ) -> _Judged:
-        model = model.for_decoding()
         mine = jax.tree.map(lambda leaf: jnp.take(leaf, owner_R, axis=0), state)
         done = prefill.run(model, mine, tokens_RxN, how, use_memory=use_memory, keep_hidden=True)
-        rows, length = targets_RxM.shape
-        hidden_RxMxD = done.hidden_BxNxD[:, -length:]
-        columns = max(1, LOGITS // (rows * model.config.vocab_size))
-        losses_R, greedy_R = jnp.zeros((rows,)), jnp.ones((rows,), bool)
-        for begin in range(0, length, columns):
-            part = slice(begin, begin + columns)
-            logits_RxmxV = model.logits(hidden_RxMxD[:, part])
-            targets_Rxm, scored_Rxm = targets_RxM[:, part], scored_RxM[:, part]
-            chosen_Rxm = jnp.take_along_axis(logits_RxmxV, targets_Rxm[:, :, None], axis=-1)[:, :, 0]
-            losses_Rxm = jax.nn.logsumexp(logits_RxmxV, axis=-1) - chosen_Rxm
-            losses_R = losses_R + jnp.sum(jnp.where(scored_Rxm, losses_Rxm, 0.0), axis=1)
-            greedy_R &= jnp.all((jnp.argmax(logits_RxmxV, axis=-1) == targets_Rxm) | ~scored_Rxm, axis=1)
+        losses_R, greedy_R = _losses(model, done.hidden_BxNxD, targets_RxN, scored_RxN)
         found = _Judged(losses_R, greedy_R, _Effort(done.refinements_B, done.fallbacks_B))
         return everywhere(found)
 
@@ -118,12 +106,35 @@ def programs(mesh: Mesh, how: DecodeConfig, use_memory: bool) -> Programs:
     return Programs(jax.jit(read, static_argnames="slots"), jax.jit(judge))
 
 
+def _losses(
+    model: Model, hidden_RxNxD: jax.Array, targets_RxN: jax.Array, scored_RxN: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Of each row, its summed loss and whether all its tokens are the most likely ones, one column after the other."""
+    rows, length = scored_RxN.shape
+    any_N = jnp.any(scored_RxN, axis=0)
+    first = jnp.where(jnp.any(any_N), jnp.argmax(any_N), length)
+
+    def body(column: jax.Array, found: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        hidden_Rx1xD, target_Rx1, scored_Rx1 = (
+            lax.dynamic_slice_in_dim(array, column, 1, axis=1) for array in (hidden_RxNxD, targets_RxN, scored_RxN)
+        )
+        logits_RxV = model.logits(hidden_Rx1xD)[:, 0]
+        chosen_Rx1 = jnp.take_along_axis(logits_RxV, target_Rx1, axis=-1)
+        losses_R = jax.nn.logsumexp(logits_RxV, axis=-1) - chosen_Rx1[:, 0]
+        # Whether it is the first of the largest, as argmax says, which a CPU takes as long for as for all the rest.
+        before_RxV = jnp.arange(logits_RxV.shape[1])[None] < target_Rx1
+        best_R = jnp.all(jnp.where(before_RxV, logits_RxV < chosen_Rx1, logits_RxV <= chosen_Rx1), axis=-1)
+        scored_R = scored_Rx1[:, 0]
+        return found[0] + jnp.where(scored_R, losses_R, 0.0), found[1] & (best_R | ~scored_R)
+
+    return lax.fori_loop(first, length, body, (jnp.zeros((rows,)), jnp.ones((rows,), bool)))
+
+
 class _Shape(NamedTuple):
-    """Of a batch: columns of what options share, of options and of what is scored; slots of the cache."""
+    """Of a batch: columns of what options share, and of options; slots of the cache."""
 
     shared: int
     options: int
-    scored: int
     slots: int
 
 
@@ -153,6 +164,7 @@ class Scorer:
           questions: each with at most T tokens in an option, not counting its last.
           between: called before each batch; may raise, to end the scoring.
         """
+        model = model.for_decoding()
         by_shape = self._by_shape(questions)
         pending: tuple[Sequence[int], Any] | None = None
         for shape, indices in sorted(by_shape.items(), reverse=True):  # the largest first: it may be too large
@@ -171,10 +183,10 @@ class Scorer:
         whole = len(question.shared) + question.longest
         if whole > self._context:
             raise ValueError(f"an option reads {whole} tokens; the context has {self._context}")
-        sizes = (len(question.shared), question.longest, max(question.scored), whole)
-        shared, options, scored, slots = (self._rounded(size) for size in sizes)
-        # Token by token, empty first columns of what is shared cost nothing: one shape serves all.
-        return _Shape(slots if self._how.prefill == "sequential" else shared, options, scored, slots)
+        sizes = (len(question.shared), question.longest, whole)
+        shared, options, slots = (self._rounded(size) for size in sizes)
+        # Token by token, empty first columns cost nothing: one shape serves all that the cache has room for.
+        return _Shape(slots, slots, slots) if self._how.prefill == "sequential" else _Shape(shared, options, slots)
 
     def _by_shape(self, questions: Sequence[Question]) -> dict[_Shape, list[int]]:
         """The numbers of the questions of each shape; a few of their own shape are padded to that of others."""
@@ -197,20 +209,22 @@ class Scorer:
     def _rounded(self, number: int) -> int:
         """The smallest size from ``number`` on that batches have: few, since each combination is compiled.
 
-        Four times apart where little is lost by it, and twice from 128 on; T is the largest.
+        8, 32 and then twice as many each time; T is the largest.
         """
         size = COLUMNS
         while size < number:
-            size *= 4 if size < 128 else 2
+            size *= 4 if size == COLUMNS else 2
         return meshes.whole_columns(self._mesh, min(size, self._context))
 
     def _rows(self, shape: _Shape, questions: int) -> int:
-        """Rows of a batch: few on a CPU, where a row costs the same alone; else enough for all, if they fit."""
-        rows = ROWS if host_memory.cpu_is_device() else max(ROWS, 1 << (questions - 1).bit_length())
-        return meshes.whole_rows(self._mesh, min(rows, max(1, self._tokens // max(shape))))
+        """Rows of a batch: enough for all, if they fit; few on a CPU, which gains by more only with small caches."""
+        rows = min(max(ROWS, 1 << (questions - 1).bit_length()), max(1, self._tokens // max(shape)))
+        if host_memory.cpu_is_device():
+            rows = min(rows, max(ROWS, CPU_SLOTS // shape.slots))
+        return meshes.whole_rows(self._mesh, rows)
 
     def _dispatch(self, model: Model, shape: _Shape, rows: int, questions: Sequence[Question]) -> Any:
-        """Starts the computation of a batch; what it returns is still on the device."""
+        """Starts the computation of a batch: :func:`_answers` takes what it returns, still on the device."""
         shared_RxP = np.full((rows, shape.shared), PAD, np.int32)
         for row, question in enumerate(questions):
             _put(shared_RxP[row], question.shared)
@@ -218,32 +232,35 @@ class Scorer:
         owned = [
             (row, *one) for row, each in enumerate(questions) for one in zip(each.options, each.scored, strict=True)
         ]
+        # Those of a length together: a batch takes as many steps as its longest option.
+        order = sorted(range(len(owned)), key=lambda index: -len(owned[index][1]))
         judged = []
-        for part in _batches(owned, rows):
+        for part in _batches([owned[index] for index in order], rows):
             owner_R = np.zeros(rows, np.int32)
             tokens_RxN = np.full((rows, shape.options), PAD, np.int32)
-            targets_RxM = np.zeros((rows, shape.scored), np.int32)
-            scored_RxM = np.zeros(targets_RxM.shape, bool)
+            targets_RxN = np.zeros_like(tokens_RxN)
+            scored_RxN = np.zeros(targets_RxN.shape, bool)
             for row, (owner, option, scored) in enumerate(part):
                 owner_R[row] = owner
                 _put(tokens_RxN[row], option[:-1])
-                _put(targets_RxM[row], option[len(option) - scored :])
-                scored_RxM[row, shape.scored - scored :] = True
-            arrays = map(self._global, (tokens_RxN, targets_RxM, scored_RxM))
+                _put(targets_RxN[row], option[1:])
+                scored_RxN[row, shape.options - scored :] = True
+            arrays = map(self._global, (tokens_RxN, targets_RxN, scored_RxN))
             judged.append(self._programs.judge(model, state, owner_R, *arrays))
-        return effort, judged
+        return effort, judged, np.argsort(order)
 
     def _global(self, array_RxN: np.ndarray) -> jax.Array:
         return meshes.global_batch(self._mesh, array_RxN)
 
 
 def _answers(
-    questions: Sequence[Question], batch: Sequence[int], dispatched: tuple[_Effort, list[_Judged]]
+    questions: Sequence[Question], batch: Sequence[int], dispatched: tuple[_Effort, list[_Judged], np.ndarray]
 ) -> list[tuple[int, Answer]]:
     """Number and answer of each question of a batch, fetched."""
-    effort, judged = jax.device_get(dispatched)
-    # Rows of all parts one after the other; those that fill up the last one come last.
-    losses_n, greedy_n, (refinements_n, fallbacks_n) = jax.tree.map(lambda *parts: np.concatenate(parts), *judged)
+    effort, judged, place_n = jax.device_get(dispatched)
+    # Rows of all parts one after the other, and of these each option's: no row that fills up the last part.
+    rows_n = jax.tree.map(lambda *parts: np.concatenate(parts)[place_n], *judged)
+    losses_n, greedy_n, (refinements_n, fallbacks_n) = rows_n
     begin, answers = 0, []
     for row, index in enumerate(batch):
         mine = slice(begin, begin := begin + len(questions[index].options))
