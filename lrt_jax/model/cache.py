@@ -79,7 +79,7 @@ class Cached(NamedTuple):
         past = scored(q_BxKxGxPxC, self.kv.k, visible(queries_BxP, self.positions_BxN, window))
         newer = scored(q_BxKxGxPxC, k_BxKxNxC, visible(queries_BxP, keys_BxN, window))
         weights = jax.nn.softmax(jnp.concatenate([past, newer], axis=-1), axis=-1).astype(q_BxPxHxC.dtype)
-        # In this order of axes values are read as they lie; with positions before heads a CPU transposes all of them.
+        # In this order of axes values are read as they lie. With positions first a CPU transposes those of one KV head.
         mixed_BxKxGPxC = jnp.einsum("bkqn,bknc->bkqc", weights[..., :slots], self.kv.v)
         mixed_BxKxGPxC += jnp.einsum("bkqn,bknc->bkqc", weights[..., slots:], v_BxKxNxC)
         return ungrouped(mixed_BxKxGPxC.reshape(q_BxKxGxPxC.shape))
