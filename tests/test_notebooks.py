@@ -17,6 +17,7 @@ with warnings.catch_warnings():
 FOLDER = Path(__file__).parents[1] / "notebooks"
 # Of each notebook how many pictures it draws, and something that it prints.
 NOTEBOOKS = {
+    "inside": (9, "to the right of their reader that anything was read from: 0"),
     "tour": (3, "LRT, memory zeroed"),
 }
 
