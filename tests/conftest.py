@@ -97,7 +97,7 @@ SLOW = {
     "test_host_memory",
     "test_main",
     "test_meshes",
-    "test_notebook",
+    "test_notebooks",
     "test_orthogonalization",
     "test_parity",
     "test_processes",
