@@ -18,6 +18,7 @@ FOLDER = Path(__file__).parents[1] / "notebooks"
 # Of each notebook how many pictures it draws, and something that it prints.
 NOTEBOOKS = {
     "inside": (9, "to the right of their reader that anything was read from: 0"),
+    "state_tracking": (2, "answers go on from …"),
     "tour": (3, "LRT, memory zeroed"),
 }
 
