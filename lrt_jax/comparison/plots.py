@@ -10,6 +10,10 @@ from lrt_jax.comparison.plan import Sweep
 from lrt_jax.comparison.results import Answered, Result, curve
 from lrt_jax.setup.errors import UserError
 
+# Of series beyond the tenth, which have the first ones' colours; and inches of a column of the legend.
+LINES = ("-", "--")
+LEGEND = 2.6
+
 
 def draw(sweep: Sweep, results: Sequence[Result], path: Path) -> None:
     """Writes the picture of bits per byte, in the format that the path's suffix names.
@@ -51,13 +55,20 @@ def draw_answers(sweep: Sweep, results: Sequence[Answered], path: Path) -> None:
                 continue
             ends = [int(interval.rpartition("_")[2]) for interval in accuracies[0]]
             means = 100 * np.mean([list(accuracy.values()) for accuracy in accuracies], axis=0)
-            marks = {"marker": "osD^vPX*<>"[number % 10], "color": f"C{number % 10}"}
+            marks = {
+                "marker": "osD^vPX*<>"[number % 10],
+                "color": f"C{number % 10}",
+                "linestyle": LINES[number // 10 % 2],
+            }
             lines[variant.removeprefix(f"{task} ")] = axes.plot(ends, means, linewidth=1.2, markersize=5, **marks)[0]
         axes.set(title=task, xlabel="up to this position", ylim=(-3, 103))
         axes.set_xscale("log", base=2)
+        ends = sorted({int(interval.rpartition("_")[2]) for result in results for interval in result.accuracy})
+        axes.set_xticks(ends, list(map(str, ends)))
         axes.grid(alpha=0.3)
     panels[0].set_ylabel("right answers, %")
-    figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=min(5, len(lines)), frameon=False)
+    columns = max(2, int(figure.get_figwidth() // LEGEND))
+    figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=columns, frameon=False)
     figure.savefig(path)
 
 
