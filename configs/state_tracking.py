@@ -3,11 +3,12 @@
     python -m lrt_jax.main --config=configs/state_tracking.py                   # parity, trained sequentially
     python -m lrt_jax.main --config=configs/state_tracking.py:s5                # mod5, s5, swap_s5
     python -m lrt_jax.main --config=configs/state_tracking.py:parity --config.schedule.name=interleaved
-    python -m lrt_jax.sweep configs/sweeps/tracking.py                    # all of them, by many schedules
+    python -m lrt_jax.sweep configs/sweeps/tracking.py                    # parity and mod5, by many schedules
 
 Every letter is followed by the state it leads to, as its answer; there is no text (lrt_jax/data/tasks.py). An LRT keeps
 the state in its memory; a plain Transformer, ``--config.model.memory=none --config.model.residual_injection=False
---config.schedule.name=plain``, does not learn to go on beyond the trained length (docs/RESULTS.md).
+--config.schedule.name=plain``, does not learn to go on beyond the trained length (docs/RESULTS.md). Permutations take
+far longer than these 400 steps: no run here has learned them yet.
 """
 
 from ml_collections import ConfigDict

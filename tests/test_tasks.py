@@ -10,7 +10,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from lrt_jax import main
-from lrt_jax.comparison import answers, plan
+from lrt_jax.comparison import answers, plan, plots
 from lrt_jax.comparison.results import Answered
 from lrt_jax.data import tasks
 from lrt_jax.evaluation.accuracy import Accuracy
@@ -185,20 +185,57 @@ def test_a_vocabulary_without_a_symbol_for_every_state_is_refused():
         tasks.training_batches(config)
 
 
-def test_a_table_has_a_part_for_each_task_and_the_spread_over_seeds():
-    def done(task, variant, seed, *shares):
-        accuracy = dict(zip(("0_to_32", "32_to_64"), shares, strict=True))
-        about = {"variant": f"{task} {variant}", "budget": 2.0, "seed": seed, "tokens": 10**6, "parameters": 1}
-        return Answered(**about, effective_tokens=2e6, seconds=1.0, task=task, accuracy=accuracy)
+def done(task, variant, seed, *shares, budget=2e6, lengths=("0_to_32", "32_to_64")):
+    accuracy = dict(zip(lengths, shares, strict=True))
+    about = {"variant": f"{task} {variant}", "budget": budget, "seed": seed, "tokens": int(budget / 2), "parameters": 1}
+    return Answered(**about, effective_tokens=budget, seconds=1.0, task=task, accuracy=accuracy)
 
-    found = [done("parity", "plain", 0, 0.7, 0.5), done("parity", "plain", 1, 0.8, 0.5), done("s5", "plain", 0, 1, 0.1)]
-    runs = tuple(plan.Run(one.variant, ConfigDict(), 2.0, one.seed) for one in found)
-    assert answers.table(plan.Sweep(runs, "parity plain"), found) == [
-        "| parity | cost | tokens | seeds | 1 to 32 | 33 to 64 |",
-        "|---|---|---|---|---|---|",
-        "| plain | 2.00 | 1 M | 2 | 75.0 (70.0 to 80.0) | 50.0 |",
+
+def sweep_of(found):
+    return plan.Sweep(tuple(plan.Run(one.variant, ConfigDict(), one.budget, one.seed) for one in found), "parity plain")
+
+
+FOUND = [
+    done("parity", "plain", 0, 0.7, 0.5),
+    done("parity", "plain", 1, 0.8, 0.5),
+    done("parity", "plain", 0, 0.9, 0.6, budget=4e6, lengths=("0_to_32", "32_to_128")),
+    done("s5", "LRT", 0, 1, 0.1),
+    done("s5", "plain", 0, 0.2, 0.1),
+]
+
+
+def test_a_table_has_a_part_for_each_task_a_row_for_each_budget_and_the_spread_over_seeds():
+    assert answers.table(sweep_of(FOUND), FOUND) == [
+        "| parity | cost | tokens | seeds | 1 to 32 | 33 to 64 | 33 to 128 |",
+        "|---|---|---|---|---|---|---|",
+        "| plain | 2.00 | 1 M | 2 | 75.0 (70.0 to 80.0) | 50.0 |  |",
+        "| plain | 2.00 | 2 M | 1 | 90.0 |  | 60.0 |",
         "",
         "| s5 | cost | tokens | seeds | 1 to 32 | 33 to 64 |",
         "|---|---|---|---|---|---|",
-        "| plain | 2.00 | 1 M | 1 | 100.0 | 10.0 |",
+        "| LRT | 2.00 | 1 M | 1 | 100.0 | 10.0 |",
+        "| plain | 2.00 | 1 M | 1 | 20.0 | 10.0 |",
     ]
+
+
+def test_a_variant_looks_the_same_in_every_panel(tmp_path, monkeypatch):
+    figures = []
+    whole = plots._figure
+    monkeypatch.setattr(plots, "_figure", lambda *size: figures.append(whole(*size)) or figures[-1])
+    plots.draw_answers(sweep_of(FOUND), FOUND, tmp_path / "a.png")
+    parity, s5 = (panel.lines for panel in figures[0].axes)
+    assert [len(parity), len(s5)] == [1, 2]
+    assert parity[0].get_xydata().tolist() == [[32, 80], [64, 50], [128, 60]]
+    same = [line for line in s5 if line.get_color() == parity[0].get_color()]
+    assert len(same) == 1 and same[0].get_ydata().tolist() == [20, 10]
+
+
+def test_a_sweep_is_of_text_or_of_tasks(tmp_path):
+    file = tmp_path / "sweep.py"
+    runs = "(Run('a', default_config(), 1.0), Run('b', default_config(data__task='s5'), 1.0))"
+    head = "from lrt_jax.comparison.plan import Run, Sweep\nfrom lrt_jax.setup.config import default_config as whole\n"
+    required = "model__layers=1, model__width=8, model__heads=1, model__kv_heads=1, model__sequence_length=8"
+    default = f"default_config = lambda **more: whole({required}, model__vocab_size=9, train__batch_size=1, **more)\n"
+    file.write_text(f"{head}{default}def get_sweep():\n    return Sweep({runs}, 'a')\n")
+    with pytest.raises(ConfigError, match=r"in which some runs have a config.data.task and others text; make two"):
+        plan.load(str(file))

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from lrt_jax.comparison.answers import edges
 from lrt_jax.comparison.plan import Sweep
 from lrt_jax.comparison.results import Answered, Result, curve
 from lrt_jax.setup.errors import UserError
@@ -47,28 +48,33 @@ def draw_answers(sweep: Sweep, results: Sequence[Answered], path: Path) -> None:
     names = list(dict.fromkeys(result.task for result in results))
     figure = _figure(4.2 * len(names), 4.6)
     panels = figure.subplots(1, len(names), sharey=True, squeeze=False)[0]
+    ends = sorted({edges(interval)[1] for result in results for interval in result.accuracy})
+    short = {result.variant: result.variant.removeprefix(f"{result.task} ") for result in results}
+    labels = list(dict.fromkeys(short[variant] for variant in sweep.variants if variant in short))
     lines = {}
     for axes, task in zip(panels, names, strict=True):
-        for number, variant in enumerate(variant for variant in sweep.variants if variant.startswith(f"{task} ")):
-            accuracies = [result.accuracy for result in results if result.variant == variant]
-            if not accuracies:
-                continue
-            ends = [int(interval.rpartition("_")[2]) for interval in accuracies[0]]
-            means = 100 * np.mean([list(accuracy.values()) for accuracy in accuracies], axis=0)
-            marks = {
+        for variant in dict.fromkeys(result.variant for result in results if result.task == task):
+            number = labels.index(short[variant])
+            found: dict[int, list[float]] = {}
+            for result in results:
+                if (result.task, result.variant) == (task, variant):
+                    for interval, share in result.accuracy.items():
+                        found.setdefault(edges(interval)[1], []).append(100 * share)
+            means = [float(np.mean(found[end])) for end in sorted(found)]
+            look = {
                 "marker": "osD^vPX*<>"[number % 10],
                 "color": f"C{number % 10}",
                 "linestyle": LINES[number // 10 % 2],
             }
-            lines[variant.removeprefix(f"{task} ")] = axes.plot(ends, means, linewidth=1.2, markersize=5, **marks)[0]
+            lines[short[variant]] = axes.plot(sorted(found), means, linewidth=1.2, markersize=5, **look)[0]
         axes.set(title=task, xlabel="up to this position", ylim=(-3, 103))
         axes.set_xscale("log", base=2)
-        ends = sorted({int(interval.rpartition("_")[2]) for result in results for interval in result.accuracy})
         axes.set_xticks(ends, list(map(str, ends)))
         axes.grid(alpha=0.3)
     panels[0].set_ylabel("right answers, %")
     columns = max(2, int(figure.get_figwidth() // LEGEND))
-    figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=columns, frameon=False)
+    shown = {label: lines[label] for label in labels}
+    figure.legend(shown.values(), shown.keys(), loc="outside lower center", ncols=columns, frameon=False)
     figure.savefig(path)
 
 

@@ -19,7 +19,7 @@ import numpy as np
 from lrt_jax.data.pipeline import Batch, stream
 from lrt_jax.setup.config import Config, ConfigError
 
-# Ends the seed of words that are scored, so that none of them is a row of training.
+# Ends the seed of words that are scored, which no row of training has. Short words may be the same all the same.
 HELD_OUT = 1
 # Symbols of a word that the report of a bad step shows.
 DESCRIBED = 32
@@ -31,10 +31,12 @@ class Group(NamedTuple):
     Attributes:
       product_NxN: int32; ``product_NxN[g, s]`` is the state after letter g in state s.
       letters: int32, the elements that words are made of.
+      guess: the share of right answers of who knows nothing but how long a long word is.
     """
 
     product_NxN: np.ndarray
     letters: np.ndarray
+    guess: float
 
 
 @functools.cache
@@ -47,18 +49,20 @@ def group(task: str) -> Group:
     modulus = {"parity": 2, "mod5": 5}.get(task)
     if modulus is not None:
         elements = np.arange(modulus, dtype=np.int32)
-        return Group((elements[:, None] + elements[None]) % modulus, elements)
+        return Group((elements[:, None] + elements[None]) % modulus, elements, 1 / modulus)
     permutations = list(itertools.permutations(range(5)))
     number = {permutation: index for index, permutation in enumerate(permutations)}
     product = [[number[tuple(g[i] for i in s)] for s in permutations] for g in permutations]
     moved = [sum(i != at for at, i in enumerate(permutation)) for permutation in permutations]
     letters = range(len(permutations)) if task == "s5" else (index for index, count in enumerate(moved) if count == 2)
-    return Group(np.array(product, np.int32), np.array([*letters], np.int32))
+    # A swap is odd, so of an even number of them the state is even.
+    reached = len(permutations) // (1 if task == "s5" else 2)
+    return Group(np.array(product, np.int32), np.array([*letters], np.int32), 1 / reached)
 
 
 def words(task: str, seeds: Sequence[Sequence[int]], length: int) -> Batch:
     """One word of ``length`` letters for each seed, and its answers; the start of a longer word is the shorter one."""
-    product_NxN, letters = group(task)
+    product_NxN, letters, _ = group(task)
     chosen_BxT = np.stack([np.random.default_rng(seed).integers(len(letters), size=length) for seed in seeds])
     tokens_BxT = letters[chosen_BxT]
     answers_BxT = np.empty_like(tokens_BxT)
@@ -69,14 +73,15 @@ def words(task: str, seeds: Sequence[Sequence[int]], length: int) -> Batch:
 
 
 def training_batches(config: Config, here: Sequence[int] | None = None) -> grain.DatasetIterator[Batch]:
-    """Batches of words of T letters without end, none twice; ``here`` as in ``pipeline.training_batches``.
+    """Batches of words of T letters without end, each drawn by itself; ``here`` as in ``pipeline.training_batches``.
 
     Raises:
       ConfigError: the vocabulary is too small for the task.
     """
     check(config)
     size = config.train.batch_size
-    steps = _Steps(config.data.task, config.seed, config.model.sequence_length, size, here or range(size))
+    here = range(size) if here is None else here
+    steps = _Steps(config.data.task, config.seed, config.model.sequence_length, size, here)
     return stream(grain.MapDataset.source(steps), config, name=f"task {config.data.task}", tokenizer="")
 
 

@@ -33,7 +33,7 @@ class Accuracy:
         tasks.check(config)
         self._config, self._mesh = config, mesh
         self._batch_size = meshes.whole_rows(mesh, config.eval.batch_size)
-        longest = max(config.eval.lengths[-1], config.model.sequence_length)
+        longest = meshes.whole_columns(mesh, longest_of(config))
         self._words = tasks.held_out_words(config, config.eval.final_rows, longest)
         self._parallel, self._sequential = programs(config, mesh)
 
@@ -65,7 +65,9 @@ class Accuracy:
             losses += [float(sequential), float(merged), float(init)]
         metrics = {f"val/accuracy/{begin}_to_{end}": _mean(right_T[begin:end], rows) for begin, end in self._intervals}
         names = ("sequential", "merged", "init")
-        per_answer = {f"val/loss_{name}": loss / (rows * trained) for name, loss in zip(names, losses, strict=True)}
+        per_answer = {
+            f"val/loss_{name}": float(loss) / (rows * trained) for name, loss in zip(names, losses, strict=True)
+        }
         return {"val/accuracy": _mean(right_T[:trained], rows), **metrics, **per_answer}
 
     @property
@@ -79,10 +81,12 @@ class Accuracy:
         for begin, end in self._intervals:
             beyond = "  beyond the trained length" if begin >= trained else ""
             yield f"  positions {begin + 1:>5} to {end:<29}{scores[f'val/accuracy/{begin}_to_{end}']:8.1%}{beyond}"
-        yield f"  a guess{1 / len(tasks.group(self._config.data.task).product_NxN):46.1%}"
+        yield f"  a guess{tasks.group(self._config.data.task).guess:46.1%}"
         yield f"nats per answer of the first {trained}"
         for name in ("init", "merged", "sequential"):
             yield f"  {name:<14}val/loss_{name:<22}{scores[f'val/loss_{name}']:8.4f}"
+        if self._config.eval.scoring != "sequential":
+            yield f"true recurrence was computed by {self._config.eval.scoring}"
 
     def _batch(self, begin: int, rows: int, length: int) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Letters, answers, and which of them count; the last batch is filled up with rows that do not."""
@@ -90,6 +94,11 @@ class Accuracy:
         tokens_BxT, answers_BxT = (array[chosen % rows, :length] for array in self._words)
         counted_BxT = np.tile((chosen < rows)[:, None], (1, length))
         return meshes.global_batch(self._mesh, (tokens_BxT, answers_BxT, counted_BxT))
+
+
+def longest_of(config: Config) -> int:
+    """How many letters the words have that are scored."""
+    return max(config.eval.lengths[-1], config.model.sequence_length)
 
 
 def programs(config: Config, mesh: Mesh) -> tuple[Any, Any]:

@@ -52,12 +52,13 @@ def load(workdir: Path, step: int | None = None) -> Trained:
         text.
       CheckpointError: the checkpoint is damaged.
     """
-    config, params, step = load_params(workdir, step)
-    if config.data.task:
+    task = binding.read_config(workdir).data.task
+    if task:
         raise ConfigError(
-            f"--workdir is {str(workdir)!r}, a run of config.data.task = {config.data.task!r}: it knows no text; "
+            f"--workdir is {str(workdir)!r}, a run of config.data.task = {task!r}: it knows no text; "
             "`python -m lrt_jax.evaluate --workdir=DIR` scores its answers"
         )
+    config, params, step = load_params(workdir, step)
     binding.check_kept_tokenizer(workdir, step)
     model = Model(Decoder(config.model, mesh_of(config)), params)
     return Trained(config, model, tokenizer.load(workdir, config), step)

@@ -164,7 +164,7 @@ def _by_position(runs: Sequence[Run], prefix: str, said: Said, unit: str, factor
         for run in runs:
             values_N = [factor * run.last(buckets[edges]) for edges in order]
             look[run.series].curve(axes, range(len(order)), values_N)
-        axes.set_xticks(range(len(order)), [f"{begin:,}–{end - 1:,}" for begin, end in order])
+        axes.set_xticks(range(len(order)), [f"{begin + 1:,}–{end:,}" for begin, end in order])
         axes.set(xlabel="position in the row, tokens", ylabel=unit)
 
     if order:

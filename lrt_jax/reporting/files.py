@@ -12,6 +12,7 @@ from lrt_jax.reporting.runs import MARKS, ReportError
 from lrt_jax.setup.errors import writing
 
 PAGE = "index.html"
+TRIED = ".written"  # and taken away at once, to see that files can be
 BEGINNING = 4096  # bytes of a file in which our mark is
 
 
@@ -19,7 +20,7 @@ def check(out: Path) -> None:
     """Checks that a report may be written into a folder.
 
     Raises:
-      ReportError: it is a run's work dir, or holds a page or picture that no report has put there.
+      ReportError: it is a run's work dir, holds a page or picture that no report has put there, or cannot be written.
     """
     if any((out / mark).exists() for mark in MARKS):
         raise ReportError(
@@ -31,6 +32,14 @@ def check(out: Path) -> None:
                 f"--out is {str(out)!r}, whose {path.name} is not of a report; name a folder that is new, or has an "
                 "earlier report"
             )
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / TRIED).touch()
+        (out / TRIED).unlink()
+    except OSError as error:
+        raise ReportError(
+            f"--out is {str(out)!r}, which cannot be written ({error.strerror}); name a folder that can"
+        ) from None
 
 
 def write(out: Path, page: Page) -> Path:

@@ -169,7 +169,7 @@ def _of_task(run: Run, found: Measured) -> None:
     """What the checkpoint of a run of state tracking shows: nothing that needs text."""
     config, params, found.step = load.load_params(run.folder)
     found.scalars = _scalars(config.model, params)
-    words = tasks.held_out_words(config, ROWS, config.model.sequence_length)
+    words = tasks.held_out_words(config, ROWS, min(LENGTH, config.model.sequence_length))
     found.gates = gates(config, params, jnp.asarray(words.tokens_BxT))
 
 

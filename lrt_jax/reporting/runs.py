@@ -141,7 +141,8 @@ def read(places: Sequence[Path]) -> tuple[list[Run], list[Sweep], list[str]]:
       ReportError: there is no such place, or no run in it.
     """
     folders: dict[Path, tuple[Path, bool]] = {}  # by where they really are: as they were named, and if of a sweep
-    sweeps, notes = [], []
+    sweeps: dict[Path, Sweep] = {}
+    notes = []
     for place in places:
         inside, is_sweep = _inside(place)
         for folder in inside:
@@ -149,10 +150,10 @@ def read(places: Sequence[Path]) -> tuple[list[Run], list[Sweep], list[str]]:
                 notes.append(f"{folder} was given more than once, and is shown once.")
             folders.setdefault(folder.resolve(), (folder, is_sweep))
         if is_sweep:
-            sweeps.append(_sweep(place, [_result(folder) for folder in inside]))
+            sweeps[place.resolve()] = _sweep(place, [_result(folder) for folder in inside])
     labels = _labels(list(folders))
     runs = [_run(folder, labels[real], of_a_sweep) for real, (folder, of_a_sweep) in folders.items()]
-    return runs, list({(sweep.name, sweep.results, len(sweep.answered)): sweep for sweep in sweeps}.values()), notes
+    return runs, list(sweeps.values()), notes
 
 
 def _inside(place: Path) -> tuple[list[Path], bool]:
@@ -250,7 +251,9 @@ def _rows(path: Path, notes: list[str]) -> tuple[Rows, float]:
 
 
 def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
+    with contextlib.suppress(OverflowError):  # a whole number past the largest float
+        return type(value) in (int, float) and math.isfinite(value)
+    return False
 
 
 def _parsed(line: str) -> dict[str, Any] | None:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from lrt_jax.evaluation import bits_per_byte, health
+from lrt_jax.evaluation import accuracy, bits_per_byte, health
 from lrt_jax.inference import decode
 from lrt_jax.model import backend, costs
 from lrt_jax.model.decoder import Decoder
@@ -166,6 +166,13 @@ def _evaluate(config: Config, mesh: Mesh) -> Iterator[tuple[str, Any, tuple[Any,
     shape = (meshes.whole_rows(mesh, config.eval.batch_size), config.model.sequence_length)
     batch = (_rows(mesh, shape), _rows(mesh, shape), _rows(mesh, shape, jnp.bool_))
     arguments = (Model(decoder, state.abstract_params(decoder, mesh)), *batch)
+    if config.data.task:
+        parallel, sequential = accuracy.programs(config, mesh)
+        yield "parallel evaluation", parallel, arguments
+        longer = (shape[0], meshes.whole_columns(mesh, accuracy.longest_of(config)))
+        words = (_rows(mesh, longer), _rows(mesh, longer), _rows(mesh, longer, jnp.bool_))
+        yield "sequential evaluation", sequential, (arguments[0], *words)
+        return
     parallel, sequential = bits_per_byte.programs(config, mesh)
     yield "parallel evaluation", parallel, arguments
     yield "sequential evaluation", sequential, arguments
