@@ -35,6 +35,8 @@ OF = {
     "held-out text": ("rows", "passes", "corpus"),
     "words": ("rows", "lengths"),
 }
+# Of these one is what the run was about.
+OWN = ("held-out text", "words")
 
 
 def define_flags() -> None:
@@ -65,8 +67,13 @@ def main() -> None:
     if values.workdir is None:
         raise ConfigError("--workdir is not set; it must be a run's work dir")
     workdir = workdirs.local(values.workdir)
-    way = _way(binding.read_config(workdir).data.task)
+    ways = _ways()
+    _refuse_flags_of_others(ways)
     decode = command_line.decode_flags()
+    if ways == OWN:  # which of them, the run says
+        ways = OWN[1:] if binding.read_config(workdir).data.task else OWN[:1]
+        _refuse_flags_of_others(ways)
+    (way,) = ways
     processes.start()
     own = {name for of in OF.values() for name in of}
     names = ("step", "text", "core", "memory", "scoring", *command_line.DECODE_FLAGS, *sorted(own))
@@ -90,8 +97,8 @@ def main() -> None:
         text(trained, how)
 
 
-def _way(task: str) -> str:
-    """What is scored: ``core``, ``text``, ``held-out text`` or, of a run of ``task``, ``words``.
+def _ways() -> tuple[str, ...]:
+    """What may be scored: ``core``, ``text``, or one of OWN.
 
     Raises:
       ConfigError: flags do not go together.
@@ -99,16 +106,24 @@ def _way(task: str) -> str:
     values = flags.FLAGS
     if values.core is not None and values.text:
         raise ConfigError("--core and --text are both set; give one of them")
-    way = "core" if values.core is not None else "text" if values.text else "words" if task else "held-out text"
-    for name in sorted({name for names in OF.values() for name in names}.difference(OF.get(way, ()))):
+    ways = ("core",) if values.core is not None else ("text",) if values.text else OWN
+    if ways == OWN and not values.memory:
+        said = "held-out text and words are scored without memory, too: val/bpb_init, val/loss_init"
+        raise ConfigError(f"--nomemory is for --core or --text only; {said}")
+    return ways
+
+
+def _refuse_flags_of_others(ways: tuple[str, ...]) -> None:
+    """Checks that no flag is set which is for none of these ways.
+
+    Raises:
+      ConfigError: one is.
+    """
+    values, own = flags.FLAGS, {name for way in ways for name in OF.get(way, ())}
+    for name in sorted({name for names in OF.values() for name in names} - own):
         if values[name].value != values[name].default:
-            owners = [f"--{other}=FOLDER" if other == "core" else other for other, names in OF.items() if name in names]
-            raise ConfigError(f"--{name} is set, which is for {' and '.join(owners)} only, and not for {way}")
-    if way == "words" and not values.memory:
-        raise ConfigError("--nomemory is for --core or --text only; of words val/loss_init is without memory")
-    if way == "held-out text" and not values.memory:
-        raise ConfigError("--nomemory is for --core or --text only; of held-out text val/bpb_init is without memory")
-    return way
+            owners = [f"--{way}=FOLDER" if way == "core" else way for way, names in OF.items() if name in names]
+            raise ConfigError(f"--{name} is set, which is for {' and '.join(owners)} only, not for {' or '.join(ways)}")
 
 
 def few_shot(trained: load.Trained, workdir: Path, how: DecodeConfig) -> None:

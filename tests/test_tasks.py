@@ -154,8 +154,8 @@ def test_commands_on_a_run_of_a_task(trained):
         (
             "config.eval.lengths is (16, 8); it must hold one length or more, in ascending order",
             "--lengths has 'x'; it must be numbers with commas between, as in 32,512",
-            "--passes is set, which is for held-out text only, and not for words",
-            "--nomemory is for --core or --text only; of words val/loss_init is without memory",
+            "--passes is set, which is for held-out text only, not for words",
+            "--nomemory is for --core or --text only; held-out text and words are scored without memory, too",
             "a run of config.data.task = 'mod5': it knows no text; `python -m lrt_jax.evaluate --workdir=DIR` scores",
             "a run of config.data.task = 'mod5': it knows no text; `python -m lrt_jax.evaluate --workdir=DIR` scores",
         ),
