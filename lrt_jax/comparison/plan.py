@@ -73,13 +73,13 @@ def load(path: str) -> Sweep:
         raise ConfigError(f"the sweep is {path!r}, whose get_sweep returns no runs; {rule}")
     if sweep.baseline not in {run.variant for run in sweep.runs}:
         raise ConfigError(f"the sweep is {path!r}, whose baseline {sweep.baseline!r} is none of its variants")
+    name, count = collections.Counter(run.name for run in sweep.runs).most_common(1)[0]
+    if count > 1:
+        raise ConfigError(f"the sweep is {path!r}, in which two runs are {name}; they must differ")
     if len({bool(run.config.data.task) for run in sweep.runs}) > 1:
         raise ConfigError(
             f"the sweep is {path!r}, in which some runs have a config.data.task and others text; make two"
         )
-    name, count = collections.Counter(run.name for run in sweep.runs).most_common(1)[0]
-    if count > 1:
-        raise ConfigError(f"the sweep is {path!r}, in which two runs are {name}; they must differ")
     return sweep
 
 
