@@ -3,7 +3,7 @@
     python -m lrt_jax.main --config=configs/state_tracking.py                   # parity, trained sequentially
     python -m lrt_jax.main --config=configs/state_tracking.py:s5                # mod5, s5, swap_s5
     python -m lrt_jax.main --config=configs/state_tracking.py:parity --config.schedule.name=interleaved
-    python -m lrt_jax.sweep configs/sweeps/tracking.py                    # parity and mod5, by many schedules
+    python -m lrt_jax.sweep configs/sweeps/tracking.py                    # all of them, by many schedules
 
 Every letter is followed by the state it leads to, as its answer; there is no text (lrt_jax/data/tasks.py). An LRT keeps
 the state in its memory; a plain Transformer, ``--config.model.memory=none --config.model.residual_injection=False
@@ -13,23 +13,24 @@ docs/RESULTS.md has what they came to.
 
 from ml_collections import ConfigDict
 
+from lrt_jax.data import tasks
 from lrt_jax.setup.config import ConfigError, default_config
 
-# Each with its number of states.
-TASKS = {"parity": 2, "mod5": 5, "s5": 120, "swap_s5": 120}
+TASKS = ("parity", "mod5", "s5", "swap_s5")
 
 
 def get_config(variant: str = "parity") -> ConfigDict:
     """The config of one of TASKS."""
     if variant not in TASKS:
         raise ConfigError(f"configs/state_tracking.py has no variant {variant!r}; allowed are: {', '.join(TASKS)}")
+    states = len(tasks.group(variant).product_NxN)
     config = default_config(
         model__layers=2,
         model__width=64,
         model__heads=1,
         model__kv_heads=1,
         model__sequence_length=32,
-        model__vocab_size=TASKS[variant],
+        model__vocab_size=states,
         train__batch_size=32,
     )
     config.data.task = variant
@@ -41,7 +42,7 @@ def get_config(variant: str = "parity") -> ConfigDict:
     # AdamW, whose steps end with its gradients: Muon's do not, and a model that has solved its task forgets it.
     config.optimizer.update(name="adamw", matrix_lr=0.001, embedding_lr=0.03, head_lr=0.003, scalar_lr=0.02, eps=1e-8)
     config.optimizer.update(b1=0.9, b2=0.99, warmup=0.05, warmdown=0.3, clip=1.0)
-    if TASKS[variant] > 100:
+    if states > 100:
         # Many states: a wider model, and many short words, since a long one is of use only once short ones are known.
         config.model.update(width=128, sequence_length=8)
         config.train.update(batch_size=256, steps=800)

@@ -123,9 +123,11 @@ def report(sweep: plan.Sweep, out: Path) -> None:
     found = [result for run in sweep.runs if (result := results.read(out / run.name)) is not None]
     texts = [result for result in found if isinstance(result, Result)]
     answered = [result for result in found if isinstance(result, Answered)]
-    table = answers.table(sweep, answered) if answered else results.table(sweep, texts)
+    tables = [*answers.tables(sweep, answered).values()] if answered else [results.rows(sweep, texts)]
     summary = answers.summary(sweep, answered) if answered else results.summary(sweep, texts)
-    lines = [f"{len(found)} of {len(sweep.runs)} runs are done", "", *table]
+    lines = [f"{len(found)} of {len(sweep.runs)} runs are done"]
+    for table in tables:
+        lines += ["", *results.markdown(table)]
     out.mkdir(parents=True, exist_ok=True)
     (out / "table.md").write_text("\n".join(lines) + "\n")
     (out / "results.json").write_text(json.dumps({"reported_on": _machine(), **summary}, indent=2) + "\n")

@@ -105,6 +105,7 @@ SLOW = {
     "test_recomputed",
     "test_replicas",
     "test_report",
+    "test_report_pages",
     "test_schedules",
     "test_topology",
     "test_watchdog",

@@ -111,7 +111,7 @@ def test_the_compute_saved_is_that_of_the_curves_it_was_made_from():
     far = [one for one in found if one.variant == "plain"] + [result("other", 2e6, 0, law(1e9, 0))]
     share = results.saved(sweep, far, "other", 2e6)
     assert share.at_least and share.text(1, 100, " %") == "≥ 50.0 %"
-    lines = results.table(sweep, found)
+    lines = results.markdown(results.rows(sweep, found))
     assert [line.split(" | ")[0] for line in lines[2:]] == ["| plain"] * 3 + ["| other"] * 2
     assert "25.0 ± 0.0 %" in lines[-1] and "-0.99 %" in lines[-1]
 

@@ -205,17 +205,18 @@ FOUND = [
 
 
 def test_a_table_has_a_part_for_each_task_a_row_for_each_budget_and_the_spread_over_seeds():
-    assert answers.table(sweep_of(FOUND), FOUND) == [
-        "| parity | cost | tokens | seeds | 1 to 32 | 33 to 64 | 33 to 128 |",
-        "|---|---|---|---|---|---|---|",
-        "| plain | 2.00 | 1 M | 2 | 75.0 (70.0 to 80.0) | 50.0 |  |",
-        "| plain | 2.00 | 2 M | 1 | 90.0 |  | 60.0 |",
-        "",
-        "| s5 | cost | tokens | seeds | 1 to 32 | 33 to 64 |",
-        "|---|---|---|---|---|---|",
-        "| LRT | 2.00 | 1 M | 1 | 100.0 | 10.0 |",
-        "| plain | 2.00 | 1 M | 1 | 20.0 | 10.0 |",
-    ]
+    assert answers.tables(sweep_of(FOUND), FOUND) == {
+        "parity": [
+            ["parity", "cost", "tokens", "seeds", "1 to 32", "33 to 64", "33 to 128"],
+            ["plain", "2.00", "1 M", "2", "75.0 (70.0 to 80.0)", "50.0", ""],
+            ["plain", "2.00", "2 M", "1", "90.0", "", "60.0"],
+        ],
+        "s5": [
+            ["s5", "cost", "tokens", "seeds", "1 to 32", "33 to 64"],
+            ["LRT", "2.00", "1 M", "1", "100.0", "10.0"],
+            ["plain", "2.00", "1 M", "1", "20.0", "10.0"],
+        ],
+    }
 
 
 def test_a_variant_looks_the_same_in_every_panel(tmp_path, monkeypatch):

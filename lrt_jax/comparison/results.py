@@ -181,12 +181,20 @@ def saved(sweep: Sweep, results: Sequence[Result], variant: str, budget: float) 
     return dataclasses.replace(mean(shares), at_least=at_least)
 
 
-def table(sweep: Sweep, results: Sequence[Result]) -> list[str]:
-    """Markdown: for each variant and budget its bits per byte, the gap of true recurrence, and the compute saved."""
-    head = (
-        "| variant | effective tokens | tokens | tokens per parameter | sequential BPB | sequential / merged | saved |"
-    )
-    lines = [head, "|---|---|---|---|---|---|---|"]
+HEAD = (
+    "variant",
+    "effective tokens",
+    "tokens",
+    "tokens per parameter",
+    "sequential BPB",
+    "sequential / merged",
+    "saved",
+)
+
+
+def rows(sweep: Sweep, results: Sequence[Result]) -> list[tuple[str, ...]]:
+    """HEAD, then for each variant and budget its bits per byte, the gap of true recurrence, and the compute saved."""
+    lines: list[tuple[str, ...]] = [HEAD]
     for variant in sweep.variants:
         for budget in sorted({result.budget for result in results if result.variant == variant}):
             mine = [result for result in results if (result.variant, result.budget) == (variant, budget)]
@@ -201,8 +209,14 @@ def table(sweep: Sweep, results: Sequence[Result]) -> list[str]:
                 f"{round(gap.value, 2) + 0.0:+.2f} %",  # no minus before 0
                 "" if variant == sweep.baseline else share.text(1, 100, " %"),
             )
-            lines.append("| " + " | ".join(cells) + " |")
+            lines.append(cells)
     return lines
+
+
+def markdown(rows: Sequence[Sequence[str]]) -> list[str]:
+    """A table, line by line; its first row is its head."""
+    head, *lines = ("| " + " | ".join(row) + " |" for row in rows)
+    return [head, "|---" * len(rows[0]) + "|", *lines]
 
 
 def summary(sweep: Sweep, results: Sequence[Result]) -> dict[str, Any]:

@@ -161,8 +161,7 @@ class Page:
                     yield f"<p>No run of the sweep {text(sweep.name)} is done yet.</p>"
                 continue
             planned = tuple(plan.Run(one.variant, ConfigDict(), one.budget, one.seed) for one in sweep.results)
-            found = results.table(plan.Sweep(planned, sweep.baseline), sweep.results)
-            head, _, *lines = (line[2:-2].split(" | ") for line in found)
+            head, *lines = results.rows(plan.Sweep(planned, sweep.baseline), sweep.results)
             yield (
                 f"<p>{len(sweep.results)} runs of the sweep {text(sweep.name)} are done. “Saved” is the share of the "
                 f"compute of {text(sweep.baseline)} that a variant saves at equal bits per byte, with a 95 % interval "
@@ -181,11 +180,8 @@ class Page:
                     "position, under true recurrence: the mean over seeds, in brackets the least and the most. Cost is "
                     "in plain steps.</p>"
                 )
-            for task in dict.fromkeys(one.task for one in sweep.answered):
-                mine = [one for one in sweep.answered if one.task == task]
-                found = answers.table(plan.Sweep(planned, sweep.baseline), mine)
-                head, _, *lines = (line[2:-2].split(" | ") for line in found)
-                yield table(head, lines)
+                for head, *lines in answers.tables(plan.Sweep(planned, sweep.baseline), sweep.answered).values():
+                    yield table(head, lines)
 
     def _training(self) -> Iterator[Escaped]:
         panels = {axis: self._by(axis) for axis in AXES}
