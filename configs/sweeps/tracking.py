@@ -2,9 +2,9 @@
 
     python -m lrt_jax.sweep configs/sweeps/tracking.py
 
-Words of 32 letters in training (permutations: 8), of 512 in the test; the tasks of ``configs/state_tracking.py``. All
-schedules see the same words, so they differ in cost, which the table shows. A run takes one to four minutes on a CPU
-core. docs/RESULTS.md has what they came to.
+Words of 32 letters in training (permutations: 8 swaps, or 4 letters), of 512 in the test; the tasks of
+``configs/state_tracking.py``. All schedules see the same words, so they differ in cost, which the table shows. A run
+takes one to ten minutes of a CPU core. docs/RESULTS.md has what they came to.
 """
 
 from pathlib import Path
@@ -44,9 +44,16 @@ def get_sweep() -> Sweep:
 
 
 def _run(task: str, name: str, seed: int) -> Run | None:
-    """One run: as many steps for every schedule, and so as much compute as it takes; None of more subsets than half."""
+    """One run: as many steps for every schedule, and so as much compute as it takes.
+
+    None where the words are too short for the variant: subsets of one letter, or more refinements than letters.
+    """
     config = module(str(Path(__file__).parents[1] / "state_tracking.py")).get_config(task)
-    if VARIANTS[name].get("schedule.subsets", 0) > config.model.sequence_length // 2:
+    length = config.model.sequence_length
+    if (
+        VARIANTS[name].get("schedule.subsets", 0) > length // 2
+        or VARIANTS[name].get("schedule.refinements", 0) >= length
+    ):
         return None
     config.train.steps = STEPS.get(task, config.train.steps)
     config.update_from_flattened_dict(VARIANTS[name])
