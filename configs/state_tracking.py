@@ -49,9 +49,9 @@ def get_config(variant: str = "parity") -> ConfigDict:
     config.optimizer.update(name="muon", muon_lr=0.02, embedding_lr=0.3, warmdown=0.5)
     if variant == "swap_s5":
         config.model.sequence_length = 8
-        config.train.update(batch_size=256, steps=500)
+        config.train.update(batch_size=256, steps=800)
     else:
         config.model.sequence_length = 4
-        config.train.update(batch_size=512, steps=1000)
+        config.train.update(batch_size=512, steps=1200)
     config.eval.lengths = (config.model.sequence_length, *config.eval.lengths)
     return config
