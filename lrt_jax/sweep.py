@@ -3,7 +3,7 @@
 FILE lists runs (``configs/sweeps/``), each with a budget of effective tokens. They run one after the other, each in a
 folder of DIR; the same command goes on where it was stopped, and leaves out what is done. It ends with a table of
 what is done so far (``table.md``), the numbers (``results.json``) and a picture (``bpb.png``; of
-state tracking ``accuracy.png``).
+state tracking ``accuracy-TASK.png`` of each task).
 """
 
 import json
@@ -18,10 +18,11 @@ import jax
 from absl import flags
 
 from lrt_jax import main as training
-from lrt_jax.comparison import answers, plan, plots, results
+from lrt_jax.comparison import answers, plan, results
 from lrt_jax.comparison.results import Answered, Result
 from lrt_jax.data import records, tokenizer
 from lrt_jax.model import costs
+from lrt_jax.reporting import drawing, sweep_charts
 from lrt_jax.run.loop import TrainingError
 from lrt_jax.setup import flags as command_line
 from lrt_jax.setup import mesh as meshes
@@ -132,10 +133,9 @@ def report(sweep: plan.Sweep, out: Path) -> None:
     (out / "table.md").write_text("\n".join(lines) + "\n")
     (out / "results.json").write_text(json.dumps({"reported_on": _machine(), **summary}, indent=2) + "\n")
     print("\n" + "\n".join(lines))
-    if answered:
-        plots.draw_answers(sweep, answered, out / "accuracy.png")
-    elif texts:
-        plots.draw(sweep, texts, out / "bpb.png")
+    compared = sweep_charts.equal_compute(texts, drawing.looks(sweep.variants), "bpb")
+    for chart in filter(None, [compared, *sweep_charts.answers_by_length(answered, "accuracy")]):
+        (out / f"{chart.name}.png").write_bytes(drawing.png(chart))
 
 
 def _machine() -> dict[str, str | int | None]:

@@ -137,7 +137,8 @@ def test_a_sweep_over_state_tracking_has_its_table_and_chart(config, tmp_path):
     path = report.write([tmp_path], tmp_path / "report", 1, None)
     page = Elements(path.read_text())
     assert "75.0 (50.0 to 100.0)" in page.text and "9 to 64" in page.text and "finished, 200 steps" in page.text
-    assert (path.parent / "answers-by-position.png").exists() and "sequential BPB" not in page.text
+    drawn = {file.name for file in path.parent.glob("answers-*.png")}
+    assert drawn == {"answers-by-position.png", "answers-1-parity.png"} and "sequential BPB" not in page.text
     assert "parity-plain_64_0: Its newest checkpoint cannot be shown: the work dir" in page.text
 
 

@@ -7,10 +7,11 @@ import forked
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 
 from lrt_jax import main
-from lrt_jax.comparison import answers, plan, plots
+from lrt_jax.comparison import answers, plan
 from lrt_jax.comparison.results import Answered
 from lrt_jax.data import tasks
 from lrt_jax.evaluation.accuracy import Accuracy
@@ -18,6 +19,7 @@ from lrt_jax.inference import decode, load
 from lrt_jax.method import schedules
 from lrt_jax.model.decoder import Decoder
 from lrt_jax.model.model import Model
+from lrt_jax.reporting import sweep_charts
 from lrt_jax.setup import mesh as meshes
 from lrt_jax.setup.config import ConfigError, default_config, from_config_dict
 
@@ -219,12 +221,13 @@ def test_a_table_has_a_part_for_each_task_a_row_for_each_budget_and_the_spread_o
     }
 
 
-def test_a_variant_looks_the_same_in_every_panel(tmp_path, monkeypatch):
-    figures = []
-    whole = plots._figure
-    monkeypatch.setattr(plots, "_figure", lambda *size: figures.append(whole(*size)) or figures[-1])
-    plots.draw_answers(sweep_of(FOUND), FOUND, tmp_path / "a.png")
-    parity, s5 = (panel.lines for panel in figures[0].axes)
+def test_a_variant_looks_the_same_in_the_chart_of_every_task():
+    charts = [*sweep_charts.answers_by_length(FOUND, "accuracy")]
+    assert [chart.name for chart in charts] == ["accuracy-parity", "accuracy-s5"]
+    figure = Figure()
+    for chart, axes in zip(charts, figure.subplots(1, 2), strict=True):
+        chart.draw(axes)
+    parity, s5 = (axes.lines for axes in figure.axes)
     assert [len(parity), len(s5)] == [1, 2]
     assert parity[0].get_xydata().tolist() == [[32, 80], [64, 50], [128, 60]]
     same = [line for line in s5 if line.get_color() == parity[0].get_color()]

@@ -27,7 +27,7 @@ def _rows(sweep: Sweep, task: str, results: Sequence[Answered]) -> list[list[str
         for budget in sorted({result.budget for result in results if result.variant == variant}):
             mine = [result for result in results if (result.variant, result.budget) == (variant, budget)]
             cost, tokens = mine[0].effective_tokens / mine[0].tokens, mine[0].tokens / 1e6
-            about = (variant.removeprefix(f"{task} "), f"{cost:.2f}", f"{tokens:.4g} M", str(len(mine)))
+            about = (mine[0].within_task, f"{cost:.2f}", f"{tokens:.4g} M", str(len(mine)))
             shares = ([one.accuracy[interval] for one in mine if interval in one.accuracy] for interval in intervals)
             lines.append([*about, *map(_cell, shares)])
     return lines

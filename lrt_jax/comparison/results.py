@@ -75,6 +75,11 @@ class Answered(Done):
     task: str
     accuracy: dict[str, float]
 
+    @property
+    def within_task(self) -> str:
+        """The variant's name in its task's table: without the task before it."""
+        return self.variant.removeprefix(f"{self.task} ")
+
 
 def read(folder: Path) -> Done | None:
     """The result in a run's folder; None while it is not done."""

@@ -6,11 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from lrt_jax.comparison.results import curve
 from lrt_jax.reporting import drawing
-from lrt_jax.reporting.drawing import INK, MUTED, PALETTE, Chart, Look
+from lrt_jax.reporting.drawing import MUTED, PALETTE, Chart, Look
 from lrt_jax.reporting.measured import Measured
-from lrt_jax.reporting.runs import Run, Sweep
+from lrt_jax.reporting.runs import Run
 
 AXES = {"steps": "by steps", "tokens": "by tokens", "time": "by time", "compute": "by effective compute"}
 # Of training: each metric, its title, and the unit of its axis.
@@ -53,7 +52,7 @@ GATES = {
 
 def looks(runs: Sequence[Run]) -> dict[str, Look]:
     """Of each series, in the order of the runs."""
-    return {name: Look(number) for number, name in enumerate(dict.fromkeys(run.series for run in runs))}
+    return drawing.looks(run.series for run in runs)
 
 
 def _placed(runs: Sequence[Run], metric: str, axis: str) -> list[tuple[Run, np.ndarray, np.ndarray]]:
@@ -91,7 +90,7 @@ def curves(runs: Sequence[Run], axis: str, metric: str, title: str, unit: str) -
     widths = [drawing.smoothed(y_N)[1] for *_, y_N in found]
     over = f"{min(widths):,}" if min(widths) == max(widths) else f"{min(widths):,} to {max(widths):,}"
     about = f"{'Pale: as logged. Strong: running' if pale else 'Running'} mean over {over} reports."
-    return Chart(_file(title, axis), title, about if max(widths) > 1 else "", draw)
+    return Chart(_file(title, axis), title, about if max(widths) > 1 else "", draw, look)
 
 
 def bits_per_byte(runs: Sequence[Run], measured: Measurements, axis: str) -> Chart | None:
@@ -115,7 +114,7 @@ def bits_per_byte(runs: Sequence[Run], measured: Measurements, axis: str) -> Cha
         axes.set_ylabel("bits per byte")
 
     about = "Dots: sequential. Rings: merged, which should lie around them. Lower is better."
-    return Chart(_file("bpb", axis), "Bits per byte of held-out text", about, draw)
+    return Chart(_file("bpb", axis), "Bits per byte of held-out text", about, draw, look)
 
 
 def _file(what: str, axis: str) -> str:
@@ -140,7 +139,7 @@ def forwards(run: Run, number: int, several: bool) -> Chart | None:
 
     title = f"Loss of each forward{f' of {run.label}' if several else ''}"
     about = "Smoothed. The forward “init” has zero memory; the others read it."
-    return Chart(f"forwards-{number}", title, about, draw, of_series=False)
+    return Chart(f"forwards-{number}", title, about, draw)
 
 
 def by_position(runs: Sequence[Run]) -> Iterator[Chart]:
@@ -168,7 +167,7 @@ def _by_position(runs: Sequence[Run], prefix: str, said: Said, unit: str, factor
         axes.set(xlabel="position in the row, tokens", ylabel=unit)
 
     if order:
-        yield Chart(*said, draw)
+        yield Chart(*said, draw, look)
 
 
 def health(runs: Sequence[Run]) -> Iterator[Chart]:
@@ -191,7 +190,7 @@ def health(runs: Sequence[Run]) -> Iterator[Chart]:
         axes.set(xlabel="full forwards that memory went through", ylabel="bits per byte")
 
     about = "At the last evaluation. Flat is healthy: memory has settled."
-    yield Chart("bpb-after-forwards", "Bits per byte after K forwards", about, draw_after)
+    yield Chart("bpb-after-forwards", "Bits per byte after K forwards", about, draw_after, look)
 
     def draw_worth(axes: Any) -> None:
         for run, _ in after.values():
@@ -202,7 +201,7 @@ def health(runs: Sequence[Run]) -> Iterator[Chart]:
         axes.set(xlabel="the memory that is read", ylabel="bits per byte")
 
     about = "A model that uses its memory is worse with another one, and best with its own."
-    yield Chart("bpb-by-memory", "What memory is worth", about, draw_worth)
+    yield Chart("bpb-by-memory", "What memory is worth", about, draw_worth, look)
 
 
 def _developed(runs: Sequence[Run], metric: str, said: Said, unit: str) -> Iterator[Chart]:
@@ -220,7 +219,7 @@ def _developed(runs: Sequence[Run], metric: str, said: Said, unit: str) -> Itera
         drawing.at_least(axes, *((-100 * FLAT, 100 * FLAT) if percent else (0, 1)))
         axes.set_ylabel(unit)
 
-    yield Chart(*said, draw)
+    yield Chart(*said, draw, look)
 
 
 def passes(run: Run) -> dict[int, float]:
@@ -275,26 +274,4 @@ def _by_layer(
         axes.set(xlabel="layer", ylabel=sign)
 
     if points:
-        yield Chart(*said, draw)
-
-
-def equal_compute(sweep: Sweep, look: dict[str, Look], number: int) -> Chart | None:
-    """Bits per byte by effective compute, a curve per variant, of the ``number``-th sweep."""
-    if not sweep.results:
-        return None
-
-    def draw(axes: Any) -> None:
-        axes.set_xscale("log")
-        for variant in dict.fromkeys(result.variant for result in sweep.results):
-            points = [(one.effective_tokens, one.bpb) for one in sweep.results if one.variant == variant]
-            color = look[variant].color if variant in look else INK
-            axes.plot(*zip(*points, strict=True), "o", color=color, alpha=0.8)
-            fitted = curve(points)
-            if fitted is not None:
-                x_N = np.geomspace(fitted.least, fitted.most, 60)
-                axes.plot(x_N, [fitted.bpb(x) for x in x_N], color=color)
-        drawing.round_ticks(axes.xaxis, np.array([one.effective_tokens for one in sweep.results]), 1e6)
-        axes.set(xlabel="effective compute, million tokens", ylabel="sequential bits per byte")
-
-    about = "A dot is a run, a curve a variant. At equal compute lower is better; at equal height, further left."
-    return Chart(f"equal-compute-{number}", "Bits per byte at equal compute", about, draw)
+        yield Chart(*said, draw, look)

@@ -5,7 +5,7 @@ import html
 import io
 import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -50,25 +50,6 @@ HEADS = ((1,), (1, 3), (1, 2, 5), (1, 1.5, 2, 3, 4, 5, 7), tuple(np.arange(2, 20
 
 
 @dataclasses.dataclass(frozen=True)
-class Chart:
-    """A chart.
-
-    Attributes:
-      name: of its file.
-      title: what it shows.
-      about: how to read it, a sentence or two; may be empty.
-      draw: puts it on matplotlib's axes.
-      of_series: whether its colours are those of the page's legend.
-    """
-
-    name: str
-    title: str
-    about: str
-    draw: Callable[[Any], None]
-    of_series: bool = True
-
-
-@dataclasses.dataclass(frozen=True)
 class Look:
     """How a series, of this number, is drawn wherever it is."""
 
@@ -87,6 +68,30 @@ class Look:
     def curve(self, axes: Any, x_N: Any, y_N: Any, **options: Any) -> None:
         """A line with dots, or as the options say."""
         axes.plot(x_N, y_N, **{"marker": "o", "linestyle": self.dash, "color": self.color} | options)
+
+
+@dataclasses.dataclass(frozen=True)
+class Chart:
+    """A chart.
+
+    Attributes:
+      name: of its file.
+      title: what it shows.
+      about: how to read it, a sentence or two; may be empty.
+      draw: puts it on matplotlib's axes.
+      legend: of its file, by name; a page has one for all charts of a section.
+    """
+
+    name: str
+    title: str
+    about: str
+    draw: Callable[[Any], None]
+    legend: Mapping[str, Look] = dataclasses.field(default_factory=dict)
+
+
+def looks(names: Iterable[str]) -> dict[str, Look]:
+    """Of each name, in their order."""
+    return {name: Look(number) for number, name in enumerate(dict.fromkeys(names))}
 
 
 def thinned(x_N: np.ndarray, y_N: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray]:
@@ -146,7 +151,7 @@ def at_least(axes: Any, low: float, high: float) -> None:
     axes.set_ylim(min(bottom, low), max(top, high))
 
 
-def _drawn(chart: Chart, size: tuple[float, float], title: str, legend: dict[str, Look], **options: Any) -> bytes:
+def _drawn(chart: Chart, size: tuple[float, float], title: str, legend: Mapping[str, Look], **options: Any) -> bytes:
     """The chart as a file's bytes.
 
     Raises:
@@ -157,7 +162,7 @@ def _drawn(chart: Chart, size: tuple[float, float], title: str, legend: dict[str
         from matplotlib.figure import Figure
         from matplotlib.lines import Line2D
     except ImportError:
-        raise UserError("reports need matplotlib: pip install 'lrt-jax[plots]'") from None
+        raise UserError("charts need matplotlib: pip install 'lrt-jax[plots]'") from None
     stream = io.BytesIO()
     with matplotlib.rc_context(STYLE), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing")  # a run's name in a script that the font has not
@@ -174,9 +179,9 @@ def _drawn(chart: Chart, size: tuple[float, float], title: str, legend: dict[str
     return stream.getvalue()
 
 
-def png(chart: Chart, legend: dict[str, Look]) -> bytes:
+def png(chart: Chart) -> bytes:
     """As a file of its own, with title and legend."""
-    legend = legend if chart.of_series and len(legend) > 1 else {}
+    legend = chart.legend if len(chart.legend) > 1 else {}
     return _drawn(chart, (6.4, 4.2), chart.title, legend, format="png", dpi=150, metadata={"Software": MARK})
 
 

@@ -49,7 +49,7 @@ def write(out: Path, page: Page) -> Path:
       WorkdirError: the folder cannot be written.
     """
     text = page.html()  # draws the charts
-    written = {f"{chart.name}.png": drawing.png(chart, page.looks) for chart in page.charts}
+    written = {f"{chart.name}.png": drawing.png(chart) for chart in page.charts}
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
         for name, data in (written | {PAGE: text.encode(errors="replace")}).items():

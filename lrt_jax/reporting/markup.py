@@ -2,7 +2,7 @@
 
 import html
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from lrt_jax.reporting.drawing import PALETTE, Look
@@ -23,6 +23,12 @@ def text(value: object) -> Escaped:
 def key(look: Look) -> Escaped:
     """A series' colour and dashes, beside its name."""
     return f'<i class="key {look.dash}" style="--c:var(--s{look.number % len(PALETTE)})"></i>'
+
+
+def legend(looks: Mapping[str, Look]) -> Escaped:
+    """What several series look like; nothing of one."""
+    names = "".join(f"<li>{key(look)}{text(name)}</li>" for name, look in looks.items())
+    return f'<ul class="legend">{names}</ul>' if len(looks) > 1 else ""
 
 
 def numeral(value: float, form: str, unit: str = "") -> str:

@@ -11,10 +11,10 @@ from ml_collections import ConfigDict
 
 from lrt_jax.comparison import answers, plan, results
 from lrt_jax.model import costs
-from lrt_jax.reporting import charts, drawing
+from lrt_jax.reporting import charts, drawing, sweep_charts
 from lrt_jax.reporting.charts import AXES, Measurements
 from lrt_jax.reporting.drawing import MARK, Chart
-from lrt_jax.reporting.markup import NONE, Escaped, key, numeral, table, text, told
+from lrt_jax.reporting.markup import NONE, Escaped, key, legend, numeral, table, text, told
 from lrt_jax.reporting.measured import Measured
 from lrt_jax.reporting.runs import Run, Sweep
 from lrt_jax.reporting.style import CSS
@@ -134,11 +134,11 @@ class Page:
             numeral(rate, ",.0f"),
         ]
 
-    def _figures(self, found: Iterable[Chart | None], *, legend: bool = True, kind: str = "grid") -> Iterator[Escaped]:
-        """Charts in a grid, with the legend above; nothing of none."""
+    def _figures(self, found: Iterable[Chart | None], *, named: bool = True, kind: str = "grid") -> Iterator[Escaped]:
+        """Charts in a grid, with the legend of all above; nothing of none."""
         drawn = [chart for chart in found if chart is not None]
         if drawn:
-            yield (self._legend() if legend else "") + f'<div class="{kind}">'
+            yield (legend(drawn[0].legend) if named else "") + f'<div class="{kind}">'
             yield from map(self._figure, drawn)
             yield "</div>"
 
@@ -147,15 +147,9 @@ class Page:
         drawn = drawing.svg(chart)
         return f"<figure><b>{text(chart.title)}</b>{drawn}<figcaption>{text(chart.about)}</figcaption></figure>"
 
-    def _legend(self) -> Escaped:
-        if len(self.looks) == 1:
-            return ""
-        names = "".join(f"<li>{key(look)}{text(name)}</li>" for name, look in self.looks.items())
-        return f'<ul class="legend">{names}</ul>'
-
     def _equal_compute(self) -> Iterator[Escaped]:
         for number, sweep in enumerate(self.sweeps, 1):
-            chart = charts.equal_compute(sweep, self.looks, number)
+            chart = sweep_charts.equal_compute(sweep.results, self.looks, f"equal-compute-{number}")
             if chart is None:
                 if not sweep.answered:
                     yield f"<p>No run of the sweep {text(sweep.name)} is done yet.</p>"
@@ -171,8 +165,8 @@ class Page:
             yield table(head, lines)
 
     def _answers(self) -> Iterator[Escaped]:
-        """The tables of sweeps over state tracking, a task each."""
-        for sweep in self.sweeps:
+        """The charts and tables of sweeps over state tracking, a task each."""
+        for number, sweep in enumerate(self.sweeps, 1):
             planned = tuple(plan.Run(one.variant, ConfigDict(), one.budget, one.seed) for one in sweep.answered)
             if planned:
                 yield (
@@ -180,6 +174,7 @@ class Page:
                     "position, under true recurrence: the mean over seeds, in brackets the least and the most. Cost is "
                     "in plain steps.</p>"
                 )
+                yield from self._figures(sweep_charts.answers_by_length(sweep.answered, f"answers-{number}"))
                 for head, *lines in answers.tables(plan.Sweep(planned, sweep.baseline), sweep.answered).values():
                     yield table(head, lines)
 
@@ -187,7 +182,7 @@ class Page:
         panels = {axis: self._by(axis) for axis in AXES}
         if not any(any(found) for found in panels.values()):
             return
-        yield f'{self._legend()}<div class="tabs">'
+        yield f'{legend(self.looks)}<div class="tabs">'
         for axis, said in AXES.items():
             checked = " checked" if axis == "steps" else ""
             yield f'<input type="radio" name="x" id="x-{axis}"{checked}><label for="x-{axis}">{said}</label>'
@@ -201,7 +196,7 @@ class Page:
         yield "</div>"
         alone = self.runs if len(self.runs) <= COLUMNS else []
         kinds = [charts.forwards(run, number, len(alone) > 1) for number, run in enumerate(alone, 1)]
-        yield from self._figures([*charts.by_position(self.runs), *kinds], legend=False)
+        yield from self._figures([*charts.by_position(self.runs), *kinds], named=False)
 
     def _by(self, axis: str) -> list[Chart | None]:
         loss, norm = (charts.curves(self.runs, axis, metric, *said) for metric, said in charts.TRAINING.items())

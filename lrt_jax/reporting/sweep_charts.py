@@ -1,0 +1,58 @@
+"""The charts of a sweep: bits per byte at equal compute, or right answers by length."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from lrt_jax.comparison.answers import edges
+from lrt_jax.comparison.results import Answered, Result, curve
+from lrt_jax.reporting import drawing
+from lrt_jax.reporting.drawing import INK, Chart, Look
+
+
+def equal_compute(results: Sequence[Result], look: dict[str, Look], name: str) -> Chart | None:
+    """Bits per byte by effective compute, a curve per variant; ``name`` is its file's."""
+    if not results:
+        return None
+
+    def draw(axes: Any) -> None:
+        axes.set_xscale("log")
+        for variant in dict.fromkeys(result.variant for result in results):
+            points = [(one.effective_tokens, one.bpb) for one in results if one.variant == variant]
+            color = look[variant].color if variant in look else INK
+            axes.plot(*zip(*points, strict=True), "o", color=color, alpha=0.8)
+            fitted = curve(points)
+            if fitted is not None:
+                x_N = np.geomspace(fitted.least, fitted.most, 60)
+                axes.plot(x_N, [fitted.bpb(x) for x in x_N], color=color)
+        drawing.round_ticks(axes.xaxis, np.array([one.effective_tokens for one in results]), 1e6)
+        axes.set(xlabel="effective compute, million tokens", ylabel="sequential bits per byte")
+
+    about = "A dot is a run, a curve a variant. At equal compute lower is better; at equal height, further left."
+    return Chart(name, "Bits per byte at equal compute", about, draw, look)
+
+
+def answers_by_length(results: Sequence[Answered], name: str) -> Iterator[Chart]:
+    """For each task right answers by position, a curve per variant, its mean over seeds.
+
+    A variant looks the same in all tasks. A chart's file is named ``name`` and the task.
+    """
+    look = drawing.looks(result.within_task for result in results)
+    for task in dict.fromkeys(result.task for result in results):
+        found: dict[str, dict[int, list[float]]] = {}
+        for result in (result for result in results if result.task == task):
+            for interval, share in result.accuracy.items():
+                found.setdefault(result.within_task, {}).setdefault(edges(interval)[1], []).append(100 * share)
+
+        def draw(axes: Any, found: dict[str, dict[int, list[float]]] = found) -> None:
+            for name, by_end in found.items():
+                ends = sorted(by_end)
+                look[name].curve(axes, ends, [np.mean(by_end[end]) for end in ends])
+            ends = sorted({end for by_end in found.values() for end in by_end})
+            axes.set_xscale("log", base=2)
+            axes.set_xticks(ends, list(map(str, ends)))
+            axes.set(xlabel="up to this position", ylabel="right answers, %", ylim=(-3, 103))
+
+        about = "Under true recurrence, the mean over seeds. A dot is of the positions since the dot before it."
+        yield Chart(f"{name}-{task}", f"Right answers by length: {task}", about, draw, look)
