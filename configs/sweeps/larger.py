@@ -2,7 +2,7 @@
 
     python -m lrt_jax.sweep configs/sweeps/larger.py
 
-The laboratory of matched_compute.py with width 128 and two heads: 0.92 M parameters. A run takes about half an hour on
+The laboratory of matched_compute.py with width 128 and two heads: 0.95 M parameters. A run takes about half an hour on
 one CPU core. docs/RESULTS.md has what it came to.
 """
 

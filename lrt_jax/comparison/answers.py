@@ -42,9 +42,8 @@ def edges(interval: str) -> tuple[int, int]:
 def _cell(shares: Sequence[float]) -> str:
     if not shares:
         return ""
-    percent = np.round(100 * np.array(shares), 1)
-    spread = f" ({percent.min():.1f} to {percent.max():.1f})" if np.ptp(percent) else ""
-    return f"{percent.mean():.1f}{spread}"
+    mean, least, most = (f"{100 * share:.1f}" for share in (np.mean(shares), min(shares), max(shares)))
+    return mean if least == most else f"{mean} ({least} to {most})"
 
 
 def summary(sweep: Sweep, results: Sequence[Answered]) -> dict[str, Any]:
