@@ -1,4 +1,4 @@
-"""State tracking: a small model on words over a group, trained on 32 letters and scored on up to 512.
+"""State tracking: a small model on words over a group, trained on 4 to 32 letters and scored on up to 512.
 
     python -m lrt_jax.main --config=configs/state_tracking.py                   # parity, trained sequentially
     python -m lrt_jax.main --config=configs/state_tracking.py:s5                # mod5, s5, swap_s5
@@ -35,7 +35,7 @@ def get_config(variant: str = "parity") -> ConfigDict:
     )
     config.data.task = variant
     config.model.update(window_pattern="L", value_embeddings="none")
-    # Not unrolled: a run as short as this gains more by the compilation than it loses by its steps.
+    # Not unrolled: in so short a run faster compilation is worth more than faster steps.
     config.schedule.update(name="sequential", unroll=False)
     config.train.update(steps=400, log_every=20, keep=1)
     config.eval.update(batch_size=64, rows=64, final_rows=256)

@@ -12,9 +12,10 @@ from pathlib import Path
 import jax
 from absl import flags
 
-from lrt_jax.reporting import files, runs
+from lrt_jax.reporting import files
 from lrt_jax.reporting.measured import Measured, Texts, measure
 from lrt_jax.reporting.page import Page
+from lrt_jax.reporting.places import runs_in
 from lrt_jax.reporting.runs import Run
 from lrt_jax.setup import flags as command_line
 from lrt_jax.setup import workdir as workdirs
@@ -60,13 +61,13 @@ def write(places: Sequence[Path], out: Path, samples: int, prompt: str | None, *
       ReportError: there is no run, or something else lies in ``out``.
       WorkdirError: ``out`` cannot be written.
     """
-    found, sweeps, notes = runs.read(places)
+    found, sweeps, notes = runs_in(places)
     files.check(out)
     measured: dict[str, Measured] = {}
     texts, chosen = Texts(), {run.label for run in _chosen(found)}
     for run in found if with_model else ():
         if run.label in chosen:
-            print(f"{run.label}: reading its held-out text and its newest checkpoint", flush=True)
+            print(f"{run.label}: reading its newest checkpoint and what was held out", flush=True)
         measured[run.label] = measure(run, texts, samples, prompt, whole=run.label in chosen)
     if len(chosen) < len(found) and with_model:
         notes.append("Gates and samples are of one run of each variant: that of the largest budget and first seed.")
@@ -76,11 +77,11 @@ def write(places: Sequence[Path], out: Path, samples: int, prompt: str | None, *
 
 def _chosen(found: Sequence[Run]) -> list[Run]:
     """Those whose checkpoints are read: of the runs of a sweep's variant, that of the largest budget and first seed."""
-    chosen: dict[str, Run] = {}
+    chosen: dict[tuple[Path, str], Run] = {}
     for run in found:
-        before = chosen.get(run.series)
-        if before is None or _rank(run) > _rank(before):
-            chosen[run.series] = run
+        of = (run.folder.resolve().parent if run.of_a_sweep else run.folder, run.series)
+        if of not in chosen or _rank(run) > _rank(chosen[of]):
+            chosen[of] = run
     return list(chosen.values())
 
 

@@ -3,9 +3,10 @@
 FILE lists runs (``configs/sweeps/``), each with a budget of effective tokens. They run one after the other, each in a
 folder of DIR; the same command goes on where it was stopped, and leaves out what is done. It ends with a table of
 what is done so far (``table.md``), the numbers (``results.json``) and a picture (``bpb.png``; of
-state tracking ``accuracy-TASK.png`` of each task).
+state tracking one for each task, ``accuracy-TASK.png``).
 """
 
+import contextlib
 import json
 import os
 import platform
@@ -16,11 +17,13 @@ from pathlib import Path
 
 import jax
 from absl import flags
+from etils import epath
 
 from lrt_jax import main as training
 from lrt_jax.comparison import answers, plan, results
 from lrt_jax.comparison.results import Answered, Result
 from lrt_jax.data import records, tokenizer
+from lrt_jax.durability import manifest
 from lrt_jax.model import costs
 from lrt_jax.reporting import drawing, sweep_charts
 from lrt_jax.run.loop import TrainingError
@@ -29,6 +32,7 @@ from lrt_jax.setup import mesh as meshes
 from lrt_jax.setup import workdir as workdirs
 from lrt_jax.setup.config import ConfigError
 from lrt_jax.setup.durations import train_steps
+from lrt_jax.setup.errors import writing
 
 SECONDS = "seconds.json"  # in a run's folder: how long its sessions took
 
@@ -88,13 +92,16 @@ def _run(run: plan.Run, out: Path, sweep: plan.Sweep) -> bool:
         return False
     parameters = costs.count_parameters(config.model).total
     steps = train_steps(config.train, config.model.sequence_length, parameters)
-    results.write(folder, results.result_of(run, scores, seconds, parameters, steps))
+    try:
+        results.write(folder, results.result_of(run, scores, seconds, parameters, steps))
+    except ConfigError as error:
+        print(f"warning: {run.name} is left out: {error}", file=sys.stderr, flush=True)
     return True
 
 
 def _share_tokens(folder: Path, others: list[Path]) -> None:
     """Gives a new run the tokenizer and tokens of another one, so that all have the same and make them once."""
-    ready = [other for other in others if (other / tokenizer.FILE).exists() and (other / records.FOLDER).exists()]
+    ready = [other for other in others if (other / tokenizer.FILE).exists() and _complete(other / records.FOLDER)]
     if folder.exists() or not ready:
         return
     unfinished = folder.with_name(f"{folder.name}.new")
@@ -102,6 +109,11 @@ def _share_tokens(folder: Path, others: list[Path]) -> None:
     shutil.copytree(ready[0] / records.FOLDER, unfinished / records.FOLDER, copy_function=_linked)
     shutil.copy2(ready[0] / tokenizer.FILE, unfinished / tokenizer.FILE)
     unfinished.rename(folder)
+
+
+def _complete(tokens: Path) -> bool:
+    """Whether the tokens are all there: a machine that is still writing them must not share its files."""
+    return any(tokens.glob(f"*/{records.INDEX}"))
 
 
 def _linked(source: str, target: str) -> None:
@@ -113,9 +125,11 @@ def _linked(source: str, target: str) -> None:
 
 
 def _add_seconds(path: Path, more: float) -> float:
-    before = json.loads(path.read_text()) if path.exists() else 0.0
+    before = 0.0
+    with contextlib.suppress(OSError, ValueError, TypeError):  # it is damaged: of no weight beside the run itself
+        before = float(json.loads(path.read_text()))
     if path.parent.exists():
-        path.write_text(json.dumps(before + more))
+        manifest.write_whole(epath.Path(path), json.dumps(before + more).encode())
     return before + more
 
 
@@ -124,18 +138,20 @@ def report(sweep: plan.Sweep, out: Path) -> None:
     found = [result for run in sweep.runs if (result := results.read(out / run.name)) is not None]
     texts = [result for result in found if isinstance(result, Result)]
     answered = [result for result in found if isinstance(result, Answered)]
-    tables = [*answers.tables(sweep, answered).values()] if answered else [results.rows(sweep, texts)]
-    summary = answers.summary(sweep, answered) if answered else results.summary(sweep, texts)
+    tables = answers.tables(sweep.variants, answered) if answered else [results.rows(sweep.variants, texts)]
     lines = [f"{len(found)} of {len(sweep.runs)} runs are done"]
     for table in tables:
         lines += ["", *results.markdown(table)]
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "table.md").write_text("\n".join(lines) + "\n")
-    (out / "results.json").write_text(json.dumps({"reported_on": _machine(), **summary}, indent=2) + "\n")
+    summary = {"reported_on": _machine(), **results.summary(sweep.variants, found)}
+    with writing(out):
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "table.md").write_text("\n".join(lines) + "\n")
+        (out / "results.json").write_text(json.dumps(summary, indent=2) + "\n")
     print("\n" + "\n".join(lines))
     compared = sweep_charts.equal_compute(texts, drawing.looks(sweep.variants), "bpb")
     for chart in filter(None, [compared, *sweep_charts.answers_by_length(answered, "accuracy")]):
-        (out / f"{chart.name}.png").write_bytes(drawing.png(chart))
+        with writing(out):
+            (out / f"{chart.name}.png").write_bytes(drawing.png(chart, "lrt_jax.sweep"))
 
 
 def _machine() -> dict[str, str | int | None]:

@@ -53,20 +53,25 @@ def test_every_run_of_a_shipped_sweep_can_be_and_all_of_a_budget_cost_the_same(p
     [
         (None, "sweep.py; shipped ones are configs/sweeps/baseline.py, "),
         ("x = 1", "which has no function get_sweep"),
-        ("def get_sweep():\n    return 1 / 0", "which fails in line 3 (ZeroDivisionError: division by zero)"),
+        ("def get_sweep():\n    return 1 / 0", "which fails in line 5 (ZeroDivisionError: division by zero)"),
         ("def get_sweep(): return []", "whose get_sweep returns no runs"),
         ("def get_sweep(): return Sweep((), 'a')", "whose get_sweep returns no runs"),
-        ("def get_sweep(): return Sweep((Run('a', None, 1.0),), 'b')", "whose baseline 'b' is none of its variants"),
+        ("def get_sweep(): return Sweep((Run('a', C, 1.0),), 'b')", "whose baseline 'b' is none of its variants"),
         (
-            "def get_sweep(): return Sweep((Run('a b', None, 1.0), Run('a-b', None, 1.0)), 'a b')",
-            "two runs are a-b_1_0",
+            "def get_sweep(): return Sweep((Run('a b', C, 1.0), Run('a-b', C, 1.0)), 'a b')",
+            "two runs, of 'a b' and 'a-b', have the folder a-b_1_0",
         ),
+        ("def get_sweep(): return Sweep((Run('a', None, 1.0),), 'a')", "it must be a Run with a whole config"),
+        ("def get_sweep(): return Sweep((Run('a', C, -5.0),), 'a')", "the budget of 'a' is -5.0; it must be above 0"),
+        ("def get_sweep(): return Sweep((Run('a', C, float('nan')),), 'a')", "the budget of 'a' is nan"),
+        ("def get_sweep(): return Sweep((Run('a', C, 1.0, 1.5),), 'a')", "the seed of 'a' is 1.5; it must be int"),
     ],
 )
 def test_a_file_that_is_no_sweep_is_refused_in_one_line(text, message, tmp_path):
     path = tmp_path / "sweep.py"
     if text is not None:
-        path.write_text(f"from lrt_jax.comparison.plan import Run, Sweep\n{text}\n")
+        head = "from ml_collections import ConfigDict\nfrom lrt_jax.comparison.plan import Run, Sweep\n"
+        path.write_text(f"{head}C = ConfigDict({{'data': {{'task': ''}}}})\n{text}\n")
     with pytest.raises(ConfigError) as refused:
         plan.load(str(path))
     assert message in str(refused.value) and "\n" not in str(refused.value)
@@ -99,19 +104,18 @@ def test_the_compute_saved_is_that_of_the_curves_it_was_made_from():
     law = lambda effective, seed: noise[seed] * 3 * effective**-0.05  # noqa: E731
     found = [result("plain", budget, seed, law(budget, seed)) for budget in (1e6, 2e6, 4e6) for seed in noise]
     found += [result("other", budget, seed, law(budget / 0.75, seed)) for budget in (1e6, 4e6) for seed in noise]
-    sweep = plan.Sweep((plan.Run("plain", tiny_config(), 1.0), plan.Run("other", tiny_config(), 1.0)), "plain")
     for budget in (1e6, 4e6):
-        share = results.saved(sweep, found, "other", budget)
+        share = results.saved("plain", found, "other", budget)
         np.testing.assert_allclose([share.value, share.half], [0.25, 0], atol=1e-5)
         assert share.count == 3
-    assert results.saved(sweep, found, "plain", 2e6).value == pytest.approx(0, abs=1e-5)
+    assert results.saved("plain", found, "plain", 2e6).value == pytest.approx(0, abs=1e-5)
     # One budget of the baseline makes no curve.
-    assert results.saved(sweep, [one for one in found if one.budget == 1e6], "other", 1e6).count == 0
+    assert results.saved("plain", [one for one in found if one.budget == 1e6], "other", 1e6).count == 0
     # Far beyond what the baseline was run for, what it was given is a bound: half of 4 M for what 2 M came to.
     far = [one for one in found if one.variant == "plain"] + [result("other", 2e6, 0, law(1e9, 0))]
-    share = results.saved(sweep, far, "other", 2e6)
+    share = results.saved("plain", far, "other", 2e6)
     assert share.at_least and share.text(1, 100, " %") == "≥ 50.0 %"
-    lines = results.markdown(results.rows(sweep, found))
+    lines = results.markdown(results.rows(["plain", "other"], found))
     assert [line.split(" | ")[0] for line in lines[2:]] == ["| plain"] * 3 + ["| other"] * 2
     assert "25.0 ± 0.0 %" in lines[-1] and "-0.99 %" in lines[-1]
 
@@ -138,8 +142,10 @@ def test_a_sweep_goes_on_where_it_was_stopped_and_reports_what_is_done(tmp_path,
 
     def train(config, folder):
         ran.append(folder.name)
-        (folder / "tokens").mkdir(parents=True, exist_ok=True)
-        (folder / "tokens" / "part").write_text(str(len(ran)) if not list((folder / "tokens").iterdir()) else "1")
+        tokens = folder / "tokens" / "x"
+        tokens.mkdir(parents=True, exist_ok=True)
+        (tokens / "part").write_text("1" if list(tokens.iterdir()) else str(len(ran)))
+        (tokens / "index.json").touch()
         (folder / "tokenizer.model").touch()
         (folder / "checkpoints").mkdir(exist_ok=True)
         if folder.name.startswith("bad"):
@@ -160,7 +166,7 @@ def test_a_sweep_goes_on_where_it_was_stopped_and_reports_what_is_done(tmp_path,
     assert ran[2:] == ["other_3200_0", "bad_3200_0", "plain_6400_0"]
     assert "3 of 4 runs are done" in printed.out and "bad_3200_0 is left out: the loss is not finite" in printed.err
     # All have the first run's tokens, and keep their own checkpoints.
-    assert {path.read_text() for path in out.glob("*/tokens/part")} == {"1"} and not list(out.glob("*.new"))
+    assert {path.read_text() for path in out.glob("*/tokens/x/part")} == {"1"} and not list(out.glob("*.new"))
     assert len(list(out.glob("*/checkpoints"))) == 4
     found = json.loads((out / "results.json").read_text())
     assert found["reported_on"]["jax"] == jax.__version__
@@ -171,4 +177,26 @@ def test_a_sweep_goes_on_where_it_was_stopped_and_reports_what_is_done(tmp_path,
     ]
     assert (out / "bpb.png").stat().st_size > 1000 and "| other | 0.0032 M |" in (out / "table.md").read_text()
     before = len(ran)
+    (out / "bad_3200_0" / "seconds.json").write_text("{")  # the time that it took is lost, and nothing else
     assert command.main(str(file)) == 0 and ran[before:] == ["bad_3200_0"]  # what failed is tried again
+    (out / "plain_3200_0" / "result.json").write_text('{"variant": "plain"')
+    with pytest.raises(results.ResultError, match=r"plain_3200_0/result\.json is no result of this version"):
+        command.main(str(file))
+
+
+def test_tokens_that_are_being_written_are_not_shared(tmp_path):
+    (tmp_path / "a" / "tokens" / "x").mkdir(parents=True)
+    (tmp_path / "a" / "tokenizer.model").touch()
+    (tmp_path / "a" / "tokens" / "x" / "0.bin.tmp").touch()
+    command._share_tokens(tmp_path / "b", [tmp_path / "a"])
+    assert not (tmp_path / "b").exists()
+
+
+@pytest.mark.parametrize(("field", "value"), [("bpb", None), ("bpb", 0), ("tokens", 0), ("old", 1), ("variant", 5)])
+def test_a_result_of_another_version_is_refused_in_one_line(tmp_path, field, value):
+    results.write(tmp_path, result("plain", 1e6, 0, 1.5))
+    assert results.read(tmp_path).bpb == 1.5
+    fields = json.loads((tmp_path / "result.json").read_text())
+    (tmp_path / "result.json").write_text(json.dumps(fields | {field: value}))
+    with pytest.raises(results.ResultError, match=rf"result\.{field}"):
+        results.read(tmp_path)

@@ -7,6 +7,7 @@ import os
 
 import forked
 import jax
+import matplotlib.image
 import numpy as np
 import pytest
 import saved_runs
@@ -21,7 +22,8 @@ from lrt_jax.method import forwards
 from lrt_jax.model.decoder import Decoder
 from lrt_jax.model.memory import shift_right
 from lrt_jax.model.model import Model
-from lrt_jax.reporting import charts, drawing, measured, runs
+from lrt_jax.reporting import charts, drawing, measured
+from lrt_jax.reporting.places import runs_in
 from lrt_jax.reporting.runs import ReportError
 from lrt_jax.setup.config import Config, DataConfig, EvalConfig, TrainConfig
 
@@ -69,7 +71,7 @@ def odd(tmp_path_factory, config):
     (place / "new" / "metrics.jsonl").unlink()
     (place / "no config" / "run.lock").touch()
     page = report.write([place, place / "torn", place / "other fields/../torn"], place / "report", 2, None)
-    found, _, notes = runs.read([place, place / "torn"])
+    found, _, notes = runs_in([place, place / "torn"])
     return page, {run.folder.name: run for run in found}, notes
 
 
@@ -118,10 +120,10 @@ def test_time_is_that_of_training(config, tmp_path):
     rows = rows_of(30)
     del rows[0]["perf/tokens_per_second"]
     rows[2]["perf/tokens_per_second"] = 500.0
-    (run,), _, _ = runs.read([write_run(tmp_path / "run", rows)])
+    (run,), _, _ = runs_in([write_run(tmp_path / "run", rows)])
     np.testing.assert_allclose(run.at("time", np.array([10, 15, 20, 30])), [0.64, 0.96, 1.28, 2.56])
     np.testing.assert_allclose(run.at("compute", np.array([5, 30])), [480, 2880])
-    (run,), _, _ = runs.read([write_run(tmp_path / "before", [{"step": 1, "train/loss": 2.0}])])
+    (run,), _, _ = runs_in([write_run(tmp_path / "before", [{"step": 1, "train/loss": 2.0}])])
     assert run.at("time", np.array([1])) is None and charts.curves([run], "time", "train/loss", "", "") is None
 
 
@@ -134,24 +136,52 @@ def test_a_sweep_over_state_tracking_has_its_table_and_chart(config, tmp_path):
         about = {"variant": "parity plain", "budget": 64.0, "seed": seed, "tokens": 64, "seconds": 1.0}
         accuracy = {"0_to_8": share, "8_to_64": 0.5}
         results.write(folder, Answered(**about, effective_tokens=64.0, parameters=9, task="parity", accuracy=accuracy))
+    write_run(tmp_path / "parity-plain_64_10", rows_of(100), of_task)  # not done
+    (write_run(tmp_path / "torn_64_0", rows_of(100), of_task) / "result.json").write_text('{"variant": "torn"')
     path = report.write([tmp_path], tmp_path / "report", 1, None)
     page = Elements(path.read_text())
+    found, (sweep,), _ = runs_in([tmp_path])
+    assert [(run.folder.name, run.series) for run in found[2:]] == [
+        ("parity-plain_64_10", "parity plain"),
+        ("torn_64_0", "torn"),
+    ]
+    assert len(sweep.answered) == 2 and "is no result of this version" in page.text
     assert "75.0 (50.0 to 100.0)" in page.text and "9 to 64" in page.text and "finished, 200 steps" in page.text
-    drawn = {file.name for file in path.parent.glob("answers-*.png")}
-    assert drawn == {"answers-by-position.png", "answers-1-parity.png"} and "sequential BPB" not in page.text
     assert "parity-plain_64_0: Its newest checkpoint cannot be shown: the work dir" in page.text
+    drawn = {file.name for file in path.parent.glob("answers-*.png")}
+    assert drawn == {"answers-1-parity.png"} and "sequential BPB" not in page.text
+    with pytest.raises(ReportError, match="not of a report"):  # the sweep's own pictures stay
+        (tmp_path / "accuracy-parity.png").write_bytes(
+            drawing.png(drawing.Chart("x", "x", "", lambda _: None), "sweep")
+        )
+        report.write([tmp_path], tmp_path, 0, None)
+
+
+def test_runs_without_a_number_and_names_with_a_date_make_a_page(tmp_path):
+    for number in range(5):
+        write_run(tmp_path / f"exp_2024.11.28_{number}", [])
+    assert "exp_2024.11.28_4" in report.write([tmp_path], tmp_path / "report", 0, None).read_text()
+
+
+def test_a_picture_has_room_for_the_names_of_many(tmp_path):
+    sizes = []
+    for count in (2, 40):
+        chart = drawing.Chart("x", "x", "", lambda axes: axes.plot([0, 1]), drawing.looks(map(str, range(count))))
+        (tmp_path / "x.png").write_bytes(drawing.png(chart))
+        sizes.append(matplotlib.image.imread(tmp_path / "x.png").shape[0])
+    assert sizes[1] > 1.5 * sizes[0]
 
 
 def test_a_state_is_what_the_files_say(config, tmp_path):
     folder = write_run(tmp_path / "run", rows_of(200), config)
-    assert runs.read([folder])[0][0].state == "stopped at step 200 of 200"  # its score is missing
+    assert runs_in([folder])[0][0].state == "stopped at step 200 of 200"  # its score is missing
     (folder / "run.lock").touch()
-    assert runs.read([folder])[0][0].state == "in progress, at step 200 of 200"
+    assert runs_in([folder])[0][0].state == "in progress, at step 200 of 200"
     os.utime(folder / "metrics.jsonl", (1, 1))
-    assert runs.read([folder])[0][0].state.startswith("stopped")  # its lock's file is of a process that was killed
+    assert runs_in([folder])[0][0].state.startswith("stopped")  # its lock's file is of a process that was killed
     with (folder / "metrics.jsonl").open("a") as stream:
         stream.write('{"step": 200, "val/bpb_sequential": 2.0}\n')
-    assert runs.read([folder])[0][0].state == "finished, 200 steps"
+    assert runs_in([folder])[0][0].state == "finished, 200 steps"
 
 
 @pytest.mark.parametrize("kind", ["empty", "missing", "file"])
@@ -161,7 +191,7 @@ def test_what_holds_no_run_is_refused_in_one_line(tmp_path, kind):
     place.write_text("") if kind == "file" else None
     said = {"empty": "holds no run", "missing": "is not there", "file": "is a file"}[kind]
     with pytest.raises(ReportError, match=said) as refused:
-        runs.read([place])
+        runs_in([place])
     assert "\n" not in str(refused.value)
 
 
@@ -195,7 +225,7 @@ def test_what_only_a_checkpoint_shows(model_run, tmp_path, monkeypatch):
     assert "cannot be" not in shown.text
     titles = {attrs["aria-label"] for tag, attrs in shown.found if tag == "svg"}
     assert titles == {*(f"{sign} by layer" for sign in "αβγ"), *(f"Gate {name} by layer" for name in charts.GATES)}
-    (run,), _, _ = runs.read([model_run])
+    (run,), _, _ = runs_in([model_run])
     with jax.numpy_rank_promotion("allow"):
         found = measured.measure(run, measured.Texts(), 0, None, whole=True)
     assert set(found.scalars["alpha"]) == {1, 2} and set(found.scalars["gamma"]) == {2}

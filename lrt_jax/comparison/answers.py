@@ -1,29 +1,26 @@
 """What the runs of a sweep over state tracking came to: right answers by length, for each task and variant."""
 
-import dataclasses
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
-from lrt_jax.comparison.plan import Sweep
 from lrt_jax.comparison.results import Answered
 
 
-def tables(sweep: Sweep, results: Sequence[Answered]) -> dict[str, list[list[str]]]:
+def tables(variants: Sequence[str], results: Sequence[Answered]) -> list[list[list[str]]]:
     """Of each task a head, then for each variant and budget what it costs, and right answers by position, in %.
 
     A cell is the mean over seeds, and in brackets the least and the most, where these differ.
     """
     tasks = dict.fromkeys(result.task for result in results)
-    return {task: _rows(sweep, task, [result for result in results if result.task == task]) for task in tasks}
+    return [_rows(variants, task, [result for result in results if result.task == task]) for task in tasks]
 
 
-def _rows(sweep: Sweep, task: str, results: Sequence[Answered]) -> list[list[str]]:
+def _rows(variants: Sequence[str], task: str, results: Sequence[Answered]) -> list[list[str]]:
     intervals = sorted({interval for result in results for interval in result.accuracy}, key=edges)
     names = [f"{begin + 1} to {end}" for begin, end in map(edges, intervals)]
     lines = [[task, "cost", "tokens", "seeds", *names]]
-    for variant in sweep.variants:
+    for variant in variants:
         for budget in sorted({result.budget for result in results if result.variant == variant}):
             mine = [result for result in results if (result.variant, result.budget) == (variant, budget)]
             cost, tokens = mine[0].effective_tokens / mine[0].tokens, mine[0].tokens / 1e6
@@ -44,8 +41,3 @@ def _cell(shares: Sequence[float]) -> str:
         return ""
     mean, least, most = (f"{100 * share:.1f}" for share in (np.mean(shares), min(shares), max(shares)))
     return mean if least == most else f"{mean} ({least} to {most})"
-
-
-def summary(sweep: Sweep, results: Sequence[Answered]) -> dict[str, Any]:
-    """Everything, for a file."""
-    return {"baseline": sweep.baseline, "runs": [dataclasses.asdict(result) for result in results]}

@@ -1,6 +1,5 @@
 """What a sweep runs: configs, each for a budget of effective tokens, and where each run lives."""
 
-import collections
 import dataclasses
 import re
 
@@ -9,6 +8,7 @@ from ml_collections import ConfigDict
 from lrt_jax.model import costs
 from lrt_jax.setup.config import Config, ConfigError, from_config_dict
 from lrt_jax.setup.config_file import returned
+from lrt_jax.setup.schema import NotEmpty, NotNegative, Positive, checked
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +27,16 @@ class Run:
     config: ConfigDict
     effective_tokens: float
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Checks what its folder is named by.
+
+        Raises:
+          ConfigError: a field cannot be.
+        """
+        checked(NotEmpty[str], self.variant, "a run's variant")
+        checked(Positive[float], self.effective_tokens, f"the budget of {self.variant!r}")
+        checked(NotNegative[int], self.seed, f"the seed of {self.variant!r}")
 
     @property
     def name(self) -> str:
@@ -50,7 +60,10 @@ class Run:
 
 @dataclasses.dataclass(frozen=True)
 class Sweep:
-    """Runs in the order in which they are to run, and the variant that others are compared with."""
+    """Runs in the order in which they are to run, and the variant that others are compared with.
+
+    Of state tracking it is only the first in the tables.
+    """
 
     runs: tuple[Run, ...]
     baseline: str
@@ -71,11 +84,17 @@ def load(path: str) -> Sweep:
     sweep = returned(f"the sweep is {path!r}", path, "get_sweep", rule, folder="configs/sweeps")
     if not isinstance(sweep, Sweep) or not sweep.runs:
         raise ConfigError(f"the sweep is {path!r}, whose get_sweep returns no runs; {rule}")
+    for run in sweep.runs:
+        if not isinstance(run, Run) or not isinstance(run.config, ConfigDict) or "data" not in run.config:
+            raise ConfigError(f"the sweep is {path!r}, which has {run!r:.80}; it must be a Run with a whole config")
     if sweep.baseline not in {run.variant for run in sweep.runs}:
         raise ConfigError(f"the sweep is {path!r}, whose baseline {sweep.baseline!r} is none of its variants")
-    name, count = collections.Counter(run.name for run in sweep.runs).most_common(1)[0]
-    if count > 1:
-        raise ConfigError(f"the sweep is {path!r}, in which two runs are {name}; they must differ")
+    variants: dict[str, str] = {}
+    for run in sweep.runs:
+        if run.name in variants:
+            both = " and ".join(map(repr, dict.fromkeys([variants[run.name], run.variant])))
+            raise ConfigError(f"the sweep is {path!r}, in which two runs, of {both}, have the folder {run.name}")
+        variants[run.name] = run.variant
     if len({bool(run.config.data.task) for run in sweep.runs}) > 1:
         raise ConfigError(
             f"the sweep is {path!r}, in which some runs have a config.data.task and others text; make two"

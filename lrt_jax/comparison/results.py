@@ -9,14 +9,19 @@ does to both (the order of the data, mostly) drops out; intervals are Student's 
 import dataclasses
 import json
 import math
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 
-from lrt_jax.comparison.plan import Run, Sweep
+from lrt_jax.comparison.plan import Run
 from lrt_jax.model import costs
+from lrt_jax.setup import schema
+from lrt_jax.setup.errors import UserError
+from lrt_jax.setup.fields import Size, Task
+from lrt_jax.setup.schema import Must, within
 
 FILE = "result.json"  # in a run's folder, once it is done
 ACCURACY = "val/accuracy/"
@@ -25,6 +30,14 @@ STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228
 NORMAL = 1.96
 # Beyond the budgets that were run a curve is trusted so far, as a factor.
 REACH = 4.0
+
+# What a result's numbers may be, so that tables and charts can be made of them.
+Amount = Annotated[float, within(1e-30, 1e30)]
+Interval = Annotated[str, Must("be A_to_B", re.compile(r"[0-9]{1,9}_to_[0-9]{1,9}").fullmatch)]
+
+
+class ResultError(UserError):
+    """A result cannot be read."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,10 +53,10 @@ class Done:
     """
 
     variant: str
-    budget: float
+    budget: Amount
     seed: int
-    tokens: int
-    effective_tokens: float
+    tokens: Size
+    effective_tokens: Amount
     parameters: int
     seconds: float
 
@@ -58,9 +71,9 @@ class Result(Done):
       bpb_init: by the initialization forward.
     """
 
-    bpb: float
-    bpb_merged: float
-    bpb_init: float
+    bpb: Amount
+    bpb_merged: Amount
+    bpb_init: Amount
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -72,8 +85,8 @@ class Answered(Done):
       accuracy: the share of right answers under true recurrence, by the interval of positions, ``0_to_32`` ….
     """
 
-    task: str
-    accuracy: dict[str, float]
+    task: Task
+    accuracy: dict[Interval, float]
 
     @property
     def within_task(self) -> str:
@@ -82,12 +95,22 @@ class Answered(Done):
 
 
 def read(folder: Path) -> Done | None:
-    """The result in a run's folder; None while it is not done."""
+    """The result in a run's folder; None while it is not done.
+
+    Raises:
+      ResultError: it is damaged, or of another version.
+    """
     path = folder / FILE
     if not path.exists():
         return None
-    fields = json.loads(path.read_text())
-    return Answered(**fields) if "accuracy" in fields else Result(**fields)
+    try:
+        fields = json.loads(path.read_bytes())
+        kind = Answered if isinstance(fields, dict) and "accuracy" in fields else Result
+        return schema.build(kind, fields, "result")
+    except (OSError, ValueError, RecursionError) as error:  # ConfigError is a ValueError
+        raise ResultError(
+            f"{path} is no result of this version ({error}); remove it, and the sweep scores its run again"
+        ) from None
 
 
 def write(folder: Path, result: Done) -> None:
@@ -167,7 +190,7 @@ def curve(points: Sequence[tuple[float, float]]) -> Curve | None:
     return Curve(tuple(map(float, coefficients)), min(budgets), max(budgets))
 
 
-def saved(sweep: Sweep, results: Sequence[Result], variant: str, budget: float) -> Mean:
+def saved(baseline: str, results: Sequence[Result], variant: str, budget: float) -> Mean:
     """The share of the baseline's compute that a variant saves at a budget, where both have the same bits per byte.
 
     Where the baseline's curve does not come so low, the largest compute that it was given counts: the share is at least
@@ -176,12 +199,12 @@ def saved(sweep: Sweep, results: Sequence[Result], variant: str, budget: float) 
     shares, at_least = [], False
     for one in results:
         if (one.variant, one.budget) == (variant, budget):
-            others = [r for r in results if (r.variant, r.seed) == (sweep.baseline, one.seed)]
-            baseline = curve([(other.effective_tokens, other.bpb) for other in others])
-            if baseline is not None:
-                needed = baseline.effective(one.bpb)
-                if math.isnan(needed) and one.bpb < baseline.bpb(baseline.most):
-                    needed, at_least = baseline.most, True
+            others = [r for r in results if (r.variant, r.seed) == (baseline, one.seed)]
+            fitted = curve([(other.effective_tokens, other.bpb) for other in others])
+            if fitted is not None:
+                needed = fitted.effective(one.bpb)
+                if math.isnan(needed) and one.bpb < fitted.bpb(fitted.most):
+                    needed, at_least = fitted.most, True
                 shares.append(1 - one.effective_tokens / needed)
     return dataclasses.replace(mean(shares), at_least=at_least)
 
@@ -197,14 +220,17 @@ HEAD = (
 )
 
 
-def rows(sweep: Sweep, results: Sequence[Result]) -> list[tuple[str, ...]]:
-    """HEAD, then for each variant and budget its bits per byte, the gap of true recurrence, and the compute saved."""
+def rows(variants: Sequence[str], results: Sequence[Result]) -> list[tuple[str, ...]]:
+    """HEAD, then for each variant and budget its bits per byte, the gap of true recurrence, and the compute saved.
+
+    The first variant is what others are compared with.
+    """
     lines: list[tuple[str, ...]] = [HEAD]
-    for variant in sweep.variants:
+    for variant in variants:
         for budget in sorted({result.budget for result in results if result.variant == variant}):
             mine = [result for result in results if (result.variant, result.budget) == (variant, budget)]
             gap = mean(100 * (result.bpb / result.bpb_merged - 1) for result in mine)
-            share = saved(sweep, results, variant, budget)
+            share = saved(variants[0], results, variant, budget)
             cells = (
                 variant,
                 f"{mine[0].effective_tokens / 1e6:.4g} M",
@@ -212,7 +238,7 @@ def rows(sweep: Sweep, results: Sequence[Result]) -> list[tuple[str, ...]]:
                 f"{mine[0].tokens / mine[0].parameters:.1f}",
                 mean(result.bpb for result in mine).text(4),
                 f"{round(gap.value, 2) + 0.0:+.2f} %",  # no minus before 0
-                "" if variant == sweep.baseline else share.text(1, 100, " %"),
+                "" if variant == variants[0] else share.text(1, 100, " %"),
             )
             lines.append(cells)
     return lines
@@ -224,21 +250,26 @@ def markdown(rows: Sequence[Sequence[str]]) -> list[str]:
     return [head, "|---" * len(rows[0]) + "|", *lines]
 
 
-def summary(sweep: Sweep, results: Sequence[Result]) -> dict[str, Any]:
-    """Everything, for a file."""
+def summary(variants: Sequence[str], results: Sequence[Done]) -> dict[str, Any]:
+    """Everything, for a file; the first variant is what others are compared with."""
+    texts = [result for result in results if isinstance(result, Result)]
     return {
-        "baseline": sweep.baseline,
+        "baseline": variants[0],
         "runs": [dataclasses.asdict(result) for result in results],
         "saved": [
-            {"variant": variant, "budget": budget, **dataclasses.asdict(saved(sweep, results, variant, budget))}
-            for variant in sweep.variants[1:]
-            for budget in sorted({result.budget for result in results if result.variant == variant})
+            {"variant": variant, "budget": budget, **dataclasses.asdict(saved(variants[0], texts, variant, budget))}
+            for variant in variants[1:]
+            for budget in sorted({result.budget for result in texts if result.variant == variant})
         ],
     }
 
 
 def result_of(run: Run, scores: dict[str, float], seconds: float, parameters: int, steps: int) -> Done:
-    """A run's result from its closing metrics."""
+    """A run's result from its closing metrics.
+
+    Raises:
+      ConfigError: a score is not finite.
+    """
     config = run.complete
     tokens = steps * config.train.batch_size * config.model.sequence_length
     about: dict[str, Any] = {
@@ -252,7 +283,6 @@ def result_of(run: Run, scores: dict[str, float], seconds: float, parameters: in
     }
     if config.data.task:
         accuracy = {name.removeprefix(ACCURACY): value for name, value in scores.items() if name.startswith(ACCURACY)}
-        return Answered(**about, task=config.data.task, accuracy=accuracy)
-    return Result(
-        **about, bpb=scores["val/bpb_sequential"], bpb_merged=scores["val/bpb"], bpb_init=scores["val/bpb_init"]
-    )
+        return schema.build(Answered, about | {"task": config.data.task, "accuracy": accuracy}, "result")
+    names = {"bpb": "val/bpb_sequential", "bpb_merged": "val/bpb", "bpb_init": "val/bpb_init"}
+    return schema.build(Result, about | {field: scores[name] for field, name in names.items()}, "result")

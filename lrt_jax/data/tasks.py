@@ -19,7 +19,8 @@ import numpy as np
 from lrt_jax.data.pipeline import Batch, stream
 from lrt_jax.setup.config import Config, ConfigError
 
-# Ends the seed of words that are scored, which no row of training has. Short words may be the same all the same.
+# Ends the seed of words that are scored, which no row of training below 2³² has. Short words may be the same all the
+# same.
 HELD_OUT = 1
 # Symbols of a word that the report of a bad step shows.
 DESCRIBED = 32

@@ -1,11 +1,13 @@
 """The charts of a report: of each a function of the runs, None where they have nothing to show."""
 
+import math
 import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
+from lrt_jax.comparison.results import Answered
 from lrt_jax.reporting import drawing
 from lrt_jax.reporting.drawing import MUTED, PALETTE, Chart, Look
 from lrt_jax.reporting.measured import Measured
@@ -143,13 +145,18 @@ def forwards(run: Run, number: int, several: bool) -> Chart | None:
 
 
 def by_position(runs: Sequence[Run]) -> Iterator[Chart]:
-    """Sequential bits per byte, and the answers of state tracking, by position in the row, at the last evaluation."""
+    """Sequential bits per byte, and the answers of state tracking, by position in the row, at the last evaluation.
+
+    Answers of sweeps have a chart of their own (sweep_charts).
+    """
     about = "Sequential, at the last evaluation. The more text the model has read, the lower it should be."
     said = ("bpb-by-position", "Bits per byte by position", about)
     yield from _by_position(runs, "val/bpb_sequential/", said, "bits per byte", 1)
-    about = "Of words under true recurrence, at the last evaluation; beyond the trained length, if that is shorter."
+    about = "Under true recurrence, at the last evaluation. Positions beyond the trained length count, too."
     said = ("answers-by-position", "Right answers by position", about)
-    yield from _by_position(runs, "val/accuracy/", said, "right answers, %", 100)
+    yield from _by_position(
+        [run for run in runs if not isinstance(run.result, Answered)], "val/accuracy/", said, "right answers, %", 100
+    )
 
 
 def _by_position(runs: Sequence[Run], prefix: str, said: Said, unit: str, factor: float) -> Iterator[Chart]:
@@ -161,8 +168,9 @@ def _by_position(runs: Sequence[Run], prefix: str, said: Said, unit: str, factor
 
     def draw(axes: Any) -> None:
         for run in runs:
-            values_N = [factor * run.last(buckets[edges]) for edges in order]
-            look[run.series].curve(axes, range(len(order)), values_N)
+            values = {place: factor * run.last(buckets[edges]) for place, edges in enumerate(order)}
+            shown = {place: value for place, value in values.items() if not math.isnan(value)}
+            look[run.series].curve(axes, list(shown), list(shown.values()))
         axes.set_xticks(range(len(order)), [f"{begin + 1:,}–{end:,}" for begin, end in order])
         axes.set(xlabel="position in the row, tokens", ylabel=unit)
 

@@ -39,12 +39,12 @@ STYLE: Any = {
     "axes.labelcolor": INK,
     "text.color": INK,
 }
-# What tells that a file is ours.
+# What tells that a file is of a report.
 MARK = "lrt_jax.report"
 # A smoothed curve is a running mean over this share of its points.
 SMOOTHING = 0.02
-# Characters of a name in a PNG's legend.
-NAME = 60
+# Characters of a name in a PNG's legend; lines of it that the usual height has room for, and the inches of one more.
+NAME, ROWS, LINE = 60, 6, 0.2
 # Leading digits of the ticks of a logarithmic axis; the first of these rows that makes three ticks is taken.
 HEADS = ((1,), (1, 3), (1, 2, 5), (1, 1.5, 2, 3, 4, 5, 7), tuple(np.arange(2, 20) / 2), tuple(np.arange(10, 100) / 10))
 
@@ -135,7 +135,7 @@ def round_ticks(axis: Any, values_N: np.ndarray, scale: float = 1.0) -> None:
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
     low, high = 0.97 * float(values_N.min()), 1.03 * float(values_N.max())
-    decades = range(int(np.floor(np.log10(low))), int(np.ceil(np.log10(high))) + 1)
+    decades = range(int(np.floor(np.log10(low))), min(308, int(np.ceil(np.log10(high)))) + 1)
     for heads in HEADS:
         ticks = [head * 10.0**decade for decade in decades for head in heads if low <= head * 10.0**decade <= high]
         if len(ticks) >= 3:
@@ -166,23 +166,24 @@ def _drawn(chart: Chart, size: tuple[float, float], title: str, legend: Mapping[
     stream = io.BytesIO()
     with matplotlib.rc_context(STYLE), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing")  # a run's name in a script that the font has not
-        figure = Figure(figsize=size, layout="constrained")
+        columns = 1 + (len(legend) > 4)
+        more = max(0, -(-len(legend) // columns) - ROWS)
+        figure = Figure(figsize=(size[0], size[1] + LINE * more), layout="constrained")
         axes = figure.add_subplot()
         chart.draw(axes)
         axes.set_title(title, loc="left")
         if legend:
             handles = [Line2D([], [], color=look.color, linestyle=look.dash, linewidth=2) for look in legend.values()]
             names = [" " + (name if len(name) <= NAME else f"…{name[-NAME:]}") for name in legend]
-            columns = 1 + (len(names) > 4)
             figure.legend(handles, names, loc="outside lower left", ncols=columns)
         figure.savefig(stream, **options)
     return stream.getvalue()
 
 
-def png(chart: Chart) -> bytes:
-    """As a file of its own, with title and legend."""
+def png(chart: Chart, by: str = MARK) -> bytes:
+    """As a file of its own, with title and legend, that says by what it was written."""
     legend = chart.legend if len(chart.legend) > 1 else {}
-    return _drawn(chart, (6.4, 4.2), chart.title, legend, format="png", dpi=150, metadata={"Software": MARK})
+    return _drawn(chart, (6.4, 4.2), chart.title, legend, format="png", dpi=150, metadata={"Software": by})
 
 
 def svg(chart: Chart) -> str:

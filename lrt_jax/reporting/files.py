@@ -22,17 +22,17 @@ def check(out: Path) -> None:
     Raises:
       ReportError: it is a run's work dir, holds a page or picture that no report has put there, or cannot be written.
     """
-    if any((out / mark).exists() for mark in MARKS):
-        raise ReportError(
-            f"--out is {str(out)!r}, which is a run's work dir; name a folder of its own, as {out}/report"
-        )
-    for path in (out / PAGE, *sorted(out.glob("*.png"))):
-        if path.exists() and not _is_ours(path):
-            raise ReportError(
-                f"--out is {str(out)!r}, whose {path.name} is not of a report; name a folder that is new, or has an "
-                "earlier report"
-            )
     try:
+        if any((out / mark).exists() for mark in MARKS):
+            raise ReportError(
+                f"--out is {str(out)!r}, which is a run's work dir; name a folder of its own, as {out}/report"
+            )
+        for path in (out / PAGE, *sorted(out.glob("*.png"))):
+            if path.exists() and not _is_ours(path):
+                raise ReportError(
+                    f"--out is {str(out)!r}, whose {path.name} is not of a report; name a folder that is new, or has "
+                    "an earlier report"
+                )
         out.mkdir(parents=True, exist_ok=True)
         (out / TRIED).touch()
         (out / TRIED).unlink()
@@ -51,7 +51,6 @@ def write(out: Path, page: Page) -> Path:
     text = page.html()  # draws the charts
     written = {f"{chart.name}.png": drawing.png(chart) for chart in page.charts}
     with writing(out):
-        out.mkdir(parents=True, exist_ok=True)
         for name, data in (written | {PAGE: text.encode(errors="replace")}).items():
             manifest.write_whole(epath.Path(out / name), data)
         for path in out.glob("*.png"):

@@ -7,16 +7,16 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
-from ml_collections import ConfigDict
 
-from lrt_jax.comparison import answers, plan, results
+from lrt_jax.comparison import answers, results
 from lrt_jax.model import costs
 from lrt_jax.reporting import charts, drawing, sweep_charts
 from lrt_jax.reporting.charts import AXES, Measurements
 from lrt_jax.reporting.drawing import MARK, Chart
 from lrt_jax.reporting.markup import NONE, Escaped, key, legend, numeral, table, text, told
 from lrt_jax.reporting.measured import Measured
-from lrt_jax.reporting.runs import Run, Sweep
+from lrt_jax.reporting.places import Sweep
+from lrt_jax.reporting.runs import Run
 from lrt_jax.reporting.style import CSS
 
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
@@ -112,7 +112,8 @@ class Page:
     def _many(self) -> Iterator[Escaped]:
         """State and numbers of more runs than have a column each."""
         columns = [line for line in zip(NUMBERS, *map(self._numbers, self.runs), strict=True) if told(line)]
-        names, *rows = zip(*columns, strict=True)
+        names = [name for name, *_ in columns]
+        rows = zip(*(cells for _, *cells in columns), strict=True) if columns else [()] * len(self.runs)
         lines = ([run.label, *row, run.state, _written(run)] for run, row in zip(self.runs, rows, strict=True))
         yield table(["run", *names, "state", "last metrics"], lines)
         yield "<dl>" + "".join(f"<dt>{name}</dt><dd>{text(NUMBERS[name])}</dd>" for name in names) + "</dl>"
@@ -138,7 +139,8 @@ class Page:
         """Charts in a grid, with the legend of all above; nothing of none."""
         drawn = [chart for chart in found if chart is not None]
         if drawn:
-            yield (legend(drawn[0].legend) if named else "") + f'<div class="{kind}">'
+            looks = {name: look for chart in drawn for name, look in chart.legend.items()} if named else {}
+            yield legend(looks) + f'<div class="{kind}">'
             yield from map(self._figure, drawn)
             yield "</div>"
 
@@ -154,12 +156,11 @@ class Page:
                 if not sweep.answered:
                     yield f"<p>No run of the sweep {text(sweep.name)} is done yet.</p>"
                 continue
-            planned = tuple(plan.Run(one.variant, ConfigDict(), one.budget, one.seed) for one in sweep.results)
-            head, *lines = results.rows(plan.Sweep(planned, sweep.baseline), sweep.results)
+            head, *lines = results.rows(sweep.variants, sweep.results)
             yield (
-                f"<p>{len(sweep.results)} runs of the sweep {text(sweep.name)} are done. “Saved” is the share of the "
-                f"compute of {text(sweep.baseline)} that a variant saves at equal bits per byte, with a 95 % interval "
-                "over seeds; it needs two budgets of it.</p>"
+                f"<p>{_done(sweep.name, len(sweep.results))}. “Saved” is the share of the compute of "
+                f"{text(sweep.baseline)} that a variant saves at equal bits per byte, with a 95 % interval over seeds; "
+                "it needs two budgets of it.</p>"
             )
             yield from self._figures([chart], kind="grid large")
             yield table(head, lines)
@@ -167,15 +168,13 @@ class Page:
     def _answers(self) -> Iterator[Escaped]:
         """The charts and tables of sweeps over state tracking, a task each."""
         for number, sweep in enumerate(self.sweeps, 1):
-            planned = tuple(plan.Run(one.variant, ConfigDict(), one.budget, one.seed) for one in sweep.answered)
-            if planned:
+            if sweep.answered:
                 yield (
-                    f"<p>{len(planned)} runs of the sweep {text(sweep.name)} are done. Right answers in %, by "
-                    "position, under true recurrence: the mean over seeds, in brackets the least and the most. Cost is "
-                    "in plain steps.</p>"
+                    f"<p>{_done(sweep.name, len(sweep.answered))}. Right answers in %, by position, under true "
+                    "recurrence: the mean over seeds, in brackets the least and the most. Cost is in plain steps.</p>"
                 )
                 yield from self._figures(sweep_charts.answers_by_length(sweep.answered, f"answers-{number}"))
-                for head, *lines in answers.tables(plan.Sweep(planned, sweep.baseline), sweep.answered).values():
+                for head, *lines in answers.tables(sweep.variants, sweep.answered):
                     yield table(head, lines)
 
     def _training(self) -> Iterator[Escaped]:
@@ -299,6 +298,10 @@ class Page:
         whole = [["field", *dict.fromkeys(names)], *rows]
         head, *lines = whole if len(whole[0]) <= 1 + COLUMNS else zip(*whole, strict=True)
         return table(head, lines, 1)
+
+
+def _done(name: str, count: int) -> Escaped:
+    return f"{count} {'run' if count == 1 else 'runs'} of the sweep {text(name)} {'is' if count == 1 else 'are'} done"
 
 
 def _accuracy(found: tuple[float, tuple[float, float], float] | None) -> str:

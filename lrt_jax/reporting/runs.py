@@ -1,4 +1,4 @@
-"""Runs as they lie in work dirs, read leniently: what cannot be read is a note, and never stops a report."""
+"""A run as it lies in its work dir, read leniently: what cannot be read is a note, and never stops a report."""
 
 import collections
 import contextlib
@@ -8,7 +8,6 @@ import json
 import math
 import re
 import time
-from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 
 from lrt_jax.comparison import results
-from lrt_jax.comparison.results import Answered, Done, Result
+from lrt_jax.comparison.results import Done, ResultError
 from lrt_jax.durability import lock
 from lrt_jax.durability.binding import CONFIG_FILE
 from lrt_jax.few_shot.record import FOLDER as FEW_SHOT
@@ -28,13 +27,14 @@ from lrt_jax.setup.errors import UserError, one_line
 
 # A file of a work dir; a folder without any of them is none.
 MARKS = (CONFIG_FILE, METRICS, "checkpoints")
-SUMMARY = "results.json"  # of a sweep
 # One of these is in the last row of a run that came to its end.
 SCORES = ("val/bpb_sequential", "val/accuracy")
 # A run of a sweep: variant, budget and seed (comparison.plan.Run.name).
-OF_A_SWEEP = re.compile(r"(.+)_([0-9.]+(?:e[+-]?[0-9]+)?)_([0-9]+)")
+OF_A_SWEEP = re.compile(r"(.+)_([0-9]+(?:\.[0-9]+)?(?:e[+-]?[0-9]+)?)_([0-9]+)")
 # A run that has its lock's file and has written nothing for so many seconds was killed.
 QUIET = 900.0
+# A metric whose name ends with a number of so many digits is not one of ours.
+DIGITS = 10
 
 Rows = dict[int, dict[str, float]]
 
@@ -90,7 +90,8 @@ class Run:
         """The last values of metrics that are called ``prefix`` and a number."""
         names = {name for row in self.rows.values() for name in row if name.startswith(prefix)}
         ends = {name: name.removeprefix(prefix) for name in names}
-        return {int(end): self.last(name) for name, end in sorted(ends.items(), key=_natural) if end.isdecimal()}
+        numbered = {name: end for name, end in ends.items() if end.isdecimal() and len(end) < DIGITS}
+        return {int(end): self.last(name) for name, end in sorted(numbered.items(), key=_natural)}
 
     def at(self, axis: str, steps_N: np.ndarray) -> np.ndarray | None:
         """Where steps are on an axis: ``steps``, ``tokens``, ``compute`` or ``time``; None where it is not known.
@@ -117,88 +118,12 @@ def _natural(pair: tuple[str, str]) -> tuple[int, str]:
     return len(pair[1]), pair[1]
 
 
-@dataclasses.dataclass(frozen=True)
-class Sweep:
-    """A folder of ``lrt_jax.sweep``: the results of its runs, whoever wrote them, and what they are compared with.
-
-    Attributes:
-      name: of the folder.
-      results: of runs on text.
-      answered: of runs of state tracking.
-      baseline: a variant.
-    """
-
-    name: str
-    results: tuple[Result, ...]
-    answered: tuple[Answered, ...]
-    baseline: str
-
-
-def read(places: Sequence[Path]) -> tuple[list[Run], list[Sweep], list[str]]:
-    """The runs of work dirs and of folders that hold some, the sweeps among these, and notes on what is left out.
-
-    Raises:
-      ReportError: there is no such place, or no run in it.
-    """
-    folders: dict[Path, tuple[Path, bool]] = {}  # by where they really are: as they were named, and if of a sweep
-    sweeps: dict[Path, Sweep] = {}
-    notes = []
-    for place in places:
-        inside, is_sweep = _inside(place)
-        for folder in inside:
-            if folder.resolve() in folders:
-                notes.append(f"{folder} was given more than once, and is shown once.")
-            folders.setdefault(folder.resolve(), (folder, is_sweep))
-        if is_sweep:
-            sweeps[place.resolve()] = _sweep(place, [_result(folder) for folder in inside])
-    labels = _labels(list(folders))
-    runs = [_run(folder, labels[real], of_a_sweep) for real, (folder, of_a_sweep) in folders.items()]
-    return runs, list(sweeps.values()), notes
-
-
-def _inside(place: Path) -> tuple[list[Path], bool]:
-    """The work dirs that a place is or holds, and whether it is a sweep's folder."""
-    try:
-        if not place.is_dir():
-            found = "is a file" if place.exists() else "is not there"
-            raise ReportError(f"{str(place)!r} {found}; give a run's work dir, or a folder that holds some")
-        if _is_workdir(place):
-            return [place], False
-        inside = sorted((path for path in place.iterdir() if path.is_dir() and _is_workdir(path)), key=_in_order)
-    except OSError as error:
-        raise ReportError(f"{str(place)!r} cannot be read ({error.strerror}); it must be a run's work dir") from None
-    if not inside:
-        raise ReportError(
-            f"{str(place)!r} holds no run: neither it nor a folder in it has {' or '.join(MARKS[:2])}; give a run's "
-            "work dir, or a folder that holds some"
-        )
-    return inside, (place / SUMMARY).exists() or any((path / results.FILE).exists() for path in inside)
-
-
-def _is_workdir(path: Path) -> bool:
-    return any((path / mark).exists() for mark in MARKS)
-
-
-def _in_order(path: Path) -> tuple[str, float, str]:
-    """By variant, budget and seed."""
-    match = OF_A_SWEEP.fullmatch(path.name)
-    return (match[1], float(match[2]), path.name) if match else (path.name, 0.0, "")
-
-
-def _labels(folders: list[Path]) -> dict[Path, str]:
-    """As much of the end of each path as tells it from the others."""
-    for parts in range(1, 1 + max(len(folder.parts) for folder in folders)):
-        labels = {folder: one_line("/".join(folder.parts[-parts:])) for folder in folders}
-        if len(set(labels.values())) == len(labels):
-            break
-    return labels
-
-
-def _run(folder: Path, label: str, of_a_sweep: bool) -> Run:
+def read(folder: Path, label: str, of_a_sweep: bool) -> Run:
+    """The run in a work dir, under this name."""
     notes: list[str] = []
     rows, updated = _rows(folder / METRICS, notes)
     fields, config = _config(folder / CONFIG_FILE, notes)
-    result, match = _result(folder), OF_A_SWEEP.fullmatch(folder.name)
+    result, match = _result(folder, notes), OF_A_SWEEP.fullmatch(folder.name)
     variant = result.variant if result else match[1] if match else label
     return Run(
         folder=folder,
@@ -260,7 +185,7 @@ def _parsed(line: str) -> dict[str, Any] | None:
     """A line of metrics; None where it is damaged."""
     with contextlib.suppress(ValueError, RecursionError):
         row = json.loads(line)
-        if isinstance(row, dict) and type(row.get("step")) is int and row["step"] >= 0:
+        if isinstance(row, dict) and type(row.get("step")) is int and 0 <= row["step"] < 2**63:
             return row
     return None
 
@@ -283,25 +208,12 @@ def _config(path: Path, notes: list[str]) -> tuple[dict[str, Any], Config | None
         return fields, None
 
 
-def _result(folder: Path) -> Done | None:
-    with contextlib.suppress(OSError, ValueError, TypeError):
+def _result(folder: Path, notes: list[str]) -> Done | None:
+    try:
         return results.read(folder)
+    except ResultError as error:
+        notes.append(f"{error}.")
     return None
-
-
-def _sweep(place: Path, found: Iterable[Done | None]) -> Sweep:
-    done = tuple(result for result in found if result is not None)
-    variants = list(dict.fromkeys(result.variant for result in done))
-    baseline = None
-    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
-        baseline = json.loads((place / SUMMARY).read_text())["baseline"]
-    usual = "plain" if "plain" in variants else next(iter(variants), "")
-    return Sweep(
-        name=one_line(place.resolve().name),
-        results=tuple(result for result in done if isinstance(result, Result)),
-        answered=tuple(result for result in done if isinstance(result, Answered)),
-        baseline=baseline if baseline in variants else usual,
-    )
 
 
 def _few_shot(folder: Path, notes: list[str]) -> dict[str, dict[str, Any]]:
@@ -310,12 +222,13 @@ def _few_shot(folder: Path, notes: list[str]) -> dict[str, dict[str, Any]]:
     for path in sorted(folder.glob(f"{FEW_SHOT}/step_*/report-*.json"), key=_modified):
         try:
             report = json.loads(path.read_text())
-            tasks = {task["task"]: (task["accuracy"], task["interval"], task["chance"]) for task in report["tasks"]}
-            for accuracy, (low, high), chance in tasks.values():
-                [accuracy + low + high + chance]  # numbers, all of them
+            tasks = {}
+            for task in report["tasks"]:
+                low, high = map(float, task["interval"])
+                tasks[task["task"]] = (float(task["accuracy"]), (low, high), float(task["chance"]))
             mean, name = report["mean"]["value"], str(report["mean"]["name"])
             found[path.parent.name] = {"tasks": tasks, "mean": math.nan if mean is None else float(mean), "name": name}
-        except (OSError, ValueError, TypeError, KeyError):
+        except (OSError, ValueError, TypeError, KeyError, OverflowError, RecursionError):
             notes.append(f"{path.relative_to(folder)} is no report of few-shot tasks, and is left out.")
     return found
 

@@ -34,25 +34,31 @@ def equal_compute(results: Sequence[Result], look: dict[str, Look], name: str) -
 
 
 def answers_by_length(results: Sequence[Answered], name: str) -> Iterator[Chart]:
-    """For each task right answers by position, a curve per variant, its mean over seeds.
+    """For each task right answers by position, a curve per variant: with its largest budget, the mean over seeds.
 
     A variant looks the same in all tasks. A chart's file is named ``name`` and the task.
     """
     look = drawing.looks(result.within_task for result in results)
+    largest: dict[str, float] = {}
+    for result in results:
+        largest[result.variant] = max(result.budget, largest.get(result.variant, 0.0))
     for task in dict.fromkeys(result.task for result in results):
-        found: dict[str, dict[int, list[float]]] = {}
-        for result in (result for result in results if result.task == task):
-            for interval, share in result.accuracy.items():
-                found.setdefault(result.within_task, {}).setdefault(edges(interval)[1], []).append(100 * share)
+        found: dict[str, dict[tuple[int, int], list[float]]] = {}
+        for result in results:
+            if result.task == task and result.budget == largest[result.variant]:
+                for interval, share in result.accuracy.items():
+                    found.setdefault(result.within_task, {}).setdefault(edges(interval), []).append(100 * share)
 
-        def draw(axes: Any, found: dict[str, dict[int, list[float]]] = found) -> None:
-            for name, by_end in found.items():
-                ends = sorted(by_end)
-                look[name].curve(axes, ends, [np.mean(by_end[end]) for end in ends])
-            ends = sorted({end for by_end in found.values() for end in by_end})
+        def draw(axes: Any, found: dict[str, dict[tuple[int, int], list[float]]] = found) -> None:
+            for name, shares in found.items():
+                intervals = sorted(shares)
+                means = [np.mean(shares[interval]) for interval in intervals]
+                look[name].curve(axes, [end for _, end in intervals], means)
+            ends = sorted({end for shares in found.values() for _, end in shares})
             axes.set_xscale("log", base=2)
             axes.set_xticks(ends, list(map(str, ends)))
             axes.set(xlabel="up to this position", ylabel="right answers, %", ylim=(-3, 103))
 
         about = "Under true recurrence, the mean over seeds. A dot is of the positions since the dot before it."
-        yield Chart(f"{name}-{task}", f"Right answers by length: {task}", about, draw, look)
+        shown = {name: look[name] for name in found}
+        yield Chart(f"{name}-{task}", f"Right answers by length: {task}", about, draw, shown)

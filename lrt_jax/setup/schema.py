@@ -88,6 +88,9 @@ def checked(hint: Any, value: Any, where: str) -> Any:
         if value not in arguments or isinstance(value, bool):
             raise ConfigError(f"{where} is {value!r}; allowed are: {', '.join(map(str, arguments))}")
         return value
+    if origin is dict and isinstance(value, dict):
+        names, items = arguments
+        return {checked(names, name, where): checked(items, item, f"{where}.{name}") for name, item in value.items()}
     if origin is tuple and isinstance(value, (tuple, list)):
         return tuple(checked(arguments[0], item, f"{where}[{i}]") for i, item in enumerate(value))
     wanted = hint if isinstance(hint, type) else None
