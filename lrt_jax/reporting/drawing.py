@@ -46,7 +46,14 @@ SMOOTHING = 0.02
 # Characters of a name in a PNG's legend; lines of it that the usual height has room for, and the inches of one more.
 NAME, ROWS, LINE = 60, 6, 0.2
 # Leading digits of the ticks of a logarithmic axis; the first of these rows that makes three ticks is taken.
-HEADS = ((1,), (1, 3), (1, 2, 5), (1, 1.5, 2, 3, 4, 5, 7), tuple(np.arange(2, 20) / 2), tuple(np.arange(10, 100) / 10))
+HEADS = (
+    (1,),
+    (1, 3),
+    (1, 2, 5),
+    (1, 1.5, 2, 3, 4, 5, 7),
+    tuple(n / 2 for n in range(2, 20)),
+    tuple(n / 10 for n in range(10, 100)),
+)
 
 
 @dataclasses.dataclass(frozen=True)
