@@ -126,7 +126,7 @@ def _linked(source: str, target: str) -> None:
 
 def _add_seconds(path: Path, more: float) -> float:
     before = 0.0
-    with contextlib.suppress(OSError, ValueError, TypeError):  # it is damaged: of no weight beside the run itself
+    with contextlib.suppress(OSError, ValueError, TypeError):  # there is none yet, or it is damaged
         before = float(json.loads(path.read_text()))
     if path.parent.exists():
         manifest.write_whole(epath.Path(path), json.dumps(before + more).encode())
