@@ -135,6 +135,7 @@ def test_a_sweep_goes_on_where_it_was_stopped_and_reports_what_is_done(tmp_path,
         plan.Run("plain", tiny_config(name="plain"), 3200.0),
         plan.Run("other", tiny_config(), 3200.0),
         plan.Run("bad", tiny_config(), 3200.0),
+        plan.Run("nan", tiny_config(), 3200.0),
         plan.Run("plain", tiny_config(name="plain"), 6400.0),
     )
     monkeypatch.setattr(plan, "load", lambda _: plan.Sweep(runs, "plain"))
@@ -153,7 +154,7 @@ def test_a_sweep_goes_on_where_it_was_stopped_and_reports_what_is_done(tmp_path,
         assert config.train.tokens == (3200 if config.schedule.name == "plain" else 1600) * (
             1 + ("6400" in folder.name)
         )
-        return {} if folder.name == stops_at else SCORES
+        return {} if folder.name == stops_at else SCORES | ({"val/bpb": math.nan} if folder.name[:3] == "nan" else {})
 
     monkeypatch.setattr(command.training, "run", train)
     # absl's flags are not there.
@@ -163,11 +164,12 @@ def test_a_sweep_goes_on_where_it_was_stopped_and_reports_what_is_done(tmp_path,
     stops_at = ""
     assert command.main(str(file)) == 0
     printed = capsys.readouterr()
-    assert ran[2:] == ["other_3200_0", "bad_3200_0", "plain_6400_0"]
-    assert "3 of 4 runs are done" in printed.out and "bad_3200_0 is left out: the loss is not finite" in printed.err
+    assert ran[2:] == ["other_3200_0", "bad_3200_0", "nan_3200_0", "plain_6400_0"]
+    assert "3 of 5 runs are done" in printed.out and "bad_3200_0 is left out: the loss is not finite" in printed.err
+    assert "nan_3200_0 is left out: result.bpb_merged is nan; it must be a finite number" in printed.err
     # All have the first run's tokens, and keep their own checkpoints.
     assert {path.read_text() for path in out.glob("*/tokens/x/part")} == {"1"} and not list(out.glob("*.new"))
-    assert len(list(out.glob("*/checkpoints"))) == 4
+    assert len(list(out.glob("*/checkpoints"))) == 5
     found = json.loads((out / "results.json").read_text())
     assert found["reported_on"]["jax"] == jax.__version__
     assert [(one["variant"], one["tokens"]) for one in found["runs"]] == [
@@ -178,7 +180,7 @@ def test_a_sweep_goes_on_where_it_was_stopped_and_reports_what_is_done(tmp_path,
     assert (out / "bpb.png").stat().st_size > 1000 and "| other | 0.0032 M |" in (out / "table.md").read_text()
     before = len(ran)
     (out / "bad_3200_0" / "seconds.json").write_text("{")  # the time that it took is lost, and nothing else
-    assert command.main(str(file)) == 0 and ran[before:] == ["bad_3200_0"]  # what failed is tried again
+    assert command.main(str(file)) == 0 and ran[before:] == ["bad_3200_0", "nan_3200_0"]  # what failed is tried again
     (out / "plain_3200_0" / "result.json").write_text('{"variant": "plain"')
     with pytest.raises(results.ResultError, match=r"plain_3200_0/result\.json is no result of this version"):
         command.main(str(file))
@@ -192,11 +194,24 @@ def test_tokens_that_are_being_written_are_not_shared(tmp_path):
     assert not (tmp_path / "b").exists()
 
 
-@pytest.mark.parametrize(("field", "value"), [("bpb", None), ("bpb", 0), ("tokens", 0), ("old", 1), ("variant", 5)])
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("bpb", None),
+        ("bpb", 0),
+        ("tokens", 0),
+        ("old", 1),
+        ("variant", 5),
+        ("accuracy", None),
+        ("accuracy", {"32": 0.5}),
+    ],
+)
 def test_a_result_of_another_version_is_refused_in_one_line(tmp_path, field, value):
     results.write(tmp_path, result("plain", 1e6, 0, 1.5))
     assert results.read(tmp_path).bpb == 1.5
     fields = json.loads((tmp_path / "result.json").read_text())
+    if field == "accuracy":
+        fields = {name: value for name, value in fields.items() if "bpb" not in name} | {"task": "parity"}
     (tmp_path / "result.json").write_text(json.dumps(fields | {field: value}))
     with pytest.raises(results.ResultError, match=rf"result\.{field}"):
         results.read(tmp_path)

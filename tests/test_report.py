@@ -7,6 +7,7 @@ import os
 
 import forked
 import jax
+import matplotlib.figure
 import matplotlib.image
 import numpy as np
 import pytest
@@ -155,6 +156,21 @@ def test_a_sweep_over_state_tracking_has_its_table_and_chart(config, tmp_path):
             drawing.png(drawing.Chart("x", "x", "", lambda _: None), "sweep")
         )
         report.write([tmp_path], tmp_path, 0, None)
+
+
+def test_answers_of_a_run_beside_a_sweep_keep_its_colour_and_have_no_holes(config, tmp_path):
+    about = {"variant": "v", "budget": 64.0, "seed": 0, "tokens": 64, "seconds": 1.0, "effective_tokens": 64.0}
+    done = Answered(**about, parameters=9, task="parity", accuracy={"0_to_4": 1.0})
+    results.write(write_run(tmp_path / "sweep" / "v_64_0", [{"step": 1, "val/accuracy/0_to_4": 1.0}], config), done)
+    one = write_run(tmp_path / "one", [{"step": 1, "val/accuracy/0_to_8": 1.0, "val/accuracy/16_to_32": 0.5}], config)
+    two = write_run(tmp_path / "two", [{"step": 1, "val/accuracy/0_to_8": 1.0, "val/accuracy/8_to_16": 0.5}], config)
+    found, _, _ = runs_in([tmp_path / "sweep", one, two])
+    (chart,) = charts.by_position(found)
+    axes = matplotlib.figure.Figure().add_subplot()
+    chart.draw(axes)
+    looks = charts.looks(found)
+    assert [line.get_color() for line in axes.lines] == [looks["one"].color, looks["two"].color]
+    assert [line.get_xdata().tolist() for line in axes.lines] == [[0, 2], [0, 1]]
 
 
 def test_runs_without_a_number_and_names_with_a_date_make_a_page(tmp_path):

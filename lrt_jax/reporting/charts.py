@@ -149,22 +149,24 @@ def by_position(runs: Sequence[Run]) -> Iterator[Chart]:
 
     Answers of sweeps have a chart of their own (sweep_charts).
     """
+    look = looks(runs)
     about = "Sequential, at the last evaluation. The more text the model has read, the lower it should be."
     said = ("bpb-by-position", "Bits per byte by position", about)
-    yield from _by_position(runs, "val/bpb_sequential/", said, "bits per byte", 1)
+    yield from _by_position(runs, look, "val/bpb_sequential/", said, "bits per byte", 1)
     about = "Under true recurrence, at the last evaluation. Positions beyond the trained length count, too."
     said = ("answers-by-position", "Right answers by position", about)
-    yield from _by_position(
-        [run for run in runs if not isinstance(run.result, Answered)], "val/accuracy/", said, "right answers, %", 100
-    )
+    alone = [run for run in runs if not isinstance(run.result, Answered)]
+    yield from _by_position(alone, look, "val/accuracy/", said, "right answers, %", 100)
 
 
-def _by_position(runs: Sequence[Run], prefix: str, said: Said, unit: str, factor: float) -> Iterator[Chart]:
+def _by_position(
+    runs: Sequence[Run], look: dict[str, Look], prefix: str, said: Said, unit: str, factor: float
+) -> Iterator[Chart]:
     """A metric for each interval of positions, ``A_to_B`` behind ``prefix``, of the runs that have some."""
     names = {name for run in runs for row in run.rows.values() for name in row}
     matches = [match for name in names if (match := re.fullmatch(rf"{prefix}(\d+)_to_(\d+)", name))]
     buckets = {(int(match[1]), int(match[2])): match[0] for match in matches}
-    order, look = sorted(buckets), looks(runs)
+    order = sorted(buckets)
 
     def draw(axes: Any) -> None:
         for run in runs:

@@ -16,9 +16,11 @@ def equal_compute(results: Sequence[Result], look: dict[str, Look], name: str) -
     if not results:
         return None
 
+    variants = dict.fromkeys(result.variant for result in results)
+
     def draw(axes: Any) -> None:
         axes.set_xscale("log")
-        for variant in dict.fromkeys(result.variant for result in results):
+        for variant in variants:
             points = [(one.effective_tokens, one.bpb) for one in results if one.variant == variant]
             color = look[variant].color if variant in look else INK
             axes.plot(*zip(*points, strict=True), "o", color=color, alpha=0.8)
@@ -30,7 +32,8 @@ def equal_compute(results: Sequence[Result], look: dict[str, Look], name: str) -
         axes.set(xlabel="effective compute, million tokens", ylabel="sequential bits per byte")
 
     about = "A dot is a run, a curve a variant. At equal compute lower is better; at equal height, further left."
-    return Chart(name, "Bits per byte at equal compute", about, draw, look)
+    shown = {variant: look[variant] for variant in variants if variant in look}
+    return Chart(name, "Bits per byte at equal compute", about, draw, shown)
 
 
 def answers_by_length(results: Sequence[Answered], name: str) -> Iterator[Chart]:
@@ -50,15 +53,15 @@ def answers_by_length(results: Sequence[Answered], name: str) -> Iterator[Chart]
                     found.setdefault(result.within_task, {}).setdefault(edges(interval), []).append(100 * share)
 
         def draw(axes: Any, found: dict[str, dict[tuple[int, int], list[float]]] = found) -> None:
-            for name, shares in found.items():
+            for variant, shares in found.items():
                 intervals = sorted(shares)
                 means = [np.mean(shares[interval]) for interval in intervals]
-                look[name].curve(axes, [end for _, end in intervals], means)
+                look[variant].curve(axes, [end for _, end in intervals], means)
             ends = sorted({end for shares in found.values() for _, end in shares})
             axes.set_xscale("log", base=2)
             axes.set_xticks(ends, list(map(str, ends)))
             axes.set(xlabel="up to this position", ylabel="right answers, %", ylim=(-3, 103))
 
         about = "Under true recurrence, the mean over seeds. A dot is of the positions since the dot before it."
-        shown = {name: look[name] for name in found}
+        shown = {variant: look[variant] for variant in found}
         yield Chart(f"{name}-{task}", f"Right answers by length: {task}", about, draw, shown)
