@@ -171,6 +171,17 @@ def test_answers_of_a_run_beside_a_sweep_keep_its_colour_and_have_no_holes(confi
     looks = charts.looks(found)
     assert [line.get_color() for line in axes.lines] == [looks["one"].color, looks["two"].color]
     assert [line.get_xdata().tolist() for line in axes.lines] == [[0, 2], [0, 1]]
+    assert [*charts.by_position(runs_in([tmp_path / "sweep" / "v_64_0"])[0])]  # given by itself, it has no other chart
+
+
+def test_many_forwards_leave_room_for_their_curves(tmp_path):
+    row = {"step": 1, "train/loss_init": 3.0} | {f"train/loss_subset_{number}": 2.0 for number in range(16)}
+    found, _, _ = runs_in([write_run(tmp_path / "run", [row])])
+    (chart,) = charts.forwards(found)
+    assert list(chart.legend) == ["init", *(f"subset {number}" for number in range(16))]
+    axes = matplotlib.figure.Figure().add_subplot()
+    chart.draw(axes)
+    assert len(axes.lines) == 17 and axes.get_legend() is None  # it is beside them
 
 
 def test_runs_without_a_number_and_names_with_a_date_make_a_page(tmp_path):

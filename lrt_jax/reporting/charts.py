@@ -9,7 +9,7 @@ import numpy as np
 
 from lrt_jax.comparison.results import Answered
 from lrt_jax.reporting import drawing
-from lrt_jax.reporting.drawing import MUTED, PALETTE, Chart, Look
+from lrt_jax.reporting.drawing import MUTED, Chart, Look
 from lrt_jax.reporting.measured import Measured
 from lrt_jax.reporting.runs import Run
 
@@ -123,25 +123,31 @@ def _file(what: str, axis: str) -> str:
     return f"{what.lower()}-{AXES[axis]}".replace(" ", "-")
 
 
-def forwards(run: Run, number: int, several: bool) -> Chart | None:
-    """The losses of the forwards that steps are made of, if of many kinds; of the ``number``-th of one or more runs."""
-    names = sorted({name for row in run.rows.values() for name in row if name.startswith("train/loss_")})
-    if len(names) < 2:
-        return None
+def forwards(runs: Sequence[Run]) -> Iterator[Chart]:
+    """Of each run the losses of the forwards that its steps are made of, if of many kinds."""
+    named = {run.label: _forwards(run) for run in runs}
+    look = drawing.looks(name for names in named.values() for name in names.values())
+    for number, run in enumerate(runs, 1):
+        names = named[run.label]
 
-    def draw(axes: Any) -> None:
-        drawing.progress(axes, "steps", [run.values(name)[0] for name in names])
-        for place, name in enumerate(names):
-            x_N, y_N = run.values(name)
-            label = name.removeprefix("train/loss_").replace("_", " ")
-            color = PALETTE[(place + 3) % len(PALETTE)]
-            axes.plot(*drawing.thinned(x_N, drawing.smoothed(y_N)[0], LONGEST), color=color, label=label)
-        axes.set_ylabel("loss, nats per token")
-        axes.legend()
+        def draw(axes: Any, run: Run = run, names: dict[str, str] = names) -> None:
+            drawing.progress(axes, "steps", [run.values(metric)[0] for metric in names])
+            for metric, name in names.items():
+                x_N, y_N = run.values(metric)
+                look[name].curve(axes, *drawing.thinned(x_N, drawing.smoothed(y_N)[0], LONGEST), marker=None)
+            axes.set_ylabel("loss, nats per token")
 
-    title = f"Loss of each forward{f' of {run.label}' if several else ''}"
-    about = "Smoothed. The forward “init” has zero memory; the others read it."
-    return Chart(f"forwards-{number}", title, about, draw)
+        if len(names) > 1:
+            title = f"Loss of each forward{f' of {run.label}' if len(runs) > 1 else ''}"
+            about = "Smoothed. The forward “init” has zero memory; the others read it."
+            yield Chart(f"forwards-{number}", title, about, draw, {name: look[name] for name in names.values()})
+
+
+def _forwards(run: Run) -> dict[str, str]:
+    """Names of a run's forwards, by the metrics that have their losses; 2 before 10."""
+    metrics = {metric for row in run.rows.values() for metric in row if metric.startswith("train/loss_")}
+    in_order = sorted(metrics, key=lambda metric: (len(metric), metric))
+    return {metric: metric.removeprefix("train/loss_").replace("_", " ") for metric in in_order}
 
 
 def by_position(runs: Sequence[Run]) -> Iterator[Chart]:
@@ -155,7 +161,7 @@ def by_position(runs: Sequence[Run]) -> Iterator[Chart]:
     yield from _by_position(runs, look, "val/bpb_sequential/", said, "bits per byte", 1)
     about = "Under true recurrence, at the last evaluation. Positions beyond the trained length count, too."
     said = ("answers-by-position", "Right answers by position", about)
-    alone = [run for run in runs if not isinstance(run.result, Answered)]
+    alone = [run for run in runs if not (run.of_a_sweep and isinstance(run.result, Answered))]
     yield from _by_position(alone, look, "val/accuracy/", said, "right answers, %", 100)
 
 

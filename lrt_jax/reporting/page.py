@@ -193,9 +193,8 @@ class Page:
                 yield f"<p>Not shown {AXES[axis]}, since the metrics do not say it: {text(', '.join(without))}.</p>"
             yield "</div>"
         yield "</div>"
-        alone = self.runs if len(self.runs) <= COLUMNS else []
-        kinds = [charts.forwards(run, number, len(alone) > 1) for number, run in enumerate(alone, 1)]
-        yield from self._figures([*charts.by_position(self.runs), *kinds], named=False)
+        yield from self._figures(charts.by_position(self.runs), named=False)
+        yield from self._figures(charts.forwards(self.runs if len(self.runs) <= COLUMNS else []))
 
     def _by(self, axis: str) -> list[Chart | None]:
         loss, norm = (charts.curves(self.runs, axis, metric, *said) for metric, said in charts.TRAINING.items())
